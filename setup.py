@@ -1,0 +1,20 @@
+"""Package metadata, read from settings.ini so that every fact stands in one place."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+cfg = ConfigParser(delimiters=['='])
+cfg.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
+cfg = cfg['DEFAULT']
+extras = {k.removesuffix('_requirements'): cfg[k].split() for k in cfg if k.endswith('_requirements')}
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
+    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    packages=find_packages(include=['neuronprune', 'neuronprune.*']), python_requires=f">={cfg['min_python']}",
+    install_requires=cfg['requirements'].split(), extras_require=extras, zip_safe=False,
+    classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    entry_points={'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]})
