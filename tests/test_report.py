@@ -1,0 +1,129 @@
+"""The record: counts by hand, memory identities, round trip, comparisons, published figures."""
+import copy, json, math
+import numpy as np, pytest, scipy.sparse, torch
+from torch import nn
+from neuronprune.core import Mask, Scores
+from neuronprune.report import (Report, compare, count_macs, count_params, differs, hardware, latency_ms, memory, metered, nonzero_params,
+                                plot_compare, published, verdict, versions)
+from neuronprune.train import Evaluation
+
+def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*3*3, 5))
+XB = torch.randn(6, 3, 7, 7)
+
+@pytest.mark.parametrize('m,shape,macs', [(nn.Linear(7, 5), (7,), 35), (nn.Conv2d(3, 8, 3), (3, 9, 9), 8*27*49), (nn.Conv2d(4, 8, 3, groups=2, padding=1), (4, 6, 6), 8*2*9*36),
+    (nn.Conv2d(3, 4, (3, 1), stride=2, dilation=2), (3, 11, 6), 4*3*3*4*3), (nn.Conv1d(2, 6, 5), (2, 12), 6*2*5*8), (nn.Conv3d(1, 2, 2), (1, 4, 4, 4), 2*8*27)])
+def test_macs_of_known_layers(m, shape, macs):
+    x = torch.randn(3, *shape)
+    assert count_macs(m, x) == macs == count_macs(m, x, nonzero=True)
+    with torch.no_grad(): m.weight[0] = 0
+    assert count_macs(m, x, nonzero=True) == macs - macs//m.weight.shape[0]
+    assert count_macs(m, x) == macs
+
+def test_macs_leave_the_model():
+    m = net(); before = copy.deepcopy(m.state_dict()); m[1].eval()
+    assert count_macs(m, XB) == 8*27*9 + 72*5
+    assert m.training and not m[1].training and all(not o._forward_hooks for o in m.modules())
+    assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+    with pytest.raises(ValueError, match='empty'): count_macs(m, XB[:0])
+
+def test_params():
+    m = net()
+    assert count_params(m) == 8*27+8 + 16 + 72*5+5
+    nn.init.zeros_(m[4].bias); nn.init.zeros_(m[1].bias)
+    assert nonzero_params(m) == count_params(m) - 5 - 8
+
+def test_memory_is_the_size_of_scipys_files(tmp_path):
+    m = nn.Sequential(nn.Linear(500, 300), nn.Conv2d(2, 4, 3)); torch.manual_seed(0)
+    for how, compressed in (('csr_npz', True), ('csr', False)):
+        size = 0
+        for i, w in enumerate((m[0].weight, m[1].weight)):
+            f = tmp_path/f'{how}{i}.npz'; scipy.sparse.save_npz(f, scipy.sparse.csr_matrix(w.detach().reshape(len(w), -1).numpy()), compressed=compressed)
+            size += f.stat().st_size
+        assert memory(m, how) == size/2**20
+    assert memory(m, 'dense') == (500*300 + 4*18)*4/2**20
+    fc2 = nn.Linear(500, 300)
+    assert memory(fc2, 'dense') == pytest.approx(.5722, abs=1e-4) and memory(fc2, 'csr') == pytest.approx(1.147, abs=1e-3) and memory(fc2) == pytest.approx(.537, abs=.005)
+    with torch.no_grad(): fc2.weight[torch.rand(300, 500) < .95] = 0
+    assert memory(fc2) < .1*.537
+    with pytest.raises(ValueError, match="'csr_npz'"): memory(m, 'npz')
+
+def test_retained_percentages_of_mint():
+    "Parameters pruned of the whole network from the share retained in the masked layers, as published."
+    for kept, masked, total, pruned in ((15.035583, 14_712_832, 14_977_728, 83.46), (43.363957, 785_664, 848_944, 52.41), (53.2144, 23_445_504, 25_502_912, 43.01),
+                                        (46.6939, 23_445_504, 25_502_912, 49.00), (46.0200, 23_445_504, 25_502_912, 49.62)):
+        assert 100*masked*(1-kept/100)/total == pytest.approx(pruned, abs=.011)
+
+def report(**kw):
+    dense = net(); masked = copy.deepcopy(dense)
+    with torch.no_grad(): masked[4].weight[:, ::2] = 0
+    mask = Mask({'4': masked[4].weight != 0}, 'weight')
+    return Report.measure(dense, masked, xb=XB, mask=mask, scores=Scores({'4': torch.ones(5, 72)}, 'weight', method='toy', secs=.5),
+                          before=Evaluation(90, 100, .3), pruned=Evaluation(50, 100), tuned=Evaluation(88, 100, .4), seed=1, sparsity=.5, **kw)
+
+def test_measure_counts():
+    r = report(latency=False)
+    n = 8*27+8+16+72*5+5; zero_bn = 8
+    assert (r.method, r.unit, r.units_removed, r.weights_removed) == ('toy', 'weight', .5, .5)
+    assert (r.params_before, r.params_after, r.nonzero_after) == (n, n, n-180-zero_bn)
+    assert r.params_removed == pytest.approx(180/(n-zero_bn)) and r.compression == n/(n-180-zero_bn)
+    assert (r.macs_before, r.macs_after, r.macs_nonzero) == (8*27*9+360, 8*27*9+360, 8*27*9+180)
+    assert r.latency_before is None and r.secs == .5 and r.final == Evaluation(88, 100, .4)
+    with pytest.raises(TypeError, match='unknown field'): report(accuracy=1)
+
+def test_shrunk_counts_as_stored():
+    dense, small = net(), nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+    mask = Mask({'0': torch.arange(8) < 4}, 'channel')
+    r = Report.measure(dense, dense, small, xb=XB, mask=mask)
+    assert r.params_after == count_params(small) and r.macs_after == 4*27*9 + 180 and r.units_removed == .5 and r.weights_removed == .5
+    assert r.latency_after > 0 and r.latency_batch == 6
+
+def test_round_trip(tmp_path):
+    r = report(method_args=dict(a=1, b=(1, 2), c=None), extra=dict(x='ü'))
+    r.method_args['b'] = [1, 2]
+    r.save(tmp_path/'deep'/'r.json')
+    assert Report.load(tmp_path/'deep'/'r.json') == r
+    assert [o.name for o in (tmp_path/'deep').iterdir()] == ['r.json']
+    json.loads((tmp_path/'deep'/'r.json').read_text(), parse_constant=lambda c: pytest.fail(c))
+    odd = Report(extra=dict(t=torch.ones(2), n=np.float32(1), nan=math.nan, p=tmp_path))
+    odd.save(tmp_path/'odd.json')
+    assert Report.load(tmp_path/'odd.json').extra == dict(t=[1., 1.], n=1., nan=None, p=str(tmp_path))
+    for text in ('[]', '{"a": 1}', 'no'):
+        (tmp_path/'bad.json').write_text(text)
+        with pytest.raises(ValueError, match='Report.save'): Report.load(tmp_path/'bad.json')
+
+def test_row_is_flat_and_jsonable():
+    row = report().row(); json.dumps(row, allow_nan=False)
+    assert all(not isinstance(v, dict) for v in row.values())
+    assert row['tuned_k'] == 88 and row['tuned_lo'] < .88 < row['tuned_hi'] and row['memory_after_csr_npz'] > 0
+    json.dumps(Report().row(), allow_nan=False)
+
+def test_tables_and_plots():
+    r, empty = report(), Report(method='none')
+    assert 'after fine-tuning' in r._repr_html_() and '88/100' in repr(r)
+    empty._repr_html_(); repr(empty)
+    df = compare([r, empty])
+    assert df['fine-tuned'][0].startswith('88/100 = 88.0 % [') and df['against before'].tolist() == ['no difference', '–']
+    plot_compare([r, empty])
+    with pytest.raises(ValueError, match='reports'): compare([])
+    with pytest.raises(ValueError, match='x='): plot_compare([r], 'size')
+
+def test_differs():
+    a, b = Evaluation(175, 180), Evaluation(177, 180)
+    assert not differs(a, b) and verdict(a, b) == 'no difference'
+    lo, hi = Evaluation(600, 1000), Evaluation(900, 1000)
+    assert differs(lo, hi) and differs(hi, lo) and verdict(lo, hi) == 'lower' and verdict(hi, lo) == 'higher'
+
+def test_cost_and_machine():
+    with metered() as m: torch.ones(2**22)
+    assert m.secs > 0 and (m.peak_mib is None or m.peak_mib >= 0)
+    assert hardware()['cpu'] and versions()['torch'] == torch.__version__
+    with pytest.raises(TypeError): latency_ms(net(), XB, n=1.5)
+
+def test_published_figures():
+    df = published()
+    assert set(df.system) == {'mint', 'provable', 'energy', 'anneal'} and df.verified.all() and df.source.str.len().min() > 10
+    for c in ('params_removed', 'accuracy'): assert df[c].dropna().between(0, 1).all()
+    vgg = published('mint').query("model == 'vgg16' and method == 'MINT'").iloc[0]
+    assert (vgg.params_removed, vgg.accuracy, vgg.memory_mib) == (.8346, .9343, 9.020)
+    assert not df.method.str.startswith(('PFP', 'SiPP', 'OAMIP')).any()
+    with pytest.raises(ValueError, match='system'): published('pfp')

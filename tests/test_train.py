@@ -1,0 +1,185 @@
+"""Training: masks hold, rewinds are exact, seeds are kept, intervals agree with SciPy, errors can be read."""
+import copy, random
+import pytest, torch
+from torch import nn
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from hypothesis import given, settings, strategies as st
+from scipy.stats import binomtest
+from neuronprune.core import Mask, Scores, layers
+from neuronprune.graph import trace
+from neuronprune.train import (MaskCallback, PruneCallback, Rewind, curves, evaluate, fine_tune, fit, gradual, keep_tensors,
+                               learner, rebind, rewind_to, schedule_lr, sign_weights, wilson)
+
+def data(n=96, seed=0, bs=16):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 1, 4, 4, generator=g); y = (x.flatten(1)[:, :3]).argmax(1)
+    mk = lambda a, b, **kw: DataLoader(list(zip(x[a:b], y[a:b])), bs=bs, **kw)
+    return DataLoaders(mk(0, 2*n//3, shuffle=True), mk(2*n//3, n), device=torch.device('cpu'))
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def random_mask(model, density=.3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return Mask({k:torch.rand(m.weight.shape, generator=g) < density for k,m in layers(model).items()}, 'weight')
+
+def revived(model, mask): return sum(int(torch.count_nonzero(m.weight[~mask[k]])) for k,m in layers(model).items())
+
+class Watch(MaskCallback):
+    "Looks after every batch, when the real callback has done its work."
+    order = 90
+    def __init__(self, mask): super().__init__(mask); self.most = 0
+    def before_fit(self): pass
+    def after_step(self): self.most = max(self.most, revived(self.model, self.mask))
+    def after_fit(self): pass
+
+@pytest.mark.parametrize('opt,kw', [('sgd', dict(momentum=.9, wd=1e-2)), ('sgd', dict(momentum=.9, nesterov=True, wd=0.)),
+                                    ('adamw', dict(wd=.1)), ('adam', dict(wd=1e-2)), ('rmsprop', dict(wd=0.)), ('adadelta', dict(wd=1e-4))])
+@pytest.mark.parametrize('dense_first', [False, True])
+def test_masked_weights_stay_exactly_zero(opt, kw, dense_first):
+    torch.manual_seed(0)
+    learn = learner(net(), data(), opt, lr=.05 if opt == 'sgd' else None, **kw)
+    if dense_first: fit(learn, 1)
+    mask = random_mask(learn.model); watch = Watch(mask)
+    fine_tune(learn, mask, 2, cbs=[watch])
+    assert watch.most == 0 and revived(learn.model, mask) == 0
+    assert all(torch.count_nonzero(m.weight[mask[k]]) for k,m in layers(learn.model).items())
+    fit(learn, 1)
+    assert revived(learn.model, mask) > 0
+
+def test_channel_mask_takes_norm_and_bias_along():
+    learn = fit(learner(net(), data(), wd=1e-2), 1)
+    graph = trace(learn.model, torch.randn(2, 1, 4, 4))
+    mask = Mask({'0': torch.tensor([1, 0, 1, 1, 0, 1]).bool()}, 'channel', graph=graph)
+    fine_tune(learn, mask, 2)
+    for i in (1, 4):
+        assert not learn.model[0].weight[i].any() and learn.model[0].bias[i] == 0
+        assert learn.model[1].weight[i] == 0 and learn.model[1].bias[i] == 0
+
+def test_mask_that_does_not_fit_is_refused():
+    m = net()
+    with pytest.raises(ValueError, match='no such parameter'): keep_tensors(m, {'9.weight': torch.ones(1).bool()})
+    with pytest.raises(ValueError, match='shape'): keep_tensors(m, {'0.weight': torch.ones(1).bool()})
+
+def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+def test_same_seed_same_bytes_and_no_global_seeding():
+    def run(seed, junk):
+        random.seed(junk); torch.manual_seed(junk)
+        learn = learner(nn.Sequential(nn.Dropout(.2), net()), data(), seed=seed)
+        found = torch.get_rng_state(), random.getstate()
+        fit(fit(learn, 2), 1)
+        assert torch.equal(found[0], torch.get_rng_state()) and found[1] == random.getstate()
+        return state(learn)
+    assert same(run(3, 1), run(3, 2))
+    assert not same(run(3, 1), run(4, 1))
+
+def test_rewinding_restores_bytes_and_resets_the_optimiser():
+    learn = learner(net(), data(), cbs=[Rewind(epochs=(1, 2))]); start = state(learn)
+    fit(learn, 1); one = state(learn); fit(learn, 2)
+    assert same(state(rewind_to(learn, 1)), one) and learn.opt is None
+    fit(learn, 1); assert not same(state(learn), one)
+    assert same(state(rewind_to(learn, 'init')), start)
+    mask = random_mask(learn.model)
+    rewind_to(learn, 'init', mask)
+    assert revived(learn.model, mask) == 0
+    for k,m in layers(learn.model).items(): assert torch.equal(m.weight[mask[k]], start[f'{k}.weight'][mask[k]])
+    rewind_to(learn, 'none')
+    with pytest.raises(ValueError, match='learner'): rewind_to(learn, 7)
+    learn.validate()
+    assert learn.rewind.done == 0
+
+def test_rewinding_without_snapshot_names_learner():
+    from fastai.learner import Learner
+    plain = Learner(data(), net(), loss_func=nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match='learner'): rewind_to(plain, 'init')
+
+def test_sign_rewind():
+    m = net(); init = state(learner(m, data())); s = sign_weights(m, init)
+    for k in layers(m):
+        w, w0 = s[f'{k}.weight'], init[f'{k}.weight']
+        assert torch.equal(w.sign(), w0.sign()) and torch.allclose(w.abs(), w0.std(correction=0).expand_as(w))
+    assert torch.equal(s['0.bias'], init['0.bias'])
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5000), st.floats(0, 1), st.sampled_from([.8, .95, .99]))
+def test_wilson_agrees_with_scipy(n, f, level):
+    k = round(f*n); ci = binomtest(k, n).proportion_ci(level, method='wilson')
+    assert wilson(k, n, level) == pytest.approx((ci.low, ci.high), abs=1e-9)
+
+def test_evaluate_counts_and_leaves_the_model():
+    model, dls = net(), data(); model[1].eval()
+    for p in model[0].parameters(): p.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    e = evaluate(model, dls.valid)
+    x, y = map(torch.cat, zip(*dls.valid))
+    out = copy.deepcopy(model).eval()(x)
+    assert (e.k, e.n) == (int((out.argmax(1) == y).sum()), len(y))
+    assert e.loss == pytest.approx(nn.functional.cross_entropy(out, y).item(), rel=1e-5)
+    assert model.training and not model[1].training and not model[0].weight.requires_grad
+    assert same(before, model.state_dict())
+
+def test_evaluate_refuses():
+    m = nn.Linear(2, 3); x = torch.randn(4, 2)
+    for batch, text in (([], 'no batches'), ([(x, torch.tensor([0, 1, 2, 3]))], 'out of range'), ([(x, torch.tensor([0, 1, 2, -1]))], 'out of range'),
+                        ([(x*float('nan'), torch.tensor([0, 1, 2, 0]))], 'NaN')):
+        with pytest.raises(ValueError, match=text): evaluate(m, batch)
+    with pytest.raises(TypeError): evaluate(m, [(x, torch.rand(4))])
+    with pytest.raises(TypeError): evaluate('model', [])
+
+def test_exploding_training_is_named():
+    deep = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r'lr=1e\+25'): fit(learner(deep, data()), 2, lr=1e25)
+
+@pytest.mark.parametrize('kw,text', [(dict(schedule='steps'), "did you mean 'step'"), (dict(schedule='step'), 'milestones'), (dict(milestones=(1,)), 'milestones'),
+                                     (dict(lr=0.), 'lr=0'), (dict(lr=float('nan')), 'lr=nan'), (dict(warmup=1), 'warmup'), (dict(epochs=-1), 'epochs=-1')])
+def test_fit_refuses(kw, text):
+    with pytest.raises(ValueError, match=text): fit(learner(net(), data()), **{**dict(epochs=1), **kw})
+
+def test_schedule_reaches_the_optimiser():
+    seen = []
+    class See(MaskCallback):
+        def __init__(self): super().__init__({})
+        def after_step(self): seen.append(self.opt.hypers[-1]['lr'])
+    fit(learner(net(), data()), 3, .1, schedule='step', milestones=(1, 2), cbs=[See()])
+    assert [seen[i] for i in (0, 3, 4, 7, 8, 11)] == pytest.approx([.1, .1, .01, .01, .001, .001])
+    seen.clear(); fit(learner(net(), data()), 3, .1, schedule='step', milestones=(1, 2), start_epoch=2, cbs=[See()])
+    assert seen == pytest.approx([.001]*4)
+
+def test_curves_and_quiet(capsys):
+    learn = learner(net(), data()); fit(learn, 2); fit(learn, 1)
+    df = curves(learn)
+    assert list(df.columns) == ['fit', 'epoch', 'train_loss', 'valid_loss', 'accuracy'] and list(df.epoch) == [1, 2, 3]
+    assert capsys.readouterr().out == ''
+
+def test_gradual_pruning_only_tightens():
+    seen = []
+    def score(m): return Scores({k:o.weight.detach().abs() for k,o in layers(m).items()}, 'weight')
+    def allocate(scores, s):
+        m = Mask({k:v > v.flatten().sort().values[max(int(v.numel()*s)-1, 0)] for k,v in scores.items()}, 'weight')
+        seen.append(m); return m
+    learn = learner(net(), data()); cb = PruneCallback(score, allocate, .8, every=2)
+    fit(learn, 4, cbs=[cb])
+    s = [o for _,o in cb.history]
+    assert s == sorted(s) and s[-1] == pytest.approx(.8, abs=.02) and revived(learn.model, cb.mask) == 0
+    for a, b in zip(seen, seen[1:]): assert all((b[k] <= a[k]).all() for k in a)
+    assert gradual(0, .8, .1) == pytest.approx(.1) and gradual(1, .8, .1) == .8
+    with pytest.raises(ValueError, match='did you mean 0.8'): PruneCallback(score, allocate, 80)
+
+@pytest.mark.parametrize('opt,key', [('sgd', 'momentum_buffer'), ('adamw', 'exp_avg_sq')])
+def test_rebind_slices_optimiser_and_snapshots(opt, key):
+    learn = fit(learner(net(), data(), opt), 1); old = learn.model
+    keep = torch.tensor([0, 3]); taps = torch.tensor([0, 1, 2, 3, 12, 13, 14, 15])
+    small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    index = {**{f'0.{o}': (keep,) for o in ('weight', 'bias')}, **{f'1.{o}': (keep,) for o in ('weight', 'bias', 'running_mean', 'running_var')}, '4.weight': (None, taps)}
+    buf = learn.opt.opt.state[old[4].weight][key].clone()
+    rebind(learn, small, index)
+    assert torch.equal(learn.opt.opt.state[small[4].weight][key], buf[:, taps])
+    assert learn.rewind.init['4.weight'].shape == (8, 8)
+    before = small[0].weight.detach().clone(); fit(learn, 1)
+    assert not torch.equal(before, small[0].weight)
+    rebind(learn, net())
+    with pytest.raises(ValueError, match='learner'): rewind_to(learn)
