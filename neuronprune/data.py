@@ -358,7 +358,7 @@ DATASETS = dict(
 def datasets()->pd.DataFrame:
     "The data sets by name: channels, native side, classes, default normalisation."
     return pd.DataFrame([(k, o.c, o.size, o.n_out, o.normalize) for k,o in DATASETS.items()],
-                        columns=['name', 'channels', 'size', 'classes', 'normalize']).astype(object).fillna('as found').set_index('name')
+                        columns=['name', 'channels', 'size', 'classes', 'normalize'], dtype=object).fillna('as found').set_index('name')
 
 # %% ../nbs/01_data.ipynb #split_parts
 def split_parts(src:Source,       # from a reader

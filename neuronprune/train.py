@@ -397,8 +397,9 @@ def tighten(self:PruneCallback, sparsity, t):
     self.history.append((t, self.mask.sparsity))
 
 # %% ../nbs/05_train.ipynb #slice
-def _slice(t, idx):
-    "`t` restricted along each dimension to the index tensors in `idx` (None = all)."
+def _slice(t, name, index):
+    "What `index` keeps of the tensor `name`: by its own name, or by its module's (outputs, inputs); depthwise convolutions have no inputs to cut."
+    idx = index.get(name) or index.get(name.rpartition('.')[0], ())[:2 if t.ndim > 1 and t.shape[1] > 1 else min(t.ndim, 1)]
     for d,i in enumerate(idx):
         if i is not None: t = t.index_select(d, torch.as_tensor(i).to(t.device))
     return t
@@ -407,13 +408,13 @@ def _slice(t, idx):
 def _sliced_states(learn, model, index):
     "Snapshots cut down to `model`; empty when one cannot be."
     shapes = {k:v.shape for k,v in model.state_dict().items()}
-    res = {e:{k:_slice(s[k], index.get(k, ())) for k in shapes if k in s} for e,s in learn.rewind.states.items()}
+    res = {e:{k:_slice(s[k], k, index) for k in shapes if k in s} for e,s in learn.rewind.states.items()}
     return res if all(s.keys() == shapes.keys() and all(v.shape == shapes[k] for k,v in s.items()) for s in res.values()) else {}
 
 # %% ../nbs/05_train.ipynb #rebind
 def rebind(learn:Learner,    # changed in place
            model:nn.Module,  # the network that replaces `learn.model`
-           index:dict=None   # parameter (or buffer) name -> tuple of kept indices per dimension, None in it = all
+           index:dict=None   # module path -> (kept outputs, kept inputs), or parameter name -> kept indices per dimension; None = all
           )->Learner:
     "Put `model` into `learn` with a new optimiser, in place; optimiser state and snapshots survive where `index` tells how."
     old, opt = dict(learn.model.named_parameters()), learn.opt
@@ -424,5 +425,5 @@ def rebind(learn:Learner,    # changed in place
     learn.create_opt()
     for k,p in model.named_parameters():
         s = opt.opt.state.get(old.get(k)) if isinstance(opt, OptimWrapper) and k in old else None
-        if s: learn.opt.opt.state[p] = {n:_slice(v, index.get(k, ())).clone() if torch.is_tensor(v) and v.shape == old[k].shape else v for n,v in s.items()}
+        if s: learn.opt.opt.state[p] = {n:_slice(v, k, index).clone() if torch.is_tensor(v) and v.shape == old[k].shape else v for n,v in s.items()}
     return learn

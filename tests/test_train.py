@@ -170,11 +170,13 @@ def test_gradual_pruning_only_tightens():
     with pytest.raises(ValueError, match='did you mean 0.8'): PruneCallback(score, allocate, 80)
 
 @pytest.mark.parametrize('opt,key', [('sgd', 'momentum_buffer'), ('adamw', 'exp_avg_sq')])
-def test_rebind_slices_optimiser_and_snapshots(opt, key):
+@pytest.mark.parametrize('by_module', [False, True])
+def test_rebind_slices_optimiser_and_snapshots(opt, key, by_module):
     learn = fit(learner(net(), data(), opt), 1); old = learn.model
     keep = torch.tensor([0, 3]); taps = torch.tensor([0, 1, 2, 3, 12, 13, 14, 15])
     small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     index = {**{f'0.{o}': (keep,) for o in ('weight', 'bias')}, **{f'1.{o}': (keep,) for o in ('weight', 'bias', 'running_mean', 'running_var')}, '4.weight': (None, taps)}
+    if by_module: index = {'0': (keep, None), '1': (keep, None), '4': (None, taps)}
     buf = learn.opt.opt.state[old[4].weight][key].clone()
     rebind(learn, small, index)
     assert torch.equal(learn.opt.opt.state[small[4].weight][key], buf[:, taps])
