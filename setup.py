@@ -13,7 +13,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    packages=find_packages(include=['neuronprune', 'neuronprune.*']), python_requires=f">={cfg['min_python']}",
+    package_data={'neuronprune': ['*.json']}, packages=find_packages(include=['neuronprune', 'neuronprune.*']), python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(), extras_require=extras, zip_safe=False,
     classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np, pandas as pd, torch
 from torch import nn
 from fastprogress import progress_bar
+from threadpoolctl import threadpool_limits
 from .core import (Scores, Mask, UnsupportedLayerError, method, as_found, check_choice, check_finite,
                               check_int, generator)
 from .data import calib_batch
@@ -139,7 +140,8 @@ def dependency(P:np.ndarray,      # activations of the parents [n, p], the same 
     if len(P) != len(C): raise ValueError(f"P: {len(P)} rows, C: {len(C)} rows; expected the same images in the same order")
     parent, child, rng = np.asarray(parent), np.asarray(child), np.random.default_rng(check_int('seed', seed, 0))
     conditional = estimator == 'cgmi' and parent.max() > 0
-    return np.stack([_one_draw(P, C, parent, child, conditional, rng, max_mem, bar) for _ in range(check_int('n_trials', n_trials, 1))])
+    with threadpool_limits(1, user_api='blas'):
+        return np.stack([_one_draw(P, C, parent, child, conditional, rng, max_mem, bar) for _ in range(check_int('n_trials', n_trials, 1))])
 
 def gmi(x:np.ndarray, # [n, d]
         y:np.ndarray, # [n, e]

@@ -1,0 +1,300 @@
+"""The graph against brute force: push one channel of one real layer, freeze the rest, and look at who notices."""
+import copy, json, random, pytest, torch, torch.nn.functional as F
+import numpy as np
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from neuronprune.core import Mask, UnsupportedLayerError, generator, layers
+from neuronprune.graph import NORMS, Graph, trace
+
+# ---- random small networks
+
+KINDS = ('seq', 'add', 'proj', 'cat', 'gate', 'dw', 'glu', 'prelu', 'shuffle', 'pad')
+
+class Block(nn.Module):
+    "One pattern of wiring; `c` channels come in, `self.c` go out."
+    def __init__(self, kind, c, w, bn, bias):
+        super().__init__(); self.kind = kind; conv = lambda i, o, k=1, **kw: nn.Conv2d(i, o, k, padding=k//2, bias=bias, **kw)
+        self.c = dict(seq=w, proj=w, cat=c+w, gate=w, glu=w, pad=c+2).get(kind, c)
+        if kind in ('seq', 'gate', 'proj', 'cat'): self.a = conv(c, w, 3)
+        if kind in ('gate', 'proj'): self.b = conv(c, w)
+        if kind == 'add': self.a = conv(c, c)
+        if kind == 'glu': self.a = conv(c, 2*w)
+        if kind == 'dw': self.a = conv(c, c, 3, groups=c)
+        if kind == 'pad': self.a = conv(c, c+2)
+        if kind == 'prelu': self.act = nn.PReLU(c)
+        if bn: self.bn = nn.BatchNorm2d(self.c, affine=bn != 'fixed')
+
+    def forward(self, x):
+        k = self.kind
+        if k in ('seq', 'dw'): x = self.a(x)
+        elif k == 'add': x = x + self.a(x)
+        elif k == 'proj': x = self.a(x) + self.b(x)
+        elif k == 'cat': x = torch.cat([x, self.a(x)], 1)
+        elif k == 'gate': x = self.a(x) * torch.sigmoid(self.b(x))
+        elif k == 'glu': a, b = self.a(x).chunk(2, 1); x = a*b.sigmoid()
+        elif k == 'prelu': x = self.act(x)
+        elif k == 'pad': x = self.a(x) + F.pad(x, (0,0,0,0,1,1))
+        elif k == 'shuffle' and x.shape[1]%2 == 0: n, c, h, w = x.shape; x = x.view(n, 2, c//2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        if hasattr(self, 'bn'): x = self.bn(x)
+        return F.leaky_relu(x, .2)
+
+class RandomNet(nn.Module):
+    def __init__(self, recipe, head, bias):
+        super().__init__(); c, blocks = 2, []
+        for kind,w,bn in recipe: blocks.append(Block(kind, c, w, bn, bias)); c = blocks[-1].c
+        self.body, self.head = nn.Sequential(*blocks), head
+        self.hidden, self.fc = nn.Linear(c*4 if head == 'flatten' else c, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.fc(F.relu(self.hidden(x.flatten(1) if self.head == 'flatten' else x.mean((2, 3)))))
+
+@st.composite
+def nets(draw, kinds=KINDS, max_blocks=5):
+    "A random network in evaluation mode with random batch-norm parameters and running statistics."
+    one = st.tuples(st.sampled_from(kinds), st.integers(1, 5), st.sampled_from([False, True, 'fixed']))
+    recipe = [('seq', draw(st.integers(2, 6)), draw(st.sampled_from([False, True, 'fixed'])))] + draw(st.lists(one, max_size=max_blocks))
+    with torch.random.fork_rng():
+        torch.manual_seed(draw(st.integers(0, 2**16))); m = RandomNet(recipe, draw(st.sampled_from(['flatten', 'mean'])), draw(st.booleans()))
+        for o in m.modules():
+            if isinstance(o, nn.BatchNorm2d):
+                o.running_mean.normal_(0, .5); o.running_var.uniform_(.5, 2)
+                if o.affine: nn.init.uniform_(o.weight, .5, 1.5); nn.init.normal_(o.bias)
+    return m.eval()
+
+X = torch.randn(3, 2, 2, 2, generator=generator(0))
+
+# ---- the oracle
+
+def slots(m, x): return x.movedim(-1, 1).flatten(2) if isinstance(m, nn.Linear) and x.ndim > 2 else x.flatten(2) if x.ndim > 2 else x[..., None]
+
+@torch.no_grad()
+def brute(model, x):
+    "{(place, producer, channel): slots that notice}: each channel's weights and bias are changed in turn, all other layers are frozen at what they said before."
+    model = copy.deepcopy(model).eval(); lay = layers(model); places = lay | {n:m for n,m in model.named_modules() if isinstance(m, NORMS)}
+    said, heard, frozen, hooks = {}, {}, None, []
+    for n,m in places.items(): hooks.append(m.register_forward_pre_hook(lambda m, i, n=n: heard.__setitem__(n, slots(m, i[0]))))
+    def freeze(m, i, o, n):
+        if frozen is None: said[n] = o
+        elif n != frozen: return said[n]
+    for n,m in lay.items(): hooks.append(m.register_forward_hook(lambda m, i, o, n=n: freeze(m, i, o, n)))
+    out = model(x); base, res = dict(heard), {}
+    for p,m in lay.items():
+        frozen = p; n_out = m.weight.shape[0]
+        for c in range(n_out):
+            saved = m.weight.clone(), None if m.bias is None else m.bias.clone(); hit = {}
+            for f in (-2.7, 3.1):
+                m.weight[c] = f*saved[0][c] + f/10
+                if m.bias is not None: m.bias[c] += f
+                y = model(x); m.weight.copy_(saved[0])
+                if m.bias is not None: m.bias.copy_(saved[1])
+                for k,v in {**heard, '': y.flatten(1)[..., None]}.items():
+                    d = ((v - (out.flatten(1)[..., None] if k == '' else base[k])).abs() > 1e-6).any(0).any(-1)
+                    if d.any(): hit[k] = hit.get(k, torch.zeros_like(d)) | d
+            res.update({(k, p, c):set(d.nonzero()[:,0].tolist()) for k,d in hit.items()})
+    return res
+
+def partition(groups):
+    "Connected components of overlapping sets, as a set of frozensets."
+    res = []
+    for g in map(set, groups):
+        for o in [o for o in res if o & g]: g |= o; res.remove(o)
+        res.append(g)
+    return set(map(frozenset, res))
+
+def wiring(g):
+    "The graph's own {(place, producer, channel): slots}."
+    res = {}
+    for k,src in g.sources.items():
+        for p,(s,c) in src.items():
+            for i,j in zip(s.tolist(), c.tolist()): res.setdefault((k, p, j), set()).add(i)
+    return res
+
+def bundles_of(g):
+    res = {}
+    for p,ids in g.out_slots.items():
+        for c,b in enumerate(ids.tolist()): res.setdefault(b, set()).add((p, c))
+    return res
+
+def meetings(g, truth):
+    "({(place, slot): channels that meet there}, sets of channels that can only go together), from the oracle."
+    at, meet = {}, [{(p, c)} for p,l in g.layers.items() for c in range(l['n_out'])]
+    for (k,p,c),s in truth.items():
+        for i in s: at.setdefault((k, i), set()).add((p, c))
+        if k in g.layers and 1 < g.layers[k]['groups'] == g.layers[k]['n_out']: meet += [{(p, c), (k, i)} for i in s]
+    return at, meet + list(at.values())
+
+def check_against_oracle(g, truth):
+    truth = {k:v for k,v in truth.items() if k[0]}
+    assert wiring(g) == truth and set(g.fixed) == {'fc'}
+    (at, meet), bundles = meetings(g, truth), bundles_of(g)
+    want = partition(meet)
+    assert set(map(frozenset, bundles.values())) == want
+    number = {o:b for b,v in bundles.items() for o in v}
+    for k,ids in {**g.in_slots, **g.norm_slots}.items(): assert ids.tolist() == [number[next(iter(at[k, i]))] if (k, i) in at else -1 for i in range(len(ids))]
+    assert set(map(frozenset, g.ties)) == {t for t in partition([{p for p,_ in b} for b in want]) if len(t) > 1}
+
+@settings(max_examples=50, deadline=None)
+@given(nets([k for k in KINDS if k != 'glu']))
+def test_wiring_is_what_brute_force_finds(model):
+    g, truth = trace(model, X), brute(model, X)
+    assert set(g.outputs) == {p for k,p,_ in truth if k == ''} == {'fc'}
+    check_against_oracle(g, truth)
+
+def must_stay(g, truth):
+    "Layers of which two channels meet each other, that reach the output, or that share a channel with such a layer."
+    at, meet = meetings(g, {k:v for k,v in truth.items() if k[0]})
+    bad = {'fc'} | {p for o in at.values() for p,_ in o if sum(q == p for q,_ in o) > 1}
+    while more := {p for b in partition(meet) if bad & {p for p,_ in b} for p,_ in b} - bad: bad |= more
+    return bad
+
+@settings(max_examples=25, deadline=None)
+@given(nets(['glu', 'seq', 'add', 'proj', 'dw']))
+def test_a_layer_whose_channels_meet_each_other_holds_its_ties(model):
+    g = trace(model, X)
+    assert set(g.fixed) == must_stay(g, brute(model, X))
+
+def test_what_is_added_to_a_mixed_layer_stays():
+    m = Net(lambda s, x: s.c(s.bn(s.ln(s.a(x)) + s.b(x))), a=L(3, 4), b=L(3, 4), ln=nn.LayerNorm(4), bn=nn.BatchNorm1d(4), c=L(4, 2))
+    g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed)
+
+@settings(max_examples=10, deadline=None)
+@given(nets())
+def test_json_frozen_and_repeated(model):
+    g = trace(model, X); d = g.to_dict()
+    assert Graph.from_dict(json.loads(json.dumps(d))).to_dict() == d and trace(model, X*3+1).to_dict() == d
+    assert trace(copy.deepcopy(model).requires_grad_(False), X[:1]).to_dict() == d and trace(copy.deepcopy(model).train(), X).to_dict() == d
+    with torch.no_grad(): assert trace(model, X).to_dict() == d
+    assert {(p, n) for p,n in g.pairs} == {(p, n) for n,o in g.producers.items() for p in o} == {(p, n) for p,o in g.consumers.items() for n in o}
+    assert len(g.frame()) == len(g.layers) and 'removable' in repr(g) and '<table' in g._repr_html_()
+
+def found(m): return ([(k, v.numpy().tobytes()) for k,v in m.state_dict().items()], [o.training for o in m.modules()], [p.requires_grad for p in m.parameters()],
+                      [p.grad is None for p in m.parameters()], [(len(o._forward_hooks), len(o._forward_pre_hooks), len(o._backward_hooks), 'forward' in vars(o)) for o in m.modules()], sorted(vars(m)))
+
+def test_model_is_left_as_found():
+    m = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Dropout(.5), nn.ReLU(), nn.Conv2d(4, 2, 1)); m[1].eval(); m[0].weight.requires_grad_(False)
+    m[3].register_forward_hook(lambda *a: None)
+    before, rng = found(m), (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+    trace(m, X)
+    assert found(m) == before and rng == (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+    with pytest.raises(ValueError): trace(m, torch.rand(1, 3, 2, 2))
+    assert found(m) == before
+
+# ---- what cannot go, and why
+
+class Net(nn.Module):
+    "Layers by name, a forward by function."
+    def __init__(self, forward, **mods): super().__init__(); self.f = forward; [setattr(self, k, v) for k,v in mods.items()]
+    def forward(self, x): return self.f(self, x)
+
+L, C = nn.Linear, nn.Conv2d
+mid = lambda m=None: nn.Sequential(L(3, 4), m or nn.ReLU(), L(4, 2))
+cmid = lambda *m, **kw: nn.Sequential(C(2, 4, 1), *m, C(4, 2, 1, **kw))
+x3 = torch.rand(2, 3, generator=generator(1))
+two = dict(a=L(3, 4), c=L(4, 2))
+
+@pytest.mark.parametrize('make,x,layer,said', [
+    (lambda: mid(nn.LayerNorm(4)), x3, '0', "mixed on the way to '2'"), (lambda: cmid(nn.GroupNorm(2, 4)), X, '0', "mixed on the way to '2'"),
+    (lambda: mid(nn.Softmax(-1)), x3, '0', "mixed on the way to '2'"), (lambda: mid(nn.Sigmoid()), x3, '0', "not be zero at '2'"),
+    (lambda: mid(nn.Softplus()), x3, '0', "not be zero at '2'"), (lambda: cmid(nn.LocalResponseNorm(3, alpha=1.)), X, '0', 'mixed'),
+    (lambda: cmid(nn.ConvTranspose2d(4, 4, 2)), X, '0', "mixed on the way to '2'"), (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
+    (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '1', 'grouped'), (lambda: nn.Sequential(C(2, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
+    (lambda: nn.Sequential(C(2, 4, 1), C(4, 2, 1, groups=2), C(2, 2, 1)), X, '0', 'grouped'), (lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '1', 'used 2 times'),
+    (lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '0', 'mixed'),
+    (lambda: Net(lambda s, x: s.c(s.a(x)), **two, u=L(3, 3)), x3, 'u', 'used 0 times'), (lambda: mid(), x3, '2', "the network's output"),
+    (lambda: Net(lambda s, x: s.c(s.a(x) + x), a=L(3, 3), c=L(3, 2)), x3, 'a', "not be zero at 'c'"),
+    (lambda: Net(lambda s, x: (s.c(s.a(x)), s.b(s.a(x)))[0], **two, b=L(4, 4)), x3, 'b', 'no layer reads'),
+    (lambda: Net(lambda s, x: s.c(s.a(x).relu()) + s.b(s.d(x)), **two, b=L(4, 2), d=L(3, 4)), x3, 'b', "the network's output"),
+    (lambda: Net(lambda s, x: s.c(s.a(x).sigmoid() + s.b(x)), **two, b=L(3, 4)), x3, 'b', "not be zero at 'c'"),
+    (lambda: Net(lambda s, x: s.c(s.a(x)) + s.d(s.b(x)[:, :4] + s.a(x).sigmoid()), **two, b=L(3, 5), d=L(4, 2)), x3, 'b', "zero at 'd'"),
+    (lambda: Net(lambda s, x: s.c(s.m(*[s.a(x)]*3)[0][:, 0]), a=L(3, 4), m=nn.MultiheadAttention(4, 2, batch_first=True), c=L(4, 2)), torch.rand(2, 5, 3), 'a', 'mixed'),
+    (lambda: Net(lambda s, x: s.c(s.m(*[s.a(x)]*3)[0][:, 0]), a=L(3, 4), m=nn.MultiheadAttention(4, 2, batch_first=True), c=L(4, 2)), torch.rand(2, 5, 3), 'm.out_proj', 'used 0 times')])
+def test_reasons(make, x, layer, said):
+    g = trace(make(), x)
+    assert said in g.fixed[layer] and layer not in g.removable
+
+def test_a_tie_to_a_fixed_layer_is_fixed():
+    g = trace(Net(lambda s, x: s.c((h := s.a(x)) + (k := s.b(x))) + s.d(k.sigmoid()), **two, b=L(3, 4), d=L(4, 2)), x3)
+    assert g.ties == [['a', 'b'], ['c', 'd']] or g.ties == [['a', 'b']]
+    assert 'zero at' in g.fixed['b'] and g.fixed['a'].startswith("tied to 'b'")
+
+@pytest.mark.parametrize('act', [nn.ReLU(), nn.Tanh(), nn.GELU(), nn.Hardswish(), nn.Dropout(.5), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), nn.PReLU(4), nn.PReLU(), nn.Identity()])
+def test_what_does_not_hinder(act): assert trace(mid(act), x3).removable == ['0']
+
+def test_token_and_embedding_inputs():
+    seq = trace(mid(nn.ReLU()), torch.rand(2, 7, 3)); assert seq.removable == ['0'] and seq.in_slots['2'].tolist() == seq.out_slots['0'].tolist()
+    assert trace(nn.Sequential(nn.Embedding(5, 3), L(3, 4), nn.ReLU(), L(4, 2)), torch.tensor([[1, 2]])).removable == ['1']
+    patch = Net(lambda s, x: s.c(s.a(x).flatten(2).transpose(1, 2)).mean(1), a=C(2, 4, 1), c=L(4, 2))
+    assert trace(patch, X).in_slots['c'].tolist() == trace(patch, X).out_slots['a'].tolist()
+
+def test_positions_and_shapes():
+    g = trace(nn.Sequential(C(2, 4, 3, padding=1, stride=2, bias=False), nn.Flatten(), L(4, 3)), X)
+    assert g.layers['0'] == dict(kind='Conv2d', n_out=4, n_in=2, taps=9, groups=1, positions=1, weights=72, bias=False) and g.layers['2']['bias']
+    assert trace(cmid(), torch.rand(1, 2, 5, 3)).layers['0']['positions'] == 15
+
+# ---- inputs and errors
+
+@pytest.mark.parametrize('make,x,err,said', [
+    (lambda: mid(), torch.rand(2, 5), ValueError, 'cannot digest a batch of shape (2, 5)'), (lambda: mid(), torch.rand(0, 3), ValueError, 'batch is empty'),
+    (lambda: mid(), torch.full((1, 3), float('nan')), ValueError, 'NaN'),
+    (lambda: Net(lambda s, x: (s.a(x), s.c(s.a(x))), **two), x3, UnsupportedLayerError, 'its output is a tuple; expected a tensor'),
+    (lambda: Net(lambda s, x: dict(y=s.c(s.a(x))), **two), x3, UnsupportedLayerError, 'its output is a dict'),
+    (lambda: nn.Sequential(nn.BatchNorm1d(3)), x3, ValueError, 'no Linear or Conv layer')])
+def test_errors(make, x, err, said):
+    with pytest.raises(err) as e: trace(make(), x)
+    assert said in str(e.value)
+
+def test_a_model_without_any_parameter_is_refused():
+    with pytest.raises(ValueError, match='no Linear or Conv layer'): trace(nn.Sequential(nn.Flatten()), x3)
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match='expected an nn.Module'): trace('resnet18', x3)
+
+def test_a_batch_of_zeros_is_as_good_as_any():
+    m = Net(lambda s, x: s.c(s.a(x) + x), a=L(3, 3), c=L(3, 2))
+    assert trace(m, torch.zeros(1, 3)).to_dict() == trace(m, x3).to_dict()
+
+@pytest.mark.parametrize('op', [lambda a, b: (a-b).relu(), lambda a, b: torch.max(a, b), lambda a, b: (a+b).clamp(max=1.)], ids=['relu(a-b)', 'max(a,b)', 'clamp(a+b)'])
+def test_one_sided_operations_hide_nothing(op):
+    m = Net(lambda s, x: s.c(op(s.a(x), s.b(x))), a=L(3, 16), b=L(3, 16), c=L(16, 2))
+    g = trace(m, x3)
+    assert g.out_slots['a'].tolist() == g.out_slots['b'].tolist() == g.in_slots['c'].tolist()
+
+@pytest.mark.parametrize('mixed', [False, True])
+def test_double_precision_models(mixed):
+    m = Net(lambda s, x: s.c(F.linear(s.a(x), s.e) if mixed else s.a(x)), a=L(3, 4), e=nn.Parameter(torch.randn(4, 4)), c=L(4, 2))
+    assert trace(copy.deepcopy(m).double(), x3.double()).to_dict() == trace(m, x3).to_dict()
+
+def test_tied_parameters_are_not_removable():
+    m = nn.Sequential(L(4, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)); m[2].weight = m[0].weight
+    g = trace(m, torch.rand(1, 4)); assert '0' in g.fixed and '2' in g.fixed
+
+def test_a_norm_used_twice_fixes_its_feeders():
+    m = Net(lambda s, x: s.c(s.n(s.a(x))) + s.d(s.n(s.b(x))), **two, b=L(3, 4), d=L(4, 2), n=nn.BatchNorm1d(4))
+    g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed) or g.out_slots['a'].tolist() == g.out_slots['b'].tolist()
+
+# ---- expand
+
+def test_expand_hand_case():
+    m = cmid(nn.BatchNorm2d(4), nn.PReLU(4)); g = trace(m, X); keep = torch.tensor([True, False, True, True])
+    e = Mask({'0': keep}, 'channel', graph=g).expand(m)
+    assert set(e) == {'0.weight', '0.bias', '1.weight', '1.bias'} and all((v.flatten(1).all(1) if v.ndim > 1 else v).tolist() == keep.tolist() for v in e.values())
+    m = cmid(nn.BatchNorm2d(4, affine=False)); e = Mask({'0': keep}, 'channel', graph=trace(m, X)).expand(m)
+    assert e['1.running_mean'].tolist() == keep.tolist() and set(e) == {'0.weight', '0.bias', '1.running_mean'}
+
+@pytest.mark.parametrize('units,unit,said', [({'9': torch.ones(4).bool()}, 'channel', "layer '9' is not in the model"), ({'0': torch.ones(3).bool()}, 'channel', 'needs (4,)'),
+    ({'2:in': torch.ones(2).bool()}, 'channel', 'needs (4,)'), ({'0': torch.ones(4, 4).bool()}, 'weight', 'needs (4, 3)')])
+def test_masks_that_do_not_fit(units, unit, said):
+    m = mid()
+    with pytest.raises(ValueError) as e: Mask(units, unit, graph=trace(m, x3)).expand(m)
+    assert said in str(e.value)
+    with pytest.raises(ValueError, match='needs graph'): Mask({'0': torch.ones(4).bool()}, 'channel').expand(m)
+
+def test_group_labels_that_do_not_fit():
+    m = mid()
+    with pytest.raises(ValueError): Mask({'0': torch.ones(1, 1).bool()}, 'group', labels={'0': (torch.zeros(4).long(), torch.zeros(2).long())}).expand(m)
+
+def test_to_torch_prune_and_back():
+    m = mid(nn.ReLU()); w = {'0': torch.rand(4, 3) < .5, '2': torch.rand(2, 4) < .5}
+    back = Mask.from_torch_prune(Mask(w, 'weight').to_torch_prune(m))
+    assert all(torch.equal(back[k], v) for k,v in w.items()) and (m[0].weight[~w['0']] == 0).all()
+    with pytest.raises(ValueError, match='no layer carries a weight_mask'): Mask.from_torch_prune(mid())
