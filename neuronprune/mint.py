@@ -262,7 +262,7 @@ def _check_groups(n_groups):
     if n_groups is not None and not (isinstance(n_groups, (tuple, list)) and len(n_groups) == 2):
         raise TypeError(f"n_groups={n_groups!r}: expected a pair (parent groups, child groups) such as (20, 20), or None")
 
-@method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none', allocate=dict(of='params'), paper='Ganesh, Corso & Sekeh, ICPR 2020')
+@method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none', allocate=dict(of='params', scope='layer'), paper='Ganesh, Corso & Sekeh, ICPR 2020')
 def score(model:nn.Module,  # trained network; left as found
           dls=None,         # DataLoaders; the images come from the training part, un-augmented, as in the paper
           *, graph=None,    # `Graph` of the model, None = traced here

@@ -1,10 +1,12 @@
 """The graph against brute force: push one channel of one real layer, freeze the rest, and look at who notices."""
 import copy, json, random, pytest, torch, torch.nn.functional as F
 import numpy as np
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from torch import nn
 from neuronprune.core import Mask, UnsupportedLayerError, generator, layers
 from neuronprune.graph import NORMS, Graph, trace
+
+bug = lambda why: pytest.mark.xfail(strict=True, reason=why)
 
 # ---- random small networks
 
@@ -70,28 +72,24 @@ def slots(m, x): return x.movedim(-1, 1).flatten(2) if isinstance(m, nn.Linear) 
 
 @torch.no_grad()
 def brute(model, x):
-    "{(place, producer, channel): slots that notice}: each channel's weights and bias are changed in turn, all other layers are frozen at what they said before."
-    model = copy.deepcopy(model).eval(); lay = layers(model); places = lay | {n:m for n,m in model.named_modules() if isinstance(m, NORMS)}
-    said, heard, frozen, hooks = {}, {}, None, []
-    for n,m in places.items(): hooks.append(m.register_forward_pre_hook(lambda m, i, n=n: heard.__setitem__(n, slots(m, i[0]))))
-    def freeze(m, i, o, n):
-        if frozen is None: said[n] = o
-        elif n != frozen: return said[n]
-    for n,m in lay.items(): hooks.append(m.register_forward_hook(lambda m, i, o, n=n: freeze(m, i, o, n)))
-    out = model(x); base, res = dict(heard), {}
-    for p,m in lay.items():
-        frozen = p; n_out = m.weight.shape[0]
-        for c in range(n_out):
-            saved = m.weight.clone(), None if m.bias is None else m.bias.clone(); hit = {}
+    "{(place, producer, channel): slots that notice}: each channel's weights and bias are changed in turn, while all other layers keep saying the same random things."
+    model, x = copy.deepcopy(model).eval().double(), x.double(); lay = layers(model); places = lay | {n:m for n,m in model.named_modules() if isinstance(m, NORMS)}
+    said, heard, free, gen, res = {}, {}, None, generator(3), {}
+    for n,m in places.items(): m.register_forward_pre_hook(lambda m, i, n=n: heard.__setitem__(n, slots(m, i[0])))
+    def speak(o, n): return o if n == free else said.setdefault(n, torch.randn(o.shape, generator=gen, dtype=o.dtype))
+    for n,m in lay.items(): m.register_forward_hook(lambda m, i, o, n=n: speak(o, n))
+    def listen(): heard[''] = model(x).flatten(1)[..., None]; return dict(heard)
+    for free,m in lay.items():
+        base = listen()
+        for c in range(len(m.weight)):
+            saved = copy.deepcopy(m.state_dict())
             for f in (-2.7, 3.1):
-                m.weight[c] = f*saved[0][c] + f/10
+                m.weight[c] = f*saved['weight'][c] + f/10
                 if m.bias is not None: m.bias[c] += f
-                y = model(x); m.weight.copy_(saved[0])
-                if m.bias is not None: m.bias.copy_(saved[1])
-                for k,v in {**heard, '': y.flatten(1)[..., None]}.items():
-                    d = ((v - (out.flatten(1)[..., None] if k == '' else base[k])).abs() > 1e-6).any(0).any(-1)
-                    if d.any(): hit[k] = hit.get(k, torch.zeros_like(d)) | d
-            res.update({(k, p, c):set(d.nonzero()[:,0].tolist()) for k,d in hit.items()})
+                for k,v in listen().items():
+                    d = ((v-base[k]).abs() > 1e-9).any(0).any(-1)
+                    if d.any(): res.setdefault((k, free, c), set()).update(d.nonzero()[:,0].tolist())
+                m.load_state_dict(saved)
     return res
 
 def partition(groups):
@@ -148,12 +146,15 @@ def must_stay(g, truth):
     while more := {p for b in partition(meet) if bad & {p for p,_ in b} for p,_ in b} - bad: bad |= more
     return bad
 
-@settings(max_examples=25, deadline=None)
+MIXED = 'what is added to (or multiplied with) a layer whose channels mix is not fixed: sources leave the mixed layer out'
+@bug(MIXED)
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(nets(['glu', 'seq', 'add', 'proj', 'dw']))
 def test_a_layer_whose_channels_meet_each_other_holds_its_ties(model):
     g = trace(model, X)
     assert set(g.fixed) == must_stay(g, brute(model, X))
 
+@bug(MIXED)
 def test_what_is_added_to_a_mixed_layer_stays():
     m = Net(lambda s, x: s.c(s.bn(s.ln(s.a(x)) + s.b(x))), a=L(3, 4), b=L(3, 4), ln=nn.LayerNorm(4), bn=nn.BatchNorm1d(4), c=L(4, 2))
     g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed)
@@ -199,7 +200,8 @@ two = dict(a=L(3, 4), c=L(4, 2))
     (lambda: mid(nn.Softplus()), x3, '0', "not be zero at '2'"), (lambda: cmid(nn.LocalResponseNorm(3, alpha=1.)), X, '0', 'mixed'),
     (lambda: cmid(nn.ConvTranspose2d(4, 4, 2)), X, '0', "mixed on the way to '2'"), (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
     (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '1', 'grouped'), (lambda: nn.Sequential(C(2, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
-    (lambda: nn.Sequential(C(2, 4, 1), C(4, 2, 1, groups=2), C(2, 2, 1)), X, '0', 'grouped'), (lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '1', 'used 2 times'),
+    (lambda: nn.Sequential(C(2, 4, 1), C(4, 2, 1, groups=2), C(2, 2, 1)), X, '0', 'grouped'), 
+    pytest.param(lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '1', 'used 2 times', marks=bug('says 8 times: the hooks go on counting during the experiments')),
     (lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '0', 'mixed'),
     (lambda: Net(lambda s, x: s.c(s.a(x)), **two, u=L(3, 3)), x3, 'u', 'used 0 times'), (lambda: mid(), x3, '2', "the network's output"),
     (lambda: Net(lambda s, x: s.c(s.a(x) + x), a=L(3, 3), c=L(3, 2)), x3, 'a', "not be zero at 'c'"),
@@ -244,33 +246,42 @@ def test_errors(make, x, err, said):
     with pytest.raises(err) as e: trace(make(), x)
     assert said in str(e.value)
 
+@bug('StopIteration: parameters() is asked before layers()')
 def test_a_model_without_any_parameter_is_refused():
     with pytest.raises(ValueError, match='no Linear or Conv layer'): trace(nn.Sequential(nn.Flatten()), x3)
+@bug("AttributeError: 'str' object has no attribute 'eval'")
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match='expected an nn.Module'): trace('resnet18', x3)
 
+@bug("with zeros as input the network's own input looks silent, so what it is added to seems removable")
 def test_a_batch_of_zeros_is_as_good_as_any():
     m = Net(lambda s, x: s.c(s.a(x) + x), a=L(3, 3), c=L(3, 2))
     assert trace(m, torch.zeros(1, 3)).to_dict() == trace(m, x3).to_dict()
 
-@pytest.mark.parametrize('op', [lambda a, b: (a-b).relu(), lambda a, b: torch.max(a, b), lambda a, b: (a+b).clamp(max=1.)], ids=['relu(a-b)', 'max(a,b)', 'clamp(a+b)'])
+@pytest.mark.parametrize('op', [pytest.param(lambda a, b: (a-b).relu(), marks=bug('where a < b a small rise of either is not seen')), lambda a, b: torch.max(a, b),
+    pytest.param(lambda a, b: (a+b).clamp(max=1.), marks=bug('sources are positive, so a saturated sum never moves'))], ids=['relu(a-b)', 'max(a,b)', 'clamp(a+b)'])
 def test_one_sided_operations_hide_nothing(op):
     m = Net(lambda s, x: s.c(op(s.a(x), s.b(x))), a=L(3, 16), b=L(3, 16), c=L(16, 2))
     g = trace(m, x3)
     assert g.out_slots['a'].tolist() == g.out_slots['b'].tolist() == g.in_slots['c'].tolist()
 
-@pytest.mark.parametrize('mixed', [False, True])
+@pytest.mark.parametrize('mixed', [False, pytest.param(True, marks=bug('sources are float32 whatever the model is'))])
 def test_double_precision_models(mixed):
     m = Net(lambda s, x: s.c(F.linear(s.a(x), s.e) if mixed else s.a(x)), a=L(3, 4), e=nn.Parameter(torch.randn(4, 4)), c=L(4, 2))
     assert trace(copy.deepcopy(m).double(), x3.double()).to_dict() == trace(m, x3).to_dict()
 
+@bug('a parameter shared by two layers is not noticed')
 def test_tied_parameters_are_not_removable():
     m = nn.Sequential(L(4, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)); m[2].weight = m[0].weight
     g = trace(m, torch.rand(1, 4)); assert '0' in g.fixed and '2' in g.fixed
 
+@bug('only the last call of a norm is seen')
 def test_a_norm_used_twice_fixes_its_feeders():
     m = Net(lambda s, x: s.c(s.n(s.a(x))) + s.d(s.n(s.b(x))), **two, b=L(3, 4), d=L(4, 2), n=nn.BatchNorm1d(4))
     g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed) or g.out_slots['a'].tolist() == g.out_slots['b'].tolist()
+
+@bug('the first pass runs the norm itself on a batch of one, and its ValueError is passed on bare')
+def test_a_norm_on_batch_statistics(): assert trace(mid(nn.BatchNorm1d(4, track_running_stats=False)), x3).removable == ['0']
 
 # ---- expand
 
@@ -289,6 +300,7 @@ def test_masks_that_do_not_fit(units, unit, said):
     assert said in str(e.value)
     with pytest.raises(ValueError, match='needs graph'): Mask({'0': torch.ones(4).bool()}, 'channel').expand(m)
 
+@bug('labels that are shorter or longer than the layer give a bare RuntimeError, or broadcast')
 def test_group_labels_that_do_not_fit():
     m = mid()
     with pytest.raises(ValueError): Mask({'0': torch.ones(1, 1).bool()}, 'group', labels={'0': (torch.zeros(4).long(), torch.zeros(2).long())}).expand(m)

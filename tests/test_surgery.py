@@ -1,0 +1,267 @@
+"""Masked = shrunk, with everything random that could hide a mistake; on the zoo, on random networks, for every unit."""
+import copy, json, subprocess, sys, warnings
+from pathlib import Path
+import pytest, torch, torch.nn.functional as F
+from hypothesis import Phase, assume, given, settings, strategies as st
+from torch import nn
+from neuronprune import surgery
+from neuronprune.allocate import allocate
+from neuronprune.core import Mask, Scores, generator, layers
+from neuronprune.graph import trace
+from neuronprune.models import build
+from neuronprune.surgery import SurgeryError, apply, difference, load, plan, save, shrink
+from test_graph import KINDS, Net, X, found, nets
+
+bug = lambda why: pytest.mark.xfail(strict=True, reason=why)
+MIXED = 'what is added to (or multiplied with) a layer whose channels mix is not fixed'
+size_of = lambda m: sum(p.numel() for p in m.parameters())
+def quiet(*a, **kw):
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); return allocate(*a, **kw)
+
+def randomise(model, xb, seed=0):
+    "Random biases, batch-norm parameters and running statistics (around those of `xb`, so that signals survive)."
+    gen = generator(seed); norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in model.modules():
+        if getattr(m, 'bias', None) is not None: m.bias.data.copy_(.1*torch.randn(m.bias.shape, generator=gen))
+    for m in norms: m.momentum = 1.
+    with torch.no_grad(), torch.random.fork_rng(): model.train()(xb)
+    for m in norms:
+        m.momentum = .1
+        if m.affine: m.weight.data.copy_(1+.3*torch.randn(m.weight.shape, generator=gen))
+        m.running_mean += .3*m.running_var.sqrt()*torch.randn(m.running_mean.shape, generator=gen); m.running_var *= .5+torch.rand(m.running_var.shape, generator=gen)
+    return model.eval()
+
+def random_scores(model, g, unit, seed=1, names=None):
+    gen, lay = generator(seed), layers(model); rnd = lambda *s: torch.rand(*s, generator=gen)
+    if unit == 'channel': return Scores({k:rnd(g.layers[k]['n_out']) for k in names or g.removable}, 'channel', graph=g)
+    if unit == ':in': return Scores({f'{k}:in':rnd(l['n_in']) for k,l in g.layers.items() if l['groups'] == 1}, 'channel', graph=g)
+    if unit == 'weight': return Scores({k:rnd(*lay[k].weight.shape) for k in g.layers}, 'weight', graph=g)
+    keys = [k for k,l in g.layers.items() if l['groups'] == 1]
+    lab = {k:tuple(torch.arange(n)*min(n, 4)//n for n in lay[k].weight.shape[:2]) for k in keys}
+    return Scores({k:rnd(*[int(o.max())+1 for o in lab[k]]) for k in keys}, 'group', graph=g, labels=lab)
+
+def check(model, mask, xb, smaller=True):
+    "The shrunken model equals the masked one, by our own comparison; returns it."
+    before, lay = found(model), layers(model)
+    small, masked = shrink(model, mask, xb), apply(copy.deepcopy(model), mask)
+    assert found(model) == before and small is not model
+    with torch.no_grad(): y, z, s = (m.eval()(xb) for m in (copy.deepcopy(model), masked, small))
+    assert s.shape == y.shape and torch.isfinite(s).all() and (z-s).abs().max() <= 1e-5*z.abs().max()
+    if smaller: assert size_of(small) < size_of(model) and (y-z).abs().max() > 1e-4*y.abs().max() and z.std(0).max() > 1e-6
+    return small
+
+ZOO = dict(mlp=8, lenet5=16, vgg7_bn=8, vgg16_dgl=32, resnet20=8, resnet50=16, densenet22=8, squeezenet1_1=16, mobilenet_v3_small=16, basiccnn=19, wrn16_8=8)
+
+@pytest.fixture(scope='module')
+def zoo():
+    cache = {}
+    def get(name):
+        if name not in cache:
+            m, xb = build(name, 3, 10, ZOO[name], seed=0), torch.randn(6, 3, ZOO[name], ZOO[name], generator=generator(0))
+            m = randomise(m, xb); cache[name] = m, xb, trace(m, xb)
+        return cache[name]
+    return get
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('name', ZOO)
+def test_masked_is_shrunk_on_the_zoo(zoo, name, tied):
+    model, xb, g = zoo(name); mask = quiet(random_scores(model, g, 'channel'), .5, tied=tied)
+    assert set(g.fixed) <= {'fc', 'fc2', 'fc3', 'classifier', 'classifier.1', 'classifier.3'} and len(g.outputs) == 1
+    small = check(model, mask, xb)
+    if tied:
+        for k,m in layers(small).items(): assert m.weight.shape[0] == (int(mask[k].sum()) if k in mask else g.layers[k]['n_out'])
+    assert difference(small, small, xb) == 0 and not small.training
+
+@pytest.mark.parametrize('name', ['lenet5', pytest.param('vgg16_dgl', marks=pytest.mark.slow), 'resnet20', 'mobilenet_v3_small', 'densenet22'])
+@pytest.mark.parametrize('unit', [':in', 'weight', 'group'])
+def test_other_units_on_the_zoo(zoo, name, unit):
+    model, xb, g = zoo(name); names = [k for k in g.removable][:3]
+    mask = quiet(random_scores(model, g, unit), dict(weight=.995, group=.8).get(unit, .5))
+    small = check(model, mask, xb, smaller=False)
+    assert size_of(small) < size_of(model) or unit != ':in'
+
+@pytest.mark.parametrize('name', ['lenet5', 'resnet20', 'squeezenet1_1'])
+def test_a_mask_on_some_layers_only(zoo, name):
+    model, xb, g = zoo(name); loose = [k for k in g.removable if not any(k in t for t in g.ties)][:2]
+    check(model, quiet(random_scores(model, g, 'channel', names=loose), .5), xb)
+
+def test_frozen_models_shrink_the_same(zoo):
+    model, xb, g = zoo('resnet20'); mask = quiet(random_scores(model, g, 'channel'), .5)
+    a, b = shrink(model, mask, xb), shrink(copy.deepcopy(model).requires_grad_(False), mask, xb)
+    assert all(torch.equal(p, b.state_dict()[k]) for k,p in a.state_dict().items())
+
+@bug("Torch-Pruning's new parameters want gradients")
+def test_frozen_models_stay_frozen(zoo):
+    model, xb, g = zoo('resnet20'); frozen = copy.deepcopy(model); frozen.requires_grad_(False); frozen.fc.requires_grad_(True)
+    small = shrink(frozen, quiet(random_scores(model, g, 'channel'), .5), xb)
+    assert [k for k,p in small.named_parameters() if p.requires_grad] == ['fc.weight', 'fc.bias']
+
+@pytest.mark.parametrize('name', ['resnet20', 'mobilenet_v3_small', 'vgg16_dgl'])
+def test_the_small_model_trains(zoo, name):
+    model, xb, g = zoo(name); small = shrink(model, quiet(random_scores(model, g, 'channel'), .5), xb).train(); before = copy.deepcopy(small.state_dict())
+    opt = torch.optim.SGD(small.parameters(), .1)
+    F.cross_entropy(small(xb), torch.arange(len(xb))).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape and torch.isfinite(p.grad).all() for p in small.parameters())
+    opt.step(); assert all((p != before[k]).any() for k,p in small.named_parameters() if p.ndim > 1)
+    for m in small.modules():
+        if isinstance(m, nn.Linear): assert (m.out_features, m.in_features) == m.weight.shape
+        if isinstance(m, nn.Conv2d): assert (m.out_channels, m.in_channels//m.groups) == m.weight.shape[:2]
+        if isinstance(m, nn.BatchNorm2d): assert m.num_features == len(m.running_mean)
+
+def test_shrinking_twice(zoo):
+    model, xb, g = zoo('densenet22'); small = model
+    for _ in range(2): g = trace(small, xb); small = check(small, quiet(random_scores(small, g, 'channel'), .3), xb)
+
+# ---- random networks
+
+@settings(max_examples=60, deadline=None)
+@given(nets([k for k in KINDS if k not in ('shuffle', 'pad', 'glu')]), st.sampled_from(['channel', ':in', 'weight', 'group']), st.booleans(), st.floats(.1, .95), st.integers(0, 99))
+def test_masked_is_shrunk_on_random_networks(model, unit, tied, s, seed):
+    g = trace(model, X); assume(g.removable)
+    check(model, quiet(random_scores(model, g, unit, seed), s, tied=tied), X, smaller=False)
+
+@bug(MIXED)
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(nets(['glu', 'seq', 'add', 'proj']), st.sampled_from(['channel', 'weight']), st.floats(.1, .95), st.integers(0, 99))
+def test_masked_is_shrunk_where_channels_of_one_layer_meet(model, unit, s, seed):
+    g = trace(model, X); assume(g.removable)
+    check(model, quiet(random_scores(model, g, unit, seed), s), X, smaller=False)
+
+@settings(max_examples=25, deadline=None)
+@given(nets(['seq', 'add', 'dw', 'proj', 'cat']), st.floats(.3, .8), st.integers(0, 99))
+def test_tied_masks_shrink_to_what_they_keep(model, s, seed):
+    g = trace(model, X); mask = quiet(random_scores(model, g, 'channel', seed), s); small = check(model, mask, X, smaller=False)
+    assert all(len(layers(small)[k].weight) == int(v.sum()) for k,v in mask.items())
+
+@settings(max_examples=25, deadline=None)
+@given(nets(), st.floats(.2, .8), st.integers(0, 99))
+def test_hard_wired_networks_shrink_or_say_so(model, s, seed):
+    g = trace(model, X); mask = quiet(random_scores(model, g, 'channel', seed), s)
+    try: check(model, mask, X, smaller=False)
+    except SurgeryError as e: assert 'cannot run' in str(e) or 'differ by' in str(e)
+
+# ---- apply
+
+@settings(max_examples=40, deadline=None)
+@given(nets(), st.sampled_from(['channel', ':in', 'weight', 'group']), st.booleans(), st.integers(0, 99))
+def test_apply_zeroes_exactly_what_expand_names(model, unit, tied, seed):
+    g = trace(model, X); mask = quiet(random_scores(model, g, unit, seed), .5, tied=tied); e = mask.expand(model); old = copy.deepcopy(model.state_dict())
+    assert apply(model, mask) is model
+    for k,v in model.state_dict().items(): assert torch.equal(v, old[k] if k not in e else torch.where(e[k], old[k], torch.zeros_like(old[k])))
+    if unit in ('channel', 'weight'):
+        for k,v in mask.items():
+            k, v = (f'{k}.weight', v) if not k.endswith(':in') else (k[:-3]+'.weight', None)
+            if v is not None: assert torch.equal(e[k] if unit == 'weight' else e[k].flatten(1).any(1), v)
+
+@pytest.mark.parametrize('unit', ['channel', ':in', 'weight', 'group'])
+def test_scale_is_multiplied_in_once(unit):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)); x = torch.randn(5, 3); g = trace(model, x)
+    sc = random_scores(model, g, unit, names=['0']); keep = quiet(sc, .4); scale = {k:torch.rand(v.shape)+.5 for k,v in keep.items()}
+    plain = apply(copy.deepcopy(model), Mask(keep.units, keep.unit, graph=g, labels=keep.labels))
+    mask = Mask(keep.units, keep.unit, graph=g, labels=keep.labels, scale=scale); scaled = apply(copy.deepcopy(model), mask)
+    for k,m in layers(scaled).items():
+        want = layers(plain)[k].weight.clone()
+        if unit == 'group' and k in scale: want *= scale[k][mask.labels[k][0]][:, mask.labels[k][1]]
+        elif unit == 'weight': want *= scale[k]
+        elif k in scale: want *= scale[k][:, None]; assert torch.allclose(m.bias, layers(plain)[k].bias*scale[k])
+        elif f'{k}:in' in scale: want *= scale[f'{k}:in']
+        assert torch.allclose(m.weight, want)
+    assert difference(scaled, shrink(model, mask, x), x) <= 1e-5
+
+# ---- what goes wrong
+
+L = nn.Linear
+def mask_of(m, x, **keep): return Mask({k:torch.tensor(v) for k,v in keep.items()}, 'channel', graph=trace(m, x))
+
+def test_errors():
+    x = torch.rand(3, 1, 4, 4); old = Net(lambda s, x: s.fc(s.conv(x).relu().view(-1, 16)), conv=nn.Conv2d(1, 4, 3), fc=L(16, 2)); m = mask_of(old, x, conv=[True, False, True, True])
+    with pytest.raises(SurgeryError, match='cannot run.*hard-coded view'): shrink(old, m, x)
+    with pytest.raises(ValueError, match='batch is empty'): shrink(old, m, x[:0])
+    with pytest.raises(ValueError, match='NaN'): shrink(old, m, x*float('nan'))
+    w = Mask({'conv': torch.ones(4, 1, 3, 3).bool()}, 'weight')
+    with pytest.raises(ValueError, match='expected xb'): plan(old, w)
+    with pytest.raises(ValueError, match="layer 'head' is not in the model"): shrink(old, Mask({'head': torch.ones(4).bool()}, 'channel', graph=m.graph), x)
+
+def test_a_difference_is_an_error_that_says_how_much(monkeypatch):
+    model = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 2)); x = torch.rand(5, 3); m = mask_of(model, x, **{'0': [True, False, True, True]})
+    cut = surgery._cut_all
+    monkeypatch.setattr(surgery, '_cut_all', lambda mod, cuts: cut(mod, {n:(torch.tensor([0, 1, 2]) if n == '0' else o, i) for n,(o,i) in cuts.items()}))
+    with pytest.raises(SurgeryError, match=r'differ by .* allowed are 1e-05'): shrink(model, m, x)
+    shrink(model, m, x, tol=float('inf'))
+
+def test_nan_weights_do_not_pass():
+    model = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 2)); x = torch.rand(5, 3); m = mask_of(model, x, **{'0': [True, False, True, True]})
+    model[2].weight.data[0, 0] = float('nan')
+    with pytest.raises((SurgeryError, ValueError)): shrink(model, m, x)
+
+def test_a_layer_never_disappears():
+    model = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)); x = torch.rand(5, 3)
+    none = Mask({'2': torch.zeros(4, 4).bool()}, 'weight'); small = shrink(model, none, x)
+    assert small[2].weight.shape[1] >= 1 and small(x).shape == (5, 2)
+
+@pytest.mark.parametrize('norm', [pytest.param(lambda: nn.BatchNorm2d(4, track_running_stats=False), marks=bug('its shift is not masked: expand asks for running_var')), lambda: nn.BatchNorm2d(4), lambda: nn.BatchNorm2d(4, affine=False),
+                                  lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False), lambda: nn.PReLU(4)],
+                         ids=['batch statistics', 'plain', 'without parameters', 'without anything', 'prelu'])
+def test_every_norm_that_the_graph_knows(norm):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0); model = nn.Sequential(nn.Conv2d(2, 4, 1), norm(), nn.LeakyReLU(), nn.Conv2d(4, 2, 1)).eval()
+        for p in model[1].parameters(): p.normal_()
+        for b in model[1].buffers(): b.copy_(torch.rand(4)+.5) if b.is_floating_point() else None
+    check(model, mask_of(model, X, **{'0': [True, False, True, True]}), X)
+
+def test_tied_parameters_shrink_or_are_refused():
+    m = nn.Sequential(L(4, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)); m[2].weight = m[0].weight; x = torch.rand(5, 4)
+    try: check(m, quiet(random_scores(m, trace(m, x), 'channel'), .5), x, smaller=False)
+    except (ValueError, SurgeryError): pass
+
+@bug(MIXED)
+def test_a_live_norm_slot_is_not_masked():
+    m = Net(lambda s, x: s.c(s.bn(s.ln(s.a(x)) + s.b(x))), a=L(3, 4), b=L(3, 4), ln=nn.LayerNorm(4), bn=nn.BatchNorm1d(4), c=L(4, 2)).eval(); x = torch.randn(8, 3)
+    check(m, mask_of(m, x, b=[True, False, True, True]), x, smaller=False)
+
+def test_a_trace_of_zeros_and_a_check_on_zeros_do_not_pass_a_wrong_model():
+    m = Net(lambda s, x: s.c(s.a(x) + x), a=L(3, 3), c=L(3, 2)); z, x = torch.zeros(1, 3), torch.randn(8, 3); mask = mask_of(m, z, a=[True, False, True])
+    try: small = shrink(m, mask, z)
+    except SurgeryError: return
+    assert difference(apply(copy.deepcopy(m), mask), small, x) < 1e-5
+
+# ---- files
+
+@pytest.mark.parametrize('name', ['lenet5', 'vgg16_dgl', 'resnet20', 'densenet22', 'mobilenet_v3_small'])
+def test_save_load(zoo, name, tmp_path):
+    model, xb, g = zoo(name); small = shrink(model, quiet(random_scores(model, g, 'channel'), .5), xb); save(small, tmp_path/'m'); back = load(tmp_path/'m')
+    a, b = small.state_dict(), back.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and difference(small, back, xb) == 0 and back.spec == model.spec
+    for m in back.modules(): assert not isinstance(m, nn.BatchNorm2d) or m.num_features == len(m.running_mean)
+
+def test_load_in_a_process_that_cannot_unpickle(zoo, tmp_path):
+    model, xb, g = zoo('resnet20'); small = shrink(model, quiet(random_scores(model, g, 'channel'), .5), xb); save(small, tmp_path/'zoo')
+    own = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 2)); x = torch.rand(5, 3); tiny = shrink(own, mask_of(own, x, **{'0': [True, False, True, True]}), x); save(tiny, tmp_path/'own')
+    with torch.no_grad(): want = small(xb).tolist(), tiny(x).tolist()
+    code = f"""
+import sys, pickle, json, torch; from torch import nn; from neuronprune.surgery import load; import neuronprune.models
+def no(*a, **k): raise AssertionError('unpickled')
+pickle.load = pickle.loads = torch.load = no; pickle.Unpickler = no
+sys.addaudithook(lambda e, a: no() if e == 'pickle.find_class' else None)
+a, b = load({str(tmp_path/'zoo')!r}).eval(), load({str(tmp_path/'own')!r}, nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+with torch.no_grad(): print(json.dumps([a(torch.tensor({xb.tolist()!r})).tolist(), b(torch.tensor({x.tolist()!r})).tolist()]))"""
+    r = subprocess.run([sys.executable, '-'], input=code, capture_output=True, text=True, cwd=Path(surgery.__file__).parents[1])
+    assert r.returncode == 0, r.stderr
+    for a, b in zip(json.loads(r.stdout), want): assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-6)
+    with pytest.raises(ValueError, match='expected model='): load(tmp_path/'own')
+
+def test_load_errors(tmp_path):
+    Scores({'a': torch.rand(2)}, 'channel').save(tmp_path/'s')
+    with pytest.raises(ValueError, match="holds 'Scores', expected a model"): load(tmp_path/'s')
+    with pytest.raises(FileNotFoundError): load(tmp_path/'none')
+
+@bug('JSON turns widths into a list, which build cannot hash')
+def test_specs_with_arguments_come_back(tmp_path):
+    m = build('basiccnn', 1, 10, 19, seed=0, widths=(4, 4, 8, 8)); save(m, tmp_path/'a'); assert [o.weight.shape for o in layers(load(tmp_path/'a')).values()] == [o.weight.shape for o in layers(m).values()]
+
+@bug('a class becomes its repr in the header and load calls a string')
+def test_specs_with_classes_come_back_or_are_refused(tmp_path):
+    m = build('lenet5', 1, 10, 16, seed=0, pool=nn.MaxPool2d)
+    try: save(m, tmp_path/'b')
+    except (ValueError, TypeError): return
+    assert difference(m, load(tmp_path/'b'), torch.rand(2, 1, 16, 16)) == 0
