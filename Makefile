@@ -42,7 +42,7 @@ $(STAMP): settings.ini setup.py
 run: $(STAMP)
 	@mkdir -p runs
 	@$(PAPERMILL) runs/$(METHOD).ipynb -p method $(METHOD) $(ARGS) $(QUIET)
-	@$(PY) -m jupyter nbconvert --log-level WARN --to html runs/$(METHOD).ipynb
+	@$(PY) -m jupyter nbconvert --log-level WARN --to html --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags hide runs/$(METHOD).ipynb
 	@$(PY) scripts/show_record.py runs/$(METHOD).ipynb
 	@echo 'Page: runs/$(METHOD).html'
 

@@ -170,7 +170,7 @@ def dense(dls,            # from `get_dls`
           out=None,       # folder; the network is cached in out/dense
           progress:bool=False, **fit_args # arguments of `fit`
          ):
-    "A `Learner` with the trained dense network, from the cache under `out` if it is there."
+    "A `Learner` with the trained dense network and a fresh optimiser, from the cache under `out` if it is there."
     learn = learner(build(model, dls.c_in, dls.n_out, dls.size, seed=seed, weights=weights), dls, opt=opt, lr=lr, seed=seed, **(opt_args or {}))
     key = _digest(dict(data=dls.record, bs=dls.train.bs, model=learn.model.spec, weights=weights, epochs=epochs, opt=opt, lr=learn.lr, opt_args=opt_args or {}, seed=seed, fit=fit_args))
     path = None if out is None else Path(out)/'dense'/f'{key}.safetensors'
@@ -181,6 +181,7 @@ def dense(dls,            # from `get_dls`
         learn.history, learn.n_fits, learn.rewind.done = h['history'], h['n_fits'], epochs
         return learn
     fit(learn, epochs, progress=progress, **fit_args)
+    learn.opt = None
     if path is not None:
         parts = {'init': learn.rewind.init, 'trained': learn.model.state_dict()}
         save_tensors(path, {f'{p}/{k}':v.detach().cpu().clone() for p,d in parts.items() for k,v in d.items()}, dict(kind='dense', history=learn.history, n_fits=learn.n_fits))

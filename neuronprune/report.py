@@ -209,12 +209,13 @@ def _removed(before, after): return None if not before else 1-after/before
 
 # %% ../nbs/07_report.ipynb #costs
 def _costs(dense, after, xb, latency):
-    "Counts, memory and time of both networks, and the fractions that follow from them."
+    "Counts, memory and time of both networks (timed in turns, best of three medians), and the fractions that follow from them."
     r = dict(latency_batch=len(xb) if latency else None, params_before=count_params(dense), params_after=count_params(after), nonzero_after=nonzero_params(after),
              macs_before=count_macs(dense, xb), macs_after=count_macs(after, xb), macs_nonzero=count_macs(after, xb, nonzero=True))
-    for when,m in (('before', dense), ('after', after)):
-        r[f'memory_{when}'] = {how:memory(m, how) for how in ('dense', 'csr', 'csr_npz')}
-        if latency: r[f'latency_{when}'] = latency_ms(m, xb)
+    for when,m in (('before', dense), ('after', after)): r[f'memory_{when}'] = {how:memory(m, how) for how in ('dense', 'csr', 'csr_npz')}
+    if latency:
+        times = [(latency_ms(dense, xb, 10), latency_ms(after, xb, 10)) for _ in range(3)]
+        r['latency_before'], r['latency_after'] = map(min, zip(*times))
     return dict(r, params_removed=_removed(nonzero_params(dense), r['nonzero_after']),
                 macs_removed=_removed(count_macs(dense, xb, nonzero=True), r['macs_nonzero']))
 
@@ -294,8 +295,10 @@ _LABELS = dict(method_args='arguments', sparsity='units, requested', units_remov
 @patch
 def to_frame(self:Report)->pd.DataFrame:
     "The record for people: rows (group, item), one column; what was not measured is left out."
-    rows = [(g, _LABELS.get(k, k.split('_')[-1]), f(v)) for g,ks in _GROUPS.items() for k,f in ks.items()
-            if (v := getattr(self, k)) not in (None, {}, '')]
+    rows = []
+    for g,k,f in [(g, k, f) for g,ks in _GROUPS.items() for k,f in ks.items() if getattr(self, k) not in (None, {}, '')]:
+        v = getattr(self, k)
+        rows += [(g, n, str(o)) for n,o in v.items()] if g == 'made with' else [(g, _LABELS.get(k, k.split('_')[-1]), f(v))]
     return pd.DataFrame([o[2] for o in rows], index=pd.MultiIndex.from_tuples([o[:2] for o in rows], names=['', ' ']), columns=['value'])
 
 @patch

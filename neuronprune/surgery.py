@@ -115,6 +115,7 @@ def shrink(model:nn.Module, # dense or masked; not changed
     check_batch(xb); xb = xb.to(next(model.parameters()).device)
     masked = apply(copy.deepcopy(model), mask)
     small = _cut_all(copy.deepcopy(masked), plan(model, mask, xb))
+    for p,q in zip(model.parameters(), small.parameters()): q.requires_grad_(p.requires_grad)
     try: d = difference(masked, small, xb)
     except RuntimeError as e: raise SurgeryError(f"the shrunken model cannot run: {e}. Its forward seems to rely on the original widths (a hard-coded view or split?)") from e
     if not d <= tol: raise SurgeryError(f"masked and shrunken model differ by {d:.2g} relative to the largest output; allowed are {tol:g}")

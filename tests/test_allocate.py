@@ -100,7 +100,7 @@ def test_round_to(sc, s, r, scope):
 def test_threshold(sc, t, layer):
     mask = quiet(sc, threshold=t, scope='layer' if layer else 'global')
     for k,v in sc.items():
-        low, rows = v < t, mask[k] if sc.unit == 'group' else mask[k].view(1, -1)
+        low, rows = v.double() < t, mask[k] if sc.unit == 'group' else mask[k].view(1, -1)
         assert (mask[k] >= ~low).all() and rows.any(1).all()
         low = low if sc.unit == 'group' else low.view(1, -1); assert (rows.sum(1) == (~low).sum(1).clamp(min=1)).all()
     assert same(mask, quiet(Scores({k:v for k,v in sc.items()}, sc.unit, labels=sc.labels), threshold=t))

@@ -183,11 +183,16 @@ def test_errors():
     with pytest.raises(ValueError, match="layer 'head' is not in the model"): shrink(old, Mask({'head': torch.ones(4).bool()}, 'channel', graph=m.graph), x)
 
 def test_a_difference_is_an_error_that_says_how_much(monkeypatch):
-    model = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 2)); x = torch.rand(5, 3); m = mask_of(model, x, **{'0': [True, False, True, True]})
-    cut = surgery._cut_all
+    with torch.random.fork_rng(): torch.manual_seed(0); model = nn.Sequential(L(3, 4), nn.LeakyReLU(), L(4, 2)); x = torch.randn(5, 3)
+    m, cut = mask_of(model, x, **{'0': [True, False, True, True]}), surgery._cut_all
     monkeypatch.setattr(surgery, '_cut_all', lambda mod, cuts: cut(mod, {n:(torch.tensor([0, 1, 2]) if n == '0' else o, i) for n,(o,i) in cuts.items()}))
     with pytest.raises(SurgeryError, match=r'differ by .* allowed are 1e-05'): shrink(model, m, x)
     shrink(model, m, x, tol=float('inf'))
+
+def test_the_output_and_other_fixed_layers_keep_their_width():
+    with torch.random.fork_rng(): torch.manual_seed(0); model = nn.Sequential(L(3, 4), nn.Sigmoid(), L(4, 4), nn.LeakyReLU(), L(4, 3)); x = torch.randn(5, 3)
+    keep = [True, False, True, True]; small = check(model, mask_of(model, x, **{'0': keep, '2': keep, '4': [True, True, False]}), x)
+    assert [tuple(m.weight.shape) for m in layers(small).values()] == [(4, 3), (3, 4), (3, 3)] and (small(x)[:, 2] == 0).all()
 
 def test_nan_weights_do_not_pass():
     model = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 2)); x = torch.rand(5, 3); m = mask_of(model, x, **{'0': [True, False, True, True]})

@@ -1,0 +1,79 @@
+"""The experiments page through papermill, one run per registered method, and grids of runs."""
+import json, os, subprocess, sys, time
+from pathlib import Path
+import papermill as pm, pytest
+from neuronprune.batch import PARAMETERS, complete, gather, grid, load_grid, notebook_path, run, run_all, run_folder
+from neuronprune.core import methods
+from neuronprune.report import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = dict(epochs=2, fine_tune_epochs=1)
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs'); t = time.time()
+    return out, run_all([dict(method=m, **QUICK) for m in methods()], n_jobs=2, out=out, threads=1, progress=False), time.time()-t
+
+def test_every_method_runs(runs):
+    out, df, secs = runs
+    assert list(df.error) == ['']*len(df)
+    for m,r in zip(df.method, df.record):
+        assert r.method == m and r.dataset == 'digits' and r.tuned.n == 359 and r.params_removed > .2
+    assert secs < 90*len(df)/2
+    assert len(gather(out)) == len(df) and not list(out.glob('*/failed.ipynb'))
+
+def test_runs_share_the_dense_network(runs):
+    df = runs[1]
+    assert len({r.before.k for m,r in zip(df.method, df.record) if m != 'slimming'}) == 1
+
+def test_resume_does_nothing_twice(runs):
+    out, df, _ = runs; page = next(out.glob('*/page.ipynb')); stamp = page.stat().st_mtime; t = time.time()
+    again = run_all([dict(method=m, **QUICK) for m in methods()], n_jobs=1, out=out, progress=False)
+    assert time.time()-t < 5 and page.stat().st_mtime == stamp
+    assert [r.tuned for r in again.record] == [r.tuned for r in df.record]
+
+def test_page_reads_like_a_report(runs):
+    page = next(p for p in runs[0].glob('*/page.ipynb') if p.parent.name.startswith('mint'))
+    nb = json.loads(page.read_text()); cells = nb['cells']
+    shown = ''.join(json.dumps(c.get('outputs', [])) for c in cells)
+    assert '**mint**' in shown and 'after fine-tuning' in shown and shown.count('image/png') >= 4 and '"error"' not in shown
+    assert [c for c in cells if 'record' in c['metadata'].get('tags', [])]
+
+def test_failures_stay_where_they_happen(tmp_path):
+    df = run_all([dict(method='random', sparsity=1.5, **QUICK), dict(method='random', dataset='digts', **QUICK)], n_jobs=1, out=tmp_path, progress=False)
+    assert list(df.record) == [None, None]
+    assert 'did you mean' in df.error[1] and 'sparsity=1.5' in df.error[0]
+    assert len(list(tmp_path.glob('*/failed.ipynb'))) == 2 and not list(tmp_path.glob('*/page.ipynb')) and not list(tmp_path.glob('*/record.json'))
+
+def test_unknown_parameter_fails_loudly(tmp_path):
+    with pytest.raises(pm.exceptions.PapermillExecutionError, match="did you mean 'method'"):
+        pm.execute_notebook(str(notebook_path()), str(tmp_path/'x.ipynb'), dict(metod='random'), kernel_name='python3', progress_bar=False)
+
+def test_defaults_of_page_and_package_agree():
+    cell = next(c for c in json.loads(notebook_path().read_text())['cells'] if 'parameters' in c['metadata'].get('tags', []))
+    ns = {}; exec(''.join(cell['source']), ns); ns.pop('__builtins__')
+    assert ns == PARAMETERS
+
+def test_folder_is_a_function_of_all_parameters():
+    base = run_folder(dict(method='mint'))
+    assert base == run_folder(dict(PARAMETERS)) == run_folder(dict(method='mint', out='elsewhere'))
+    assert len({run_folder({'method': 'mint', k:v}) for k,v in dict(seed=1, sparsity=.6, method_args={'n_groups': [2, 2]}, rounds=2).items()} | {base}) == 5
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'params').rglob('*.yml')), ids=lambda p: f'{p.parent.name}/{p.name}')
+def test_parameter_files(path):
+    g = load_grid(path)
+    assert g and all(complete(p) for p in g) and len({run_folder(p) for p in g}) == len(g)
+    from neuronprune.pipeline import split_args
+    for p in g: split_args(methods()[complete(p)['method']], p.get('method_args', {}))
+
+def test_grid_messages(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'sparsity'"): grid(sparsities=[.5])
+    (tmp_path/'bad.yml').write_text('bse: {}\n')
+    with pytest.raises(ValueError, match="did you mean 'base'"): load_grid(tmp_path/'bad.yml')
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (Path(os.environ.get('NEURONPRUNE_DATA', '/nonexistent'))/'MNIST').exists(), reason='NEURONPRUNE_DATA holds no MNIST')
+def test_mnist(tmp_path):
+    r = run(dict(method='mint', dataset='mnist', data_root=os.environ['NEURONPRUNE_DATA'], epochs=1, fine_tune_epochs=1, batch_size=256,
+                 method_args=dict(n_per_class=60, n_groups=[10, 10])), out=tmp_path)
+    assert r.tuned.n == 10000 and r.tuned.accuracy > .9

@@ -1,0 +1,134 @@
+"""The whole flow by name: what `prune` promises for every method, and that it says what is wrong."""
+import copy, os, subprocess, sys
+import pytest, torch
+from neuronprune.all import *
+from neuronprune.core import Scores, generator, kappa, method
+from neuronprune.pipeline import channel_table, score_with, split_args, weights_at
+import neuronprune.core as core
+
+NAMES = list(methods())
+
+@pytest.fixture(scope='module')
+def dls(): return get_dls('digits', bs=64)
+
+def start(dls, model='mlp', epochs=2, **kw): return fit(learner(build(model, dls.c_in, dls.n_out, 8, seed=0), dls, lr=.1, **kw), epochs)
+def host(name): return 'vgg7_bn' if name == 'slimming' else 'mlp'
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_method(dls, name):
+    learn = start(dls, host(name), epochs=1)
+    res = prune(learn, name, .5, fine_tune_epochs=1, shrink=True)
+    r = res.report
+    assert r.method == name and r.before.n == r.tuned.n == 359 and r.seed == 0 and r.secs > 0
+    assert learn.model is res.model and not any(m._forward_hooks for m in learn.model.modules())
+    got = res.mask.meta['achieved'] if res.mask.meta['of'] != 'units' else res.mask.sparsity
+    per_part = max(1, len(res.mask)) if res.mask.meta['scope'] == 'layer' else 1
+    total = sum(v.numel() for v in res.mask.values())
+    smallest = total if res.mask.meta['of'] == 'units' else min(len(v.flatten()) for v in res.mask.values())
+    assert .5-per_part/min(smallest, total) - 1e-9 <= got <= .5 + 1e-9
+    keep = res.mask.expand(build(host(name), 1, 10, 8, seed=0))
+    if res.mask.unit == 'weight' and r.params_after == r.params_before:
+        assert all((dict(res.model.named_parameters())[k][~v] == 0).all() for k,v in keep.items())
+    assert all(v.any() for v in res.mask.values())
+
+def test_same_seed_same_bytes(dls):
+    a, b = [prune(start(dls), 'snip', .8, fine_tune_epochs=2) for _ in range(2)]
+    assert all(torch.equal(x, y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    assert a.report.tuned.k == b.report.tuned.k
+
+@pytest.mark.parametrize('opt,kw', [('sgd', {}), ('sgd', dict(wd=1e-2)), ('adamw', dict(wd=1e-1)), ('adam', {})])
+def test_zeros_survive_fine_tuning(dls, opt, kw):
+    learn = fit(learner(build('mlp', 1, 10, 8, seed=0), dls, opt=opt, lr=.01, **kw), 2)
+    res = prune(learn, 'magnitude', .7, fine_tune_epochs=2)
+    dead = [p[~res.mask[n.removesuffix('.weight')]] for n,p in learn.model.named_parameters() if n.endswith('weight')]
+    assert sum(map(len, dead)) == 185000-kappa(185000, .7) and all((d == 0).all() for d in dead)
+    alive = learn.model.fc1.weight[res.mask['fc1']]
+    assert (alive != 0).float().mean() > .99
+
+def test_rounds_narrow_and_reach_the_budget(dls):
+    seen = []
+    @method('spy', unit='weight')
+    def spy(model, dls=None, *, seed=0):
+        seen.append(int(sum((p == 0).sum() for n,p in model.named_parameters() if n.endswith('weight'))))
+        g = generator(seed+len(seen)); return Scores({k:torch.rand(m.weight.shape, generator=g) for k,m in layers(model).items()}, 'weight', method='spy')
+    try: res = prune(start(dls), 'spy', .9, rounds=4, fine_tune_epochs=1)
+    finally: core._registry.pop('spy')
+    want = [0]+[185000-kappa(185000, s) for s in ratios(.9, 4)]
+    assert seen == want[:4] and res.mask.counts() == (18500, 185000)
+
+def test_shrink_keeps_the_function(dls):
+    masked = prune(start(dls, 'vgg7_bn'), 'fpgm', .5, fine_tune_epochs=1).model
+    small = prune(start(dls, 'vgg7_bn'), 'fpgm', .5, fine_tune_epochs=1, shrink=True)
+    xb = dls.valid.one_batch()[0]
+    assert difference(masked, small.model, xb) < 1e-5
+    assert small.report.params_after < .35*small.report.params_before and count_params(small.model) == small.report.params_after
+
+def test_training_goes_on_after_shrinking(dls):
+    learn = start(dls)
+    prune(learn, 'magnitude', .5, unit='channel', fine_tune_epochs=1, shrink=True)
+    before = learn.model.fc1.weight.detach().clone()
+    fit(learn, 1)
+    assert not torch.equal(before, learn.model.fc1.weight)
+
+def test_rewinding(dls):
+    learn = start(dls); init = copy.deepcopy(learn.rewind.init)
+    res = prune(learn, 'lth', .6, fine_tune_epochs=0)
+    assert all(torch.equal(learn.model.get_parameter(f'{k}.weight')[v], init[f'{k}.weight'][v]) for k,v in res.mask.items())
+    assert torch.equal(learn.model.fc1.bias, init['fc1.bias'])
+    learn = start(dls); trained = learn.model.fc1.weight.detach().clone()
+    with weights_at(learn, 'init'): assert torch.equal(learn.model.fc1.weight, init['fc1.weight'])
+    assert torch.equal(learn.model.fc1.weight, trained)
+
+def test_group_scores_as_channels(dls):
+    res = prune(start(dls), 'mint', .5, unit='channel', fine_tune_epochs=0, shrink=True, n_groups=(5, 5))
+    assert res.mask.unit == 'channel' and res.model.fc2.out_features == 150 and 'fc3' not in res.mask
+
+def test_frozen_model(dls):
+    a, b = start(dls, epochs=1), start(dls, epochs=1)
+    b.model.fc1.requires_grad_(False)
+    x, y = [prune(l, 'magnitude', .5, unit='channel', fine_tune_epochs=0, shrink=True) for l in (a, b)]
+    assert all(torch.equal(x.mask[k], y.mask[k]) for k in x.mask) and not y.model.fc1.weight.requires_grad
+
+def test_result_files(dls, tmp_path):
+    res = prune(start(dls), 'magnitude', .5, unit='channel', fine_tune_epochs=0, shrink=True)
+    res.save(tmp_path/'run')
+    code = f"""
+from neuronprune.surgery import load
+from neuronprune.core import Mask, Scores
+from neuronprune.report import Report
+import neuronprune.models, pickle, torch
+def no(*a, **k): raise RuntimeError('unpickled')
+pickle.load = pickle.loads = pickle.Unpickler = torch.load = no
+m = load({str(tmp_path/'run'/'model.safetensors')!r}); print(sum(p.numel() for p in m.parameters()))
+print(Mask.load({str(tmp_path/'run'/'mask.safetensors')!r}).sparsity, Scores.load({str(tmp_path/'run'/'scores.safetensors')!r}).method, Report.load({str(tmp_path/'run'/'record.json')!r}).params_after)
+"""
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=os.path.dirname(os.path.dirname(__file__))).stdout.split()
+    assert out == [str(count_params(res.model)), '0.5', 'magnitude', str(res.report.params_after)]
+
+@pytest.mark.parametrize('kw,words', [
+    (dict(method='mnit', sparsity=.5), "did you mean 'mint'?"), (dict(method='magnitude', sparsity=90), 'did you mean 0.9?'),
+    (dict(method='magnitude'), 'exactly one of the two'), (dict(method='magnitude', sparsity=.5, threshold=1.), 'exactly one of the two'),
+    (dict(method='magnitude', sparsity=.5, nrom='l1'), "did you mean 'norm'?"), (dict(method='magnitude', sparsity=.5, rounds=0), 'rounds=0'),
+    (dict(method='magnitude', sparsity=.5, fine_tune_epochs=-1), 'fine_tune_epochs=-1'), (dict(method='magnitude', sparsity=.5, unit='neuron'), "unit='neuron'"),
+    (dict(method='magnitude', sparsity=.5, at='finished'), "'finished'"), (dict(method='slimming', sparsity=.5), 'atch norm')])
+def test_messages(dls, kw, words):
+    learn = start(dls, epochs=0); before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises((ValueError, TypeError)) as e: prune(learn, **kw)
+    assert words in str(e.value), str(e.value)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
+def test_dense_cache(dls, tmp_path):
+    a, b = dense(dls, 'mlp', 1, out=tmp_path), dense(dls, 'mlp', 1, out=tmp_path)
+    c = dense(dls, 'mlp', 1, out=tmp_path, seed=1)
+    assert len(list((tmp_path/'dense').glob('*.safetensors'))) == 2
+    for x,y in ((a.model.state_dict(), b.model.state_dict()), (a.rewind.init, b.rewind.init)): assert all(torch.equal(x[k], y[k]) for k in x)
+    assert curves(a).equals(curves(b)) and not torch.equal(a.model.fc1.weight, c.model.fc1.weight)
+    assert prune(a, 'random', .5, fine_tune_epochs=1).report.tuned.k == prune(b, 'random', .5, fine_tune_epochs=1).report.tuned.k
+
+def test_channel_table_counts(dls):
+    learn = start(dls, epochs=1); net = build('mlp', 1, 10, 8, seed=0)
+    res = prune(learn, 'magnitude', .97, fine_tune_epochs=0)
+    t = channel_table(res, net).set_index('layer')
+    rows = ~res.mask['fc2'].any(1)
+    assert t.without_inputs['fc2'] == int(rows.sum())
+    assert t.unread_or_dropped['fc2'] >= int((~res.mask['fc3'].any(0)).sum())
