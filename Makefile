@@ -66,7 +66,7 @@ job: $(STAMP)
 
 pytest: $(STAMP)
 	@echo '== pytest'
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest
 
 readme: $(STAMP)
 	@$(PY) scripts/readme.py

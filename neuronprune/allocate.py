@@ -8,7 +8,7 @@ __all__ = ['allocate', 'ratios']
 # %% ../nbs/04_allocate.ipynb #import-warnings
 import warnings
 from fnmatch import fnmatch
-from fractions import Fraction
+from numbers import Real
 import numpy as np, torch
 from .core import *
 from .graph import _components
@@ -33,7 +33,7 @@ def _slot_ids(scores, tied):
 def _pool(ids, vals, n, reduce):
     "Reduce the entries of each atom: 'mean', 'sum', 'max' or 'min'."
     i, v = np.concatenate(list(ids.values())), np.concatenate(vals)
-    if len(i) == n: return v[np.argsort(i, kind='stable')]
+    if len(i) == n: return v
     res = np.full(n, dict(max=-np.inf, min=np.inf).get(reduce, 0.))
     dict(max=np.maximum, min=np.minimum).get(reduce, np.add).at(res, i, v)
     return res / np.bincount(i, minlength=n) if reduce == 'mean' else res
@@ -42,14 +42,15 @@ def _pool(ids, vals, n, reduce):
 def _unit_cost(scores, k, of):
     "Cost of every unit under key `k`, an array of the score's shape."
     v, g, n = scores[k], scores.graph, k.removesuffix(':in')
-    if of == 'units': return np.ones(v.shape)
     info = g.layers.get(n) if g is not None else None
     if k in scores.cost: c = scores.cost[k]
     elif scores.unit == 'weight': c = 1.
-    elif scores.unit == 'group': child, parent = (torch.bincount(o, minlength=s) for o,s in zip(scores.labels[k], v.shape)); c = child[:, None]*parent*(info['taps'] if info else 1)
+    elif scores.unit == 'group':
+        child, parent = (torch.bincount(o, minlength=s) for o,s in zip(scores.labels[k], v.shape))
+        c = child[:, None]*parent*(info['taps'] if info else 1)
     elif info: c = info['weights']/v.numel()
-    else: raise ValueError(f"of={of!r}: the cost of a channel of {n!r} is unknown; expected scores with graph=trace(model, xb) or cost={{...}}")
-    if of == 'macs' and info is None: raise ValueError(f"of='macs': needs scores with graph=trace(model, xb), got none for {n!r}")
+    else: raise ValueError(f"of={of!r}: the cost of a channel of {n!r} is unknown; expected scores with graph=trace(model, xb) or cost={{…}}")
+    if of == 'macs' and info is None: raise ValueError(f"of='macs': {n!r} is not traced; expected scores with graph=trace(model, xb)")
     return np.broadcast_to(np.asarray(c, dtype=float), v.shape) * (info['positions'] if of == 'macs' else 1)
 
 # %% ../nbs/04_allocate.ipynb #values
@@ -67,8 +68,9 @@ def _protected(ids, order, scores, caps, keep, min_keep):
     for k,a in ids.items():
         n = k.removesuffix(':in')
         if any(fnmatch(n, p) for p in keep): protect(a, len(a)); continue
-        for row in (a.reshape(scores[k].shape) if scores.unit == 'group' else [np.unique(a)]): protect(row, min_keep)
-        if n in caps: protect(np.unique(a), kappa(len(np.unique(a)), caps[n]))
+        if scores.unit == 'channel': a = np.unique(a)
+        for row in (a.reshape(scores[k].shape) if scores.unit == 'group' else [a]): protect(row, min_keep)
+        if n in caps: protect(a, kappa(len(a), caps[n]))
     return safe
 
 # %% ../nbs/04_allocate.ipynb #remove
@@ -76,7 +78,8 @@ def _remove(order, safe, cost, sparsity, of):
     "Atoms removed out of those in `order`: the longest unprotected prefix within the budget."
     free = order[~safe[order]]
     if of == 'units': return free[:len(order)-kappa(len(order), sparsity)]
-    return free[:np.searchsorted(np.cumsum(cost[free]), cost[order].sum()*float(Fraction(str(sparsity)))*(1+1e-12), side='right')]
+    budget = cost[order].sum() * sparsity * (1+1e-12)
+    return free[:np.searchsorted(np.cumsum(cost[free]), budget, side='right')]
 
 def _round(removed, ids, order, round_to):
     "Give back the best removed atoms of each layer until the number kept is a multiple of `round_to`."
@@ -91,18 +94,20 @@ def _round(removed, ids, order, round_to):
 
 # %% ../nbs/04_allocate.ipynb #setup
 def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
-    "Checked arguments: (normalisation, caps per layer)."
+    "Checked arguments: (normalisation, caps per layer, layers to spare)."
     if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
     if sparsity is not None: check_fraction('sparsity', sparsity)
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or threshold != threshold):
+        raise ValueError(f"threshold={threshold!r}: expected a number in the unit of the scores")
     check_choice('scope', scope, ('global', 'layer')); check_choice('of', of, ('units', 'params', 'macs'))
     check_choice('normalize', normalize, ('auto', None, 'mean', 'max'))
-    names = [k.removesuffix(':in') for k in scores]
+    names, keep = [k.removesuffix(':in') for k in scores], (keep,) if isinstance(keep, str) else tuple(keep)
     for p in keep:
         if not any(fnmatch(n, p) for n in names): check_choice('keep', p, names)
     caps = caps if isinstance(caps, dict) else {} if caps is None else dict.fromkeys(names, caps)
     for n,c in caps.items(): check_choice('caps', n, names); check_fraction(f'caps[{n!r}]', c)
     auto = 'mean' if scores.unit == 'channel' and scope == 'global' and threshold is None else None
-    return auto if normalize == 'auto' else normalize, caps
+    return auto if normalize == 'auto' else normalize, caps, keep
 
 # %% ../nbs/04_allocate.ipynb #allocate-2
 def allocate(scores:Scores,       # what to rank
@@ -118,12 +123,13 @@ def allocate(scores:Scores,       # what to rank
              keep=(),             # layers to spare, names or patterns
              normalize='auto'     # divide a layer's scores by their 'mean' or 'max'; 'auto' = 'mean' for channels in a global ranking
             )->Mask:
-    "The mask that removes the lowest scores within the budget. Equal scores go in key order, first index first. Raises `ValueError` on bad arguments; warns when protection makes the budget unreachable."
-    normalize, caps = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
-    check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min')); check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
+    "The mask that removes the lowest scores within the budget; equal scores go in key order, first index first. `ValueError` on bad arguments, a warning when the budget is out of reach."
+    normalize, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
+    check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
+    check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
     ids, n = _slot_ids(scores, tied)
     vals = _pool(ids, _values(scores, normalize), n, reduce)
-    cost = _pool(ids, [_unit_cost(scores, k, of).flatten() for k in scores], n, 'sum')
+    cost = np.ones(n) if of == 'units' else _pool(ids, [_unit_cost(scores, k, of).flatten() for k in scores], n, 'sum')
     order = np.argsort(vals, kind='stable')
     safe, removed = _protected(ids, order, scores, caps, keep, min_keep), np.zeros(n, dtype=bool)
     if threshold is not None: removed[(vals < threshold) & ~safe] = True
@@ -132,9 +138,11 @@ def allocate(scores:Scores,       # what to rank
     if round_to > 1: removed = _round(removed, ids, order, round_to)
     got = float(cost[removed].sum()/cost.sum())
     if sparsity is not None and round_to == 1 and of == 'units' and scope == 'global' and removed.sum() < n-kappa(n, sparsity):
-        warnings.warn(f"allocate: sparsity {sparsity} is out of reach, {got:.4g} achieved; min_keep, caps and keep protect {int(safe.sum())} of {n} units")
+        warnings.warn(f"allocate: sparsity {sparsity} is out of reach, {got:.4g} achieved; "
+                      f"min_keep, caps and keep protect {int(safe.sum())} of {n} units")
     meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope, tied=tied)
-    return Mask({k:torch.from_numpy(~removed[a]).view(scores[k].shape) for k,a in ids.items()}, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)
+    units = {k:torch.from_numpy(~removed[a]).view(scores[k].shape) for k,a in ids.items()}
+    return Mask(units, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)
 
 # %% ../nbs/04_allocate.ipynb #parts
 def _parts(ids, n, scope):
@@ -154,5 +162,6 @@ def ratios(sparsity:float, # sparsity after the last round, in [0, 1)
           )->list:
     "Sparsity after each of `n` rounds; the last is `sparsity` itself."
     s, n = check_fraction('sparsity', sparsity), check_int('n', n, 1)
-    f = dict(geometric=lambda t: 1-(1-s)**t, linear=lambda t: s*t, cubic=lambda t: s*(1-(1-t)**3))[check_choice('schedule', schedule, ('geometric', 'linear', 'cubic'))]
+    shapes = dict(geometric=lambda t: 1-(1-s)**t, linear=lambda t: s*t, cubic=lambda t: s*(1-(1-t)**3))
+    f = shapes[check_choice('schedule', schedule, shapes)]
     return [f(i/n) for i in range(1, n)] + [sparsity]

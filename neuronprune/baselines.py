@@ -199,7 +199,7 @@ def magsign(model:nn.Module, # trained model
     if unit == 'channel': units = {k:w0[k].flatten(1).mean(1).sign() * w.flatten(1).mean(1) for k,w in wf.items()}
     else:
         far = 2*max(float(w.abs().max()) for w in wf.values())
-        units = {k:w.abs().double() - far*(w0[k].sign()*w.sign() < 0) for k,w in wf.items()}
+        units = {k:w.abs().cpu().double() - far*(w0[k].sign()*w.sign() < 0).cpu() for k,w in wf.items()}
     flipped = sum(int((v < 0).sum()) for v in units.values()) / sum(v.numel() for v in units.values())
     return _scores('magsign', units, unit, start, graph, skipped, flipped=flipped)
 

@@ -17,7 +17,7 @@ from numbers import Integral, Real
 import numpy as np, pandas as pd, torch
 from torch import nn
 from fastcore.basics import patch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # %% ../nbs/00_core.ipynb #check_fraction
@@ -78,7 +78,8 @@ def check_batch(xb:torch.Tensor,      # inputs [n, ...]
     if len(yb) != len(xb): raise ValueError(f"yb: {len(yb)} labels for {len(xb)} inputs; expected one label per input")
     if yb.is_floating_point() or yb.dtype == torch.bool: raise ValueError(f"yb: dtype {yb.dtype}; expected integer class labels")
     if yb.min() < 0 or (n_out is not None and yb.max() >= n_out):
-        raise ValueError(f"yb: labels from {int(yb.min())} to {int(yb.max())}; expected 0 to {'n_out-1' if n_out is None else n_out-1}")
+        top = 'n_out-1' if n_out is None else n_out-1
+        raise ValueError(f"yb: labels from {int(yb.min())} to {int(yb.max())}; expected 0 to {top}")
 
 # %% ../nbs/00_core.ipynb #unsupportedlayererror
 class UnsupportedLayerError(ValueError):
@@ -131,6 +132,7 @@ def as_found(model:nn.Module,      # model to borrow
     flags = {p:(p.requires_grad, p.grad) for p in model.parameters()}
     if train is not None: model.train(train)
     if requires_grad is not None: model.requires_grad_(requires_grad)
+    for p in flags: p.grad = None
     try: yield model
     finally:
         for m,t in modes.items(): m.training = t
@@ -144,7 +146,8 @@ def _check_labels(key, t, labels):
     if key not in labels: raise ValueError(f"labels: no entry for {key!r}; group units need (child_idx, parent_idx)")
     if t.ndim != 2: raise ValueError(f"units[{key!r}]: shape {tuple(t.shape)}; expected [K, G] for unit='group'")
     for idx,n,side in zip(labels[key], t.shape, ('child', 'parent')):
-        if idx.min() < 0 or idx.max() >= n: raise ValueError(f"labels[{key!r}]: {side} group {int(idx.max())} out of range; expected 0 to {n-1}")
+        if idx.min() < 0 or idx.max() >= n:
+            raise ValueError(f"labels[{key!r}]: {side} groups {int(idx.min())} to {int(idx.max())}; expected 0 to {n-1}")
 
 class Units(Mapping):
     "A dictionary key -> CPU tensor with one unit of account; the base of `Scores` and `Mask`."
@@ -156,7 +159,8 @@ class Units(Mapping):
         self.unit,self.graph,self.meta = unit,graph,dict(meta or {})
         for k,v in self.units.items():
             if v.numel() == 0: raise ValueError(f"units[{k!r}]: empty tensor; expected at least one unit")
-            if unit == 'channel' and v.ndim != 1: raise ValueError(f"units[{k!r}]: shape {tuple(v.shape)}; expected one entry per channel")
+            if unit == 'channel' and v.ndim != 1:
+                raise ValueError(f"units[{k!r}]: shape {tuple(v.shape)}; expected one entry per channel")
             if unit == 'group': _check_labels(k, v, self.labels)
     def __getitem__(self, k): return self.units[k]
     def __iter__(self): return iter(self.units)
@@ -178,7 +182,7 @@ class Scores(Units):
                  skipped:dict=None # layer -> reason it was not scored
                 ):
         super().__init__(units, unit, graph, labels, meta)
-        self.units = {k:check_finite(f'scores[{k!r}]', v if v.is_floating_point() else v.float()) for k,v in self.units.items()}
+        for k,v in self.units.items(): self.units[k] = check_finite(f'scores[{k!r}]', v if v.is_floating_point() else v.float())
         self.method,self.secs,self.skipped = method,secs,dict(skipped or {})
         self.cost = {k:torch.as_tensor(v).cpu() for k,v in (cost or {}).items()}
 
@@ -230,7 +234,8 @@ def to_channels(self:Scores, reduce:str='mean' # 'mean', 'sum', 'max' or 'min' o
     skip = {} if self.graph is None else {k:self.graph.fixed[k] for k in self if k in self.graph.fixed}
     units = {k:f(v.flatten(1), 1) for k,v in self.items() if k not in skip}
     if self.unit == 'group': units = {k:v[self.labels[k][0]] for k,v in units.items()}
-    return Scores(units, 'channel', method=self.method, graph=self.graph, secs=self.secs, meta=self.meta, skipped={**self.skipped, **skip})
+    return Scores(units, 'channel', method=self.method, graph=self.graph, secs=self.secs, meta=self.meta,
+                  skipped={**self.skipped, **skip})
 
 # %% ../nbs/00_core.ipynb #mask
 class Mask(Units):
@@ -248,23 +253,26 @@ class Mask(Units):
         for k,v in self.units.items():
             if v.dtype != torch.bool: raise TypeError(f"mask[{k!r}]: dtype {v.dtype}; expected torch.bool, True = kept")
             s = self.scale.get(k)
-            if s is not None and (s.shape != v.shape or s.min() < 0): raise ValueError(f"scale[{k!r}]: expected factors >= 0 of shape {tuple(v.shape)}")
+            if s is not None and (s.shape != v.shape or s.min() < 0):
+                raise ValueError(f"scale[{k!r}]: expected factors >= 0 of shape {tuple(v.shape)}")
 
     @classmethod
-    def ones_like(cls, o:Units # scores or mask whose keys and shapes to take
-                 ): "The mask that keeps everything."; return cls({k:torch.ones(v.shape, dtype=torch.bool) for k,v in o.items()}, o.unit, graph=o.graph, labels=o.labels)
+    def ones_like(cls, o:Units): # scores or mask whose keys and shapes to take
+        "The mask that keeps everything."
+        return cls({k:torch.ones(v.shape, dtype=torch.bool) for k,v in o.items()}, o.unit, graph=o.graph, labels=o.labels)
+
+    @property
+    def tied(self): "Do channels that can only go together count as one?"; return self.meta.get('tied', True)
 
 # %% ../nbs/00_core.ipynb #counts
 @patch
 def counts(self:Mask)->tuple:
     "(units kept, units in all); tied channels count once."
-    kept, total = sum(int(v.sum()) for v in self.values()), sum(v.numel() for v in self.values())
-    if self.unit != 'channel' or self.graph is None or not self.meta.get('tied', True): return kept, total
-    ins = {k:v for k,v in self.items() if k.endswith(':in')}
-    outs = {k:v for k,v in self.items() if k not in ins}
-    if not outs: return kept, total
-    ids, keep = torch.cat([self.graph.out_slots[k] for k in outs]), torch.cat(list(outs.values()))
-    return len(ids[keep].unique()) + sum(int(v.sum()) for v in ins.values()), len(ids.unique()) + sum(v.numel() for v in ins.values())
+    g = self.graph
+    if self.unit != 'channel' or g is None or not self.tied: return sum(int(v.sum()) for v in self.values()), sum(v.numel() for v in self.values())
+    ids = torch.cat([g.in_slots[k.removesuffix(':in')] if k.endswith(':in') else g.out_slots[k] for k in self])
+    keep, alone = torch.cat(list(self.values())), ids < 0
+    return len(ids[keep & ~alone].unique()) + int(keep[alone].sum()), len(ids[~alone].unique()) + int(alone.sum())
 
 @patch(as_prop=True)
 def density(self:Mask)->float: "Fraction of units kept."; kept, n = self.counts(); return kept/n
@@ -291,14 +299,19 @@ def plot(self:Mask):
     f = self.frame(); fig, (ax,) = _panels(1, 6, min(1.2+.25*len(f), 9)); y = np.arange(len(f))
     ax.barh(y, np.ones(len(f)), color='#e4e4e4'); ax.barh(y, f.kept/f.units, color='#33638d')
     for i,r in enumerate(f.itertuples()): ax.text(1.01, i, f'{r.kept:,} / {r.units:,}', va='center', fontsize=7)
-    ax.set(yticks=y, yticklabels=f.layer, xlim=(0, 1.25), xlabel='fraction kept'); ax.invert_yaxis(); ax.tick_params(labelsize=7)
+    ax.set(yticks=y, yticklabels=f.layer, xlim=(0, 1.25), xlabel='fraction kept')
+    ax.invert_yaxis(); ax.tick_params(labelsize=7)
     plt.close(fig); return fig
 
 # %% ../nbs/00_core.ipynb #combine
 def _combine(a, b, op):
     if a.scale or b.scale: raise ValueError("mask: masks with a scale cannot be combined; apply one of them first")
-    if a.unit != b.unit or set(a) != set(b): raise ValueError(f"mask: cannot combine {a!r} with {b!r}; expected the same unit and layers")
-    return Mask({k:op(a[k], b[k]) for k in a}, a.unit, graph=a.graph or b.graph, labels=a.labels, meta=dict(tied=a.meta.get('tied', True)))
+    same = lambda x, y: set(x) == set(y) and all(torch.equal(o, p) for k in x for o,p in zip(x[k], y[k]))
+    shapes = lambda m: {k:v.shape for k,v in m.items()}
+    if a.unit != b.unit or shapes(a) != shapes(b) or not same(a.labels, b.labels):
+        raise ValueError(f"mask: cannot combine {a!r} with {b!r}; expected the same unit, layers, shapes and groups")
+    units, graph = {k:op(a[k], b[k]) for k in a}, b.graph if a.graph is None else a.graph
+    return Mask(units, a.unit, graph=graph, labels=a.labels, meta=dict(tied=a.tied and b.tied))
 
 @patch
 def __and__(self:Mask, o:Mask): "Kept by both."; return _combine(self, o, torch.logical_and)
@@ -326,14 +339,17 @@ def save_tensors(path,         # file to write
                 ):
     "Safetensors file with a JSON header under the key 'neuronprune'."
     with replacing(path) as tmp:
-        save_file({k:v.contiguous() for k,v in tensors.items()}, tmp, {'neuronprune': json.dumps(header, default=_jsonable)})
+        own = {k:v.detach().cpu().contiguous().clone() for k,v in tensors.items()} # safetensors refuses shared memory
+        save_file(own, tmp, {'neuronprune': json.dumps(header, default=_jsonable)})
 
 def load_tensors(path # file written by `save_tensors`
                 )->tuple:
     "(tensors, header); raises `ValueError` when the file is not ours."
-    with safe_open(os.fspath(path), 'pt') as f:
-        meta, tensors = f.metadata() or {}, {k:f.get_tensor(k) for k in f.keys()}
-    if 'neuronprune' not in meta: raise ValueError(f"path={os.fspath(path)!r}: a safetensors file, but without neuronprune's header")
+    path = os.fspath(path)
+    try:
+        with safe_open(path, 'pt') as f: meta, tensors = f.metadata() or {}, {k:f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e: raise ValueError(f"path={path!r}: not a safetensors file ({e})") from None
+    if 'neuronprune' not in meta: raise ValueError(f"path={path!r}: a safetensors file, but without neuronprune's header")
     return tensors, json.loads(meta['neuronprune'])
 
 # %% ../nbs/00_core.ipynb #save
@@ -351,9 +367,11 @@ def save(self:Units, path):
 def load(cls:Units, path):
     "Read back what `save` wrote; `ValueError` if the file holds something else."
     t, h = load_tensors(path)
-    if h.get('kind') != cls.__name__: raise ValueError(f"path={os.fspath(path)!r}: holds {h.get('kind')!r}, expected {cls.__name__!r}")
+    if h.get('kind') != cls.__name__:
+        raise ValueError(f"path={os.fspath(path)!r}: holds {h.get('kind')!r}, expected {cls.__name__!r}")
     part = lambda p: {k.removeprefix(f'{p}/'):v for k,v in t.items() if k.startswith(f'{p}/')}
-    child, parent, extra = part('child'), part('parent'), dict(cost=part('cost')) if cls is Scores else dict(scale=part('scale'))
+    child, parent = part('child'), part('parent')
+    extra = dict(cost=part('cost')) if cls is Scores else dict(scale=part('scale'))
     graph = None if h['graph'] is None else importlib.import_module('neuronprune.graph').Graph.from_dict(h['graph'])
     units = part('unit')
     return cls({k:units[k] for k in h['keys']}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child},
@@ -412,5 +430,6 @@ def methods()->Methods: "All registered methods, a dictionary name -> `Method`."
 @patch
 def frame(self:Methods)->pd.DataFrame:
     "One row per method; this imports them all."
-    return pd.DataFrame([dict(method=m.name, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,
-                              module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()])
+    rows = [dict(method=m.name, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,
+                 module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()]
+    return pd.DataFrame(rows)

@@ -21,7 +21,7 @@ from .core import Units
 # %% ../nbs/03_graph.ipynb #codes
 def _codes(n):
     "Rows of perturbed channels [2·bits, n]: for each bit the channels that have it, then those that have not."
-    bits = (torch.arange(n)[None] >> torch.arange(max(1, math.ceil(math.log2(n))))[:, None]) & 1 if n > 1 else torch.zeros(1, 1)
+    bits = (torch.arange(n)[None] >> torch.arange(max(1, (n-1).bit_length()))[:, None]) & 1
     return torch.stack([bits, 1-bits], 1).flatten(0, 1).bool()
 
 def _decode(hit):
@@ -41,58 +41,71 @@ def _slots(m, x):
 class _Probe:
     "A copy of `model` whose prunable layers emit `self.src` and whose layers' inputs land in `self.seen`."
     def __init__(self, model, xb):
-        self.model, self.src, self.seen, self.calls, self.shape = copy.deepcopy(model).eval(), {}, {}, {}, {}
-        self.xb = xb[:1].to(next(model.parameters()).device)
+        layers(model)
+        self.model, self.src, self.calls, self.out = copy.deepcopy(model).eval(), {}, {}, {}
         self.layers = layers(self.model)
-        self.norms = {n:m for n,m in self.model.named_modules() if isinstance(m, NORMS) and not (isinstance(m, nn.PReLU) and m.num_parameters == 1)}
-        for n,m in {**self.layers, **self.norms}.items(): m.register_forward_hook(self._shape_hook(n))
-        self.run(1)
+        self.norms = {n:m for n,m in self.model.named_modules()
+                      if isinstance(m, NORMS) and not (isinstance(m, nn.PReLU) and m.num_parameters == 1)}
+        self.xb = xb[:1].to(next(self.model.parameters()).device)
+        if xb.is_floating_point(): self.xb = torch.rand(self.xb.shape, generator=generator(1)).to(self.xb).add_(.5)
         for n,m in self.norms.items(): self._watch(n, m, lambda x: x)
+        hooks = [m.register_forward_hook(self._count(n)) for n,m in self.layers.items()]
+        self.run(2)
+        for h in hooks: h.remove()
         for n,m in self.layers.items():
             if self.calls.get(n) == 1: self._watch(n, m, lambda x, n=n: self.src[n])
 
-    def _shape_hook(self, n):
-        def hook(m, inp, out): self.calls[n] = self.calls.get(n, 0)+1; self.shape[n] = out.shape[1:]
+    def _count(self, n):
+        def hook(m, inp, out): self.calls[n] = self.calls.get(n, 0)+1; self.out[n] = out[:1]
         return hook
 
     def _watch(self, n, m, forward):
-        def fwd(x): self.seen[n] = _slots(m, x); return forward(x)
+        def fwd(x):
+            k = n
+            while k in self.seen: k += '#' # a norm that is used again
+            self.seen[k] = _slots(m, x)
+            return forward(x)
         m.forward = fwd
 
     @torch.no_grad()
     def run(self, n):
         "Forward `n` copies of the input; the network's output is seen under the key ''."
-        out = self.model(self.xb.expand(n, *self.xb.shape[1:]))
-        if not isinstance(out, torch.Tensor): raise UnsupportedLayerError(f"model: its output is a {type(out).__name__}; expected a tensor")
+        self.seen = {}
+        out = self.model(self.xb.repeat(n, *[1]*(self.xb.ndim-1)))
+        if not isinstance(out, torch.Tensor):
+            raise UnsupportedLayerError(f"model: its output is a {type(out).__name__}; expected a tensor")
         self.seen[''] = out.flatten(1)[..., None]
 
 # %% ../nbs/03_graph.ipynb #sources
 def _sources(probe, seed=0):
     "Fill in the undisturbed sources and the widths of the live layers (those the forward pass calls exactly once)."
     g = generator(seed); live = [n for n in probe.layers if probe.calls.get(n) == 1]
-    probe.base = {n:(.5+.5*torch.rand(1, *probe.shape[n], generator=g)).to(probe.xb.device) for n in live}
+    probe.base = {n:(.5+.5*torch.rand(probe.out[n].shape, generator=g)).to(probe.out[n]) for n in live}
     probe.n_out = {n:_slots(probe.layers[n], probe.base[n]).shape[1] for n in live}
-    probe.rise = {n:(.25+.5*torch.rand(c, 1, generator=g)).to(probe.xb.device) for n,c in probe.n_out.items()}
+    probe.rise = {n:(.25+.5*torch.rand(c, 1, generator=g)).to(probe.out[n]) for n,c in probe.n_out.items()}
     return probe
 
-def _disturb(probe, codes):
-    "Run with rows 1… disturbed by `codes`, layer -> bool [rows, channels]; layers not named stay undisturbed."
-    rows = max(map(len, codes.values()))
-    probe.src = {k:v.expand(rows+1, *v.shape[1:]).clone(memory_format=torch.contiguous_format) for k,v in probe.base.items()}
-    for n,c in codes.items(): _slots(probe.layers[n], probe.src[n])[1:len(c)+1] += c[..., None].to(probe.xb.device) * probe.rise[n]
-    probe.run(rows+1)
-
-def _hits(x): "Seen [1+rows, slots, rest] -> bool [rows, slots], which slots differ from row 0."; return ((x[1:]-x[:1]).abs() > 1e-4).any(-1).cpu()
+def _hits(probe, codes, places=None):
+    "Place -> bool [rows, slots] for rows disturbed by `codes`, layer -> bool [rows, channels]; only `places` if given."
+    rows, res = max(map(len, codes.values())), {}
+    for sign,lift in ((1, 1), (-1, 3)):
+        probe.src = {k:(sign*v).repeat(rows+1, *[1]*(v.ndim-1)) for k,v in probe.base.items()}
+        for n,c in codes.items():
+            _slots(probe.layers[n], probe.src[n])[1:len(c)+1] += lift * c[..., None].to(probe.xb.device) * probe.rise[n]
+        probe.run(rows+1)
+        for k in probe.seen if places is None else places:
+            x = probe.seen[k]; h = ((x[1:]-x[:1]).abs() > 1e-4).any(-1).cpu()
+            res[k] = res[k] | h if k in res else h
+    return res
 
 # %% ../nbs/03_graph.ipynb #reach
 def _reach(probe, rows=16):
     "Layer -> set of places it reaches ('' is the network's output), `rows` layers per run."
     names, res = list(probe.n_out), {}
     for i in range(0, len(names), rows):
-        part = names[i:i+rows]
-        _disturb(probe, {n:torch.eye(len(part), dtype=torch.bool)[:, [j]].expand(-1, probe.n_out[n]) for j,n in enumerate(part)})
-        hit = {k:_hits(x).any(1) for k,x in probe.seen.items()}
-        res.update({n:{k for k,h in hit.items() if h[j]} for j,n in enumerate(part)})
+        part = names[i:i+rows]; one = torch.eye(len(part), dtype=torch.bool)
+        hit = _hits(probe, {n:one[:, [j]].expand(-1, probe.n_out[n]) for j,n in enumerate(part)})
+        res.update({n:{k for k,h in hit.items() if h[j].any()} for j,n in enumerate(part)})
     return res
 
 def _parties(reach):
@@ -110,8 +123,8 @@ def _follow(probe):
     reach, res = _reach(probe), {}
     for party in _parties(reach):
         codes = {n:_codes(probe.n_out[n]) for n in party}
-        _disturb(probe, codes)
-        for n in party: res[n] = {k:_decode(_hits(probe.seen[k])[:len(codes[n])]) for k in probe.seen if k in reach[n]}
+        hit = _hits(probe, codes, set().union(*(reach[n] for n in party)))
+        for n in party: res[n] = {k:_decode(hit[k][:len(codes[n])]) for k in probe.seen if k in reach[n]}
     return {n:res[n] for n in probe.n_out}
 
 # %% ../nbs/03_graph.ipynb #graph-2
@@ -125,6 +138,7 @@ class Graph:
     norm_slots: dict # path of a batch norm or PReLU -> bundle of every slot
     outputs: list   # layers whose channels are the network's output
     fixed: dict = field(default_factory=dict) # layer -> why its channels cannot be removed
+    mixed: dict = field(default_factory=dict) # place -> slots fed by channels that were mixed on the way
 
     def __repr__(self): return f"Graph({len(self.layers)} layers, {len(self.removable)} with removable channels, {len(self.ties)} ties)"
     def _repr_html_(self): return f"<p>{self!r}</p>{self.frame().to_html(index=False)}"
@@ -132,11 +146,17 @@ class Graph:
     @property
     def removable(self): "Layers whose channels can be removed."; return [n for n in self.out_slots if n not in self.fixed]
     @property
-    def producers(self): "Layer -> the layers whose channels it reads."; return {n:list(self.sources.get(n, {})) for n in self.layers}
+    def producers(self):
+        "Layer -> the layers whose channels it reads."
+        return {n:list(self.sources.get(n, {})) for n in self.layers}
     @property
-    def consumers(self): "Layer -> the layers that read its channels."; return {p:[n for n,o in self.producers.items() if p in o] for p in self.layers}
+    def consumers(self):
+        "Layer -> the layers that read its channels."
+        return {p:[n for n,o in self.producers.items() if p in o] for p in self.layers}
     @property
-    def pairs(self): "(producer, consumer) for every direct connection, in the order of the consumers."; return [(p, n) for n,o in self.producers.items() for p in o]
+    def pairs(self):
+        "(producer, consumer) for every direct connection, in the order of the consumers."
+        return [(p, n) for n,o in self.producers.items() for p in o]
 
 # %% ../nbs/03_graph.ipynb #ties
 @patch(as_prop=True)
@@ -158,22 +178,44 @@ def frame(self:Graph)->pd.DataFrame:
     return pd.DataFrame([dict(layer=n, kind=l['kind'], out=l['n_out'], inputs=l['n_in'], read_by=', '.join(cons[n]) or '–',
                               tied_to=', '.join(tied.get(n, [])) or '–', removable=self.fixed.get(n, 'yes')) for n,l in self.layers.items()])
 
+# %% ../nbs/03_graph.ipynb #mixed
+def _mixed(found):
+    "Place -> bool per slot: is it fed by channels that were mixed on the way?"
+    res = {}
+    for reach in found.values():
+        for k,(chan,mixed) in reach.items():
+            if mixed: res[k] = res.get(k, False) | (chan >= 0)
+    return res
+
+def _twins(probe):
+    "Layer -> another layer that holds the same weight tensor."
+    first = {}
+    same = {n:first.setdefault(id(m.weight), n) for n,m in probe.layers.items()}
+    return {a:b for n,o in same.items() if n != o for a,b in ((n, o), (o, n))}
+
+def _loud(probe):
+    "Place -> bool per slot: is it non-zero although all layers emit zeros?"
+    probe.src = {k:torch.zeros_like(v) for k,v in probe.base.items()}; probe.run(1)
+    return {k:x.abs().amax((0, 2)).cpu() > 1e-6 for k,x in probe.seen.items()}
+
 # %% ../nbs/03_graph.ipynb #reasons
 def _reasons(probe, found):
     "Layer -> why its channels cannot be removed, from the experiments `found[layer]`."
     depthwise = lambda m: getattr(m, 'groups', 1) == getattr(m, 'in_channels', 0) == getattr(m, 'out_channels', 0)
-    grouped = [n for n,m in probe.layers.items() if getattr(m, 'groups', 1) > 1 and not depthwise(m)]
-    probe.src = {k:torch.zeros_like(v) for k,v in probe.base.items()}; probe.run(1)
-    loud = {k:x.abs().amax((0, 2)).cpu() > 1e-6 for k,x in probe.seen.items()}
+    grouped = {n for n,m in probe.layers.items() if getattr(m, 'groups', 1) > 1 and not depthwise(m)}
+    loud, mixed, twin = _loud(probe), _mixed(found), _twins(probe)
     res = {n:f"used {probe.calls.get(n, 0)} times in the forward pass" for n in probe.layers if n not in found}
     for n,reach in found.items():
-        to, mixed = [k for k in reach if k in probe.layers], [k for k,(_,m) in reach.items() if m]
-        zero = [k for k in to if (loud[k] & (reach[k][0] >= 0)).any()]
+        to = [k for k in reach if k in probe.layers]
+        at = lambda bad: next((k for k,(c,_) in reach.items() if (bad.get(k, torch.tensor(False)) & (c >= 0)).any()), None)
+        again = [k for k in reach if k.rstrip('#')+'#' in probe.seen]
         if '' in reach: res[n] = "its channels reach the network's output"
+        elif n in twin: res[n] = f"it shares its weight with {twin[n]!r}"
         elif not to: res[n] = "no layer reads its channels one by one"
-        elif mixed: res[n] = f"its channels are mixed on the way to {mixed[0]!r}"
-        elif zero: res[n] = f"a dropped channel would not be zero at {zero[0]!r}"
-        elif n in grouped or set(to) & set(grouped): res[n] = "grouped convolution: groups must stay equally wide"
+        elif (k := at(mixed)) is not None: res[n] = f"its channels are mixed on the way to {k!r}"
+        elif again: res[n] = f"{again[0].rstrip('#')!r}, on its way, is used more than once"
+        elif (k := at({o:loud[o] for o in to})) is not None: res[n] = f"a dropped channel would not be zero at {k!r}"
+        elif n in grouped or grouped & set(to): res[n] = "grouped convolution: groups must stay equally wide"
     return res
 
 # %% ../nbs/03_graph.ipynb #bundles
@@ -183,9 +225,10 @@ def _bundles(probe, sources):
     edges, total = [], sum(probe.n_out.values())
     for k,src in sources.items():
         ids = [(s.numpy(), start[p]+c.numpy()) for p,(s,c) in src.items()]
-        if k in start and getattr(probe.layers[k], 'groups', 1) == probe.n_out[k] > 1: ids.append((np.arange(probe.n_out[k]), start[k]+np.arange(probe.n_out[k])))
-        first = {}
-        for s,c in zip(np.concatenate([o[0] for o in ids]).tolist(), np.concatenate([o[1] for o in ids]).tolist()): edges.append((first.setdefault(s, c), c))
+        if k in start and getattr(probe.layers[k], 'groups', 1) == (n := probe.n_out[k]) > 1:
+            ids.append((np.arange(n), start[k]+np.arange(n)))
+        first, (slots, chans) = {}, map(np.concatenate, zip(*ids))
+        edges += [(first.setdefault(s, c), c) for s,c in zip(slots.tolist(), chans.tolist())]
     lab = _components(total, edges)[1]
     return {n:torch.from_numpy(lab[start[n]:start[n]+probe.n_out[n]]).long() for n in names}
 
@@ -200,17 +243,17 @@ def _info(m, shape):
     "The facts of one layer that later chapters need."
     lin = isinstance(m, nn.Linear)
     n_out, n_in = m.weight.shape[0], m.in_features if lin else m.in_channels
-    return dict(kind=type(m).__name__, n_out=n_out, n_in=n_in, taps=1 if lin else math.prod(m.kernel_size), groups=getattr(m, 'groups', 1),
-                positions=math.prod(shape)//n_out, weights=m.weight.numel(), bias=m.bias is not None)
+    return dict(kind=type(m).__name__, n_out=n_out, n_in=n_in, taps=1 if lin else math.prod(m.kernel_size),
+                groups=getattr(m, 'groups', 1), positions=math.prod(shape)//n_out, weights=m.weight.numel(), bias=m.bias is not None)
 
 def trace(model:nn.Module, # any model; left as it was found
           xb:torch.Tensor  # a batch of inputs, [n, ...]; one example is used
          )->Graph:
     "The `Graph` of `model`. Raises `ValueError` for a model without prunable layers or an input it cannot digest."
-    check_batch(xb)
-    try: probe = _Probe(model, xb)
-    except (RuntimeError, IndexError) as e: raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(xb.shape)}: {e}") from e
-    probe = _sources(probe)
+    layers(model); check_batch(xb)
+    try: probe = _sources(_Probe(model, xb))
+    except (RuntimeError, IndexError) as e:
+        raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(xb.shape)}: {e}") from e
     found = _follow(probe)
     fixed, sources = _reasons(probe, found), {}
     for p,reach in found.items():
@@ -219,11 +262,14 @@ def trace(model:nn.Module, # any model; left as it was found
     out_slots = _bundles(probe, sources)
     bad = {i:n for n in probe.n_out if n in fixed for i in out_slots[n].tolist()}
     for n,ids in out_slots.items():
-        if n not in fixed and (hit := [bad[i] for i in ids.tolist() if i in bad]): fixed[n] = f"tied to {hit[0]!r}: {fixed[hit[0]]}"
-    live = {n:_info(probe.layers[n], probe.shape[n]) for n in probe.n_out}
-    return Graph(live, sources, out_slots, {n:_place(l['n_in'], sources.get(n, {}), out_slots) for n,l in live.items()},
-                 {n:_place(probe.seen[n].shape[1], sources.get(n, {}), out_slots) for n in probe.norms if n in probe.seen},
-                 [n for n,r in found.items() if '' in r], {n:fixed[n] for n in probe.layers if n in fixed})
+        hit = [bad[i] for i in ids.tolist() if i in bad]
+        if n not in fixed and hit: fixed[n] = f"tied to {hit[0]!r}: {fixed[hit[0]]}"
+    live = {n:_info(probe.layers[n], probe.out[n].shape[1:]) for n in probe.n_out}
+    in_slots = {n:_place(l['n_in'], sources.get(n, {}), out_slots) for n,l in live.items()}
+    norm_slots = {n:_place(probe.seen[n].shape[1], sources.get(n, {}), out_slots) for n in probe.norms if n in probe.seen}
+    mixed = {k:v.nonzero()[:,0] for k,v in _mixed(found).items() if k}
+    return Graph(live, sources, out_slots, in_slots, norm_slots, [n for n,r in found.items() if '' in r],
+                 {n:fixed[n] for n in probe.layers if n in fixed}, mixed)
 
 # %% ../nbs/03_graph.ipynb #silent
 @patch
@@ -237,6 +283,7 @@ def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = d
         reached[s] = True
         if p in dropped: alive[s] |= ~dropped[p][c]
         else: alive[s] = True
+    if place in self.mixed: alive[self.mixed[place]] = True
     return reached & ~alive
 
 @patch
@@ -265,29 +312,38 @@ def _channel_masks(mask, g, params):
         res[f'{n}.weight'] = res[f'{n}.weight'] & cols if f'{n}.weight' in res else cols.clone()
     for n in g.norm_slots:
         s = g.silent(outs, n)
-        if s.any(): res.update({f'{n}.{o}':~s for o in (('weight', 'bias') if f'{n}.bias' in params else ('running_mean',)) if f'{n}.{o}' in params and f'{n}.running_var' in params})
+        hush = ('weight', 'bias') if f'{n}.bias' in params else ('running_mean',)
+        if s.any(): res.update({f'{n}.{o}':~s for o in hush if f'{n}.{o}' in params})
     return res
 
 def _block_mask(keep, child, parent, w):
     "Weight mask of `w`'s shape from the block pattern [K, G]."
     return keep[child][:, parent].view(w.shape[0], -1, *[1]*(w.ndim-2)).expand(w.shape).clone()
 
+# %% ../nbs/03_graph.ipynb #check_fit
+def _check_fit(mask, params):
+    "Raises `ValueError` unless every key of the mask is a layer of the model and has its shape."
+    for k,v in mask.items():
+        n = k.removesuffix(':in'); w = params.get(f'{n}.weight')
+        if w is None:
+            known = ', '.join(o.removesuffix('.weight') for o in params if o.endswith('.weight'))
+            raise ValueError(f"mask: layer {n!r} is not in the model; expected one of {known}")
+        if mask.unit == 'group': got, need = tuple(map(len, mask.labels[k])), tuple(w.shape[:2])
+        else: got, need = tuple(v.shape), tuple(w.shape) if mask.unit == 'weight' else (w.shape[1 if k != n else 0],)
+        if got != need: raise ValueError(f"mask[{k!r}]: {'group labels' if mask.unit == 'group' else 'shape'} {got}, but the model's layer needs {need}")
+    if mask.unit == 'channel' and mask.graph is None:
+        raise ValueError("mask: a channel mask needs graph=trace(model, xb) to know what its channels touch")
+
 # %% ../nbs/03_graph.ipynb #expand
 @patch
 def expand(self:Mask, model:nn.Module # the model the mask was made for
           )->dict:
-    "Parameter (or buffer) name -> bool tensor on the model's device, True = kept; only tensors that lose something to the mask's layers appear."
+    "Name of a parameter or buffer -> bool tensor on the model's device, True = kept; only tensors that may lose something."
     params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for k in self:
-        n = k.removesuffix(':in')
-        if f'{n}.weight' not in params: raise ValueError(f"mask: layer {n!r} is not in the model; expected one of {', '.join(layers(model))}")
-        w, want = params[f'{n}.weight'], tuple(self[k].shape)
-        got = {'weight': tuple(w.shape), 'channel': (w.shape[1 if k != n else 0],), 'group': want}[self.unit]
-        if want != got: raise ValueError(f"mask[{k!r}]: shape {want}, but the model's layer needs {got}")
-    if self.unit == 'channel' and self.graph is None: raise ValueError("mask: a channel mask needs graph=trace(model, xb) to know what its channels touch")
+    _check_fit(self, params)
     if self.unit == 'weight': res = {f'{k}.weight':v for k,v in self.items()}
-    elif self.unit == 'group': res = {f'{k}.weight':_block_mask(v, *self.labels[k], params[f'{k}.weight']) for k,v in self.items()}
-    else: res = _channel_masks(self, self.graph, params)
+    elif self.unit == 'channel': res = _channel_masks(self, self.graph, params)
+    else: res = {f'{k}.weight':_block_mask(v, *self.labels[k], params[f'{k}.weight']) for k,v in self.items()}
     return {k:v.to(params[k].device) for k,v in res.items()}
 
 # %% ../nbs/03_graph.ipynb #to_dict
@@ -296,7 +352,8 @@ def to_dict(self:Graph)->dict:
     "Plain lists and dictionaries, ready for JSON."
     src = {k:{p:[s.tolist(), c.tolist()] for p,(s,c) in v.items()} for k,v in self.sources.items()}
     slots = {o:{k:v.tolist() for k,v in getattr(self, o).items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
-    return dict(layers=self.layers, sources=src, outputs=self.outputs, fixed=self.fixed, **slots)
+    mixed = {k:v.tolist() for k,v in self.mixed.items()}
+    return dict(layers=self.layers, sources=src, outputs=self.outputs, fixed=self.fixed, mixed=mixed, **slots)
 
 @patch(cls_method=True)
 def from_dict(cls:Graph, d:dict # what `to_dict` gave
@@ -305,16 +362,18 @@ def from_dict(cls:Graph, d:dict # what `to_dict` gave
     t = lambda o: torch.tensor(o, dtype=torch.long)
     src = {k:{p:(t(s), t(c)) for p,(s,c) in v.items()} for k,v in d['sources'].items()}
     slots = {o:{k:t(v) for k,v in d[o].items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
-    return cls(layers=d['layers'], sources=src, outputs=d['outputs'], fixed=d['fixed'], **slots)
+    mixed = {k:t(v) for k,v in d['mixed'].items()}
+    return cls(layers=d['layers'], sources=src, outputs=d['outputs'], fixed=d['fixed'], mixed=mixed, **slots)
 
 # %% ../nbs/03_graph.ipynb #to_torch_prune
 @patch
 def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get torch's pruning reparametrisation
                   )->nn.Module:
     "Hand the mask to `torch.nn.utils.prune`; returns `model`."
+    params = dict(model.named_parameters())
     for n,m in self.expand(model).items():
         mod, p = n.rpartition('.')[::2]
-        if isinstance(model.get_parameter(n) if n in dict(model.named_parameters()) else None, nn.Parameter): torch_prune.custom_from_mask(model.get_submodule(mod), p, m)
+        if n in params: torch_prune.custom_from_mask(model.get_submodule(mod), p, m)
     return model
 
 @patch(cls_method=True)

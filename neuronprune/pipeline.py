@@ -22,7 +22,8 @@ from .train import Evaluation, evaluate, fine_tune, fit, keep_tensors, learner, 
 from .report import Report, metered
 
 # %% ../nbs/20_pipeline.ipynb #params
-def _params(f): return {k for k,p in inspect.signature(f).parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+def _params(f):
+    return {k for k,p in inspect.signature(f).parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
 def split_args(m:Method, # registered method
                args:dict # keyword arguments of a user
@@ -55,16 +56,18 @@ def score_with(learn,      # a `Learner`
                graph=None, # `Graph` of the model
                seed:int=0, progress:bool=False, **args # arguments of the method
               ):
-    "Run a method on `learn`; returns (`Scores`, `Meter` of seconds and memory). Weight or group scores become channel scores if `unit` asks for it."
+    "Run a method on `learn`: (`Scores`, `Meter` of seconds and memory). Weight or group scores become channel scores if asked for."
     known, unit = _params(m.fn), unit or m.unit
     check_choice('unit', unit, UNITS)
     extra = dict(seed=seed, progress=progress, unit=unit, graph=graph, init=learn.rewind.init)
     args = {**{k:v for k,v in extra.items() if k in known}, **args}
-    with weights_at(learn, at), metered(next(learn.model.parameters()).device) as meter: scores = m(learn.model, learn.dls, **args)
+    with weights_at(learn, at), metered(next(learn.model.parameters()).device) as meter:
+        scores = m(learn.model, learn.dls, **args)
     if scores.unit != unit and unit == 'channel':
         if scores.graph is None: scores.graph = graph
         scores = scores.to_channels()
-    if scores.unit != unit: raise ValueError(f"unit={unit!r}: {m.name} scores {scores.unit} units; expected {scores.unit!r} or 'channel'")
+    if scores.unit != unit:
+        raise ValueError(f"unit={unit!r}: {m.name} scores {scores.unit} units; expected {scores.unit!r} or 'channel'")
     return scores, meter
 
 # %% ../nbs/20_pipeline.ipynb #result
@@ -126,7 +129,9 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
     "Score, cut, fine-tune, shrink and report, `rounds` times; changes `learn` in place. `ValueError` for anything the method does not know."
     m = methods()[method]; alloc, alloc_args, own = split_args(m, args)
     check_int('rounds', rounds, 1); check_int('fine_tune_epochs', fine_tune_epochs, 0)
-    if (sparsity is None) == (alloc_args.get('threshold') is None): raise ValueError(f"sparsity={sparsity}, threshold={alloc_args.get('threshold')}: expected exactly one of the two")
+    threshold = alloc_args.get('threshold')
+    if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
+    if {'rounds', 'sparsity'} <= _params(m.fn): own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1 # goes in rounds by itself
     steps = [None]*rounds if sparsity is None else ratios(sparsity, rounds, schedule)
     at, rewind = m.at if at is None else at, m.rewind if rewind is None else rewind
     xb = learn.dls.one_batch()[0]; graph = trace(learn.model, xb)
@@ -139,8 +144,9 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
     tuned = _tested(learn) if fine_tune_epochs else None
     if mask.graph is None: mask.graph = graph
     small = _small(learn.model, Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta), xb, shrink)
-    report = Report.measure(dense, learn.model, small, xb=xb, mask=mask, scores=scores, dls=learn.dls, before=before, pruned=pruned, tuned=tuned, method=method,
-                            method_args=args, seed=seed, sparsity=sparsity, secs=secs, peak_mib=peak, extra=dict(rounds=rounds, at=at, rewind=rewind, fine_tune_epochs=fine_tune_epochs))
+    report = Report.measure(dense, learn.model, small, xb=xb, mask=mask, scores=scores, dls=learn.dls, before=before, pruned=pruned,
+                            tuned=tuned, method=method, method_args=args, seed=seed, sparsity=sparsity, secs=secs, peak_mib=peak,
+                            extra=dict(rounds=own.get('rounds', rounds), at=at, rewind=rewind, fine_tune_epochs=fine_tune_epochs))
     if shrink: rebind(learn, small, surgery.plan(learn.model, mask, xb))
     return Result(learn.model, mask, scores, report)
 
@@ -153,10 +159,11 @@ def channel_table(res:Result,         # from `prune`
     dead = surgery.dead_channels(model, res.mask, g)
     if res.mask.unit != 'channel':
         scores = res.scores.to_channels()
-        as_channels = allocate(Scores(scores.units, 'channel', graph=g, method=scores.method), res.mask.sparsity) if len(scores) else {}
+        as_channels = allocate(Scores(scores.units, 'channel', graph=g, method=scores.method), res.mask.sparsity)
     none = {n:int((~v.flatten(1).any(1)).sum()) for n,w in g.layers.items() if (v := keep.get(f'{n}.weight')) is not None}
-    rows = [dict(layer=n, channels=g.layers[n]['n_out'], unread_or_dropped=int(dead[n].sum()), without_inputs=none.get(n, 0)) for n in g.removable]
-    if as_channels: rows = [dict(r, left_as_channels=int(as_channels[r['layer']].sum()) if r['layer'] in as_channels else r['channels']) for r in rows]
+    rows = [dict(layer=n, channels=g.layers[n]['n_out'], unread_or_dropped=int(dead[n].sum()), without_inputs=none.get(n, 0))
+            for n in g.removable]
+    for r in rows if as_channels else (): r['left_as_channels'] = int(as_channels.get(r['layer'], torch.ones(r['channels'])).sum())
     return pd.DataFrame(rows)
 
 # %% ../nbs/20_pipeline.ipynb #digest
@@ -171,8 +178,10 @@ def dense(dls,            # from `get_dls`
           progress:bool=False, **fit_args # arguments of `fit`
          ):
     "A `Learner` with the trained dense network and a fresh optimiser, from the cache under `out` if it is there."
-    learn = learner(build(model, dls.c_in, dls.n_out, dls.size, seed=seed, weights=weights), dls, opt=opt, lr=lr, seed=seed, **(opt_args or {}))
-    key = _digest(dict(data=dls.record, bs=dls.train.bs, model=learn.model.spec, weights=weights, epochs=epochs, opt=opt, lr=learn.lr, opt_args=opt_args or {}, seed=seed, fit=fit_args))
+    net = build(model, dls.c_in, dls.n_out, dls.size, seed=seed, weights=weights)
+    learn = learner(net, dls, opt=opt, lr=lr, seed=seed, **(opt_args or {}))
+    key = _digest(dict(data=dls.record, bs=dls.train.bs, model=learn.model.spec, weights=weights, epochs=epochs, opt=opt, lr=learn.lr,
+                       opt_args=opt_args or {}, seed=seed, fit=fit_args))
     path = None if out is None else Path(out)/'dense'/f'{key}.safetensors'
     if path is not None and path.exists():
         state, h = load_tensors(path)
@@ -184,5 +193,6 @@ def dense(dls,            # from `get_dls`
     learn.opt = None
     if path is not None:
         parts = {'init': learn.rewind.init, 'trained': learn.model.state_dict()}
-        save_tensors(path, {f'{p}/{k}':v.detach().cpu().clone() for p,d in parts.items() for k,v in d.items()}, dict(kind='dense', history=learn.history, n_fits=learn.n_fits))
+        save_tensors(path, {f'{p}/{k}':v for p,d in parts.items() for k,v in d.items()},
+                     dict(kind='dense', history=learn.history, n_fits=learn.n_fits))
     return learn

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['apply', 'dead_channels', 'plan', 'SurgeryError', 'difference', 'shrink', 'save', 'load']
 
-# %% ../nbs/06_surgery.ipynb #import-copy-math
-import copy, math
+# %% ../nbs/06_surgery.ipynb #import-copy-json
+import copy, json
 import torch, torch_pruning as tp
 from torch import nn
 from .core import *
@@ -19,7 +19,9 @@ def _scale(model, mask):
         n = k.removesuffix(':in'); m = model.get_submodule(n); w = m.weight
         s = s.to(w)
         if mask.unit == 'weight': w.mul_(s)
-        elif mask.unit == 'group': w.mul_(s[mask.labels[k][0].to(s.device)][:, mask.labels[k][1].to(s.device)].view(w.shape[0], -1, *[1]*(w.ndim-2)))
+        elif mask.unit == 'group':
+            child, parent = (o.to(s.device) for o in mask.labels[k])
+            w.mul_(s[child][:, parent].view(w.shape[0], -1, *[1]*(w.ndim-2)))
         elif k != n: w.mul_(s.view(1, -1, *[1]*(w.ndim-2)))
         else:
             w.mul_(s.view(-1, *[1]*(w.ndim-1)))
@@ -69,7 +71,7 @@ def plan(model:nn.Module, # the dense or masked model
          xb:torch.Tensor=None # a batch of inputs, needed when the mask carries no graph
         )->dict:
     "Module path -> (kept output indices, kept input indices), LongTensors; None where nothing changes. `ValueError` without graph and batch."
-    if mask.graph is None and xb is None: raise ValueError("mask: carries no graph; expected xb, a batch to trace the model with")
+    if mask.graph is None and xb is None: raise ValueError("mask: carries no graph; expected xb, a batch for tracing the model")
     g = mask.graph if mask.graph is not None else trace(model, xb)
     gone = _gone(dead_channels(model, mask, g), g)
     left = lambda slots: None if not (d := gone[slots.clamp(min=0)] & (slots >= 0)).any() else (~d).nonzero()[:,0]
@@ -111,38 +113,48 @@ def shrink(model:nn.Module, # dense or masked; not changed
            xb:torch.Tensor, # a batch of inputs for the check
            tol:float=1e-5   # largest relative difference allowed
           )->nn.Module:
-    "A new, smaller model that computes what the masked one does. Raises `SurgeryError` if it does not, to `tol` on `xb`; channels that cannot be removed stay as zeros."
+    "A new, smaller model that computes what the masked one does, or `SurgeryError`; what cannot be removed stays as zeros."
     check_batch(xb); xb = xb.to(next(model.parameters()).device)
     masked = apply(copy.deepcopy(model), mask)
     small = _cut_all(copy.deepcopy(masked), plan(model, mask, xb))
     for p,q in zip(model.parameters(), small.parameters()): q.requires_grad_(p.requires_grad)
     try: d = difference(masked, small, xb)
-    except RuntimeError as e: raise SurgeryError(f"the shrunken model cannot run: {e}. Its forward seems to rely on the original widths (a hard-coded view or split?)") from e
-    if not d <= tol: raise SurgeryError(f"masked and shrunken model differ by {d:.2g} relative to the largest output; allowed are {tol:g}")
+    except RuntimeError as e:
+        raise SurgeryError(f"the shrunken model cannot run: {e}. Does its forward rely on the original widths (a hard-coded view or split)?") from e
+    if not d <= tol: raise SurgeryError(f"masked and shrunken model differ by {d:.2g} of the largest output; allowed are {tol:g}")
     return small
 
 # %% ../nbs/06_surgery.ipynb #save
 def save(model:nn.Module, # pruned or not
          path             # file to write
         ):
-    "Write the model's tensors and, if it has one, its `spec` to `path` (safetensors, JSON header)."
-    state = model.state_dict()
-    save_tensors(path, {k:v.detach().cpu().clone() for k,v in state.items()}, dict(kind='model', spec=getattr(model, 'spec', None)))
+    "Write the model's tensors and, if it has one that can be written, its `spec` to `path` (safetensors, JSON header)."
+    spec = getattr(model, 'spec', None)
+    try: json.dumps(spec)
+    except TypeError: spec = None
+    save_tensors(path, model.state_dict(), dict(kind='model', spec=spec))
 
-def load(path,                  # file written by `save`
-         model:nn.Module=None   # an unpruned instance, for models that are not of our zoo; it is changed and returned
+def _rebuild(spec, path):
+    "An unpruned network of the zoo from its spec."
+    if spec is None: raise ValueError(f"path={str(path)!r}: the file holds no recipe of the zoo; expected model=, an unpruned instance")
+    from neuronprune.models import build
+    return build(**{k:tuple(v) if isinstance(v, list) else v for k,v in spec.items()})
+
+# %% ../nbs/06_surgery.ipynb #load
+def load(path,                # file written by `save`
+         model:nn.Module=None # an unpruned instance, for models that are not of our zoo; it is changed and returned
         )->nn.Module:
     "The saved model, rebuilt at its pruned widths. `ValueError` when the file is not a model, or needs `model=`."
     state, h = load_tensors(path)
     if h.get('kind') != 'model': raise ValueError(f"path={str(path)!r}: holds {h.get('kind')!r}, expected a model")
-    if model is None and h['spec'] is None: raise ValueError(f"path={str(path)!r}: the saved model is not of the zoo; expected model=, an unpruned instance of its class")
-    if model is None:
-        from neuronprune.models import build
-        model = build(**h['spec'])
+    if model is None: model = _rebuild(h['spec'], path)
     first = lambda n, have: None if n == have else torch.arange(n)
-    for n,m in [(n, m) for n,m in model.named_modules() if isinstance(m, PRUNABLE+NORMS) and f'{n}.weight' in state or f'{n}.running_mean' in state]:
-        new, old = (state[k] if (k := f'{n}.weight') in state else state[f'{n}.running_mean']).shape, (m.weight if m.weight is not None else m.running_mean).shape
-        out, inp = first(new[0], old[0]), first(new[1], old[1]) if len(new) > 1 and getattr(m, 'groups', 1) == 1 else None
+    for n,m in model.named_modules():
+        k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
+        if k is None or not isinstance(m, PRUNABLE+NORMS): continue
+        new, old = state[k].shape, model.get_submodule(n).state_dict()[k.rpartition('.')[2]].shape
+        whole = len(new) > 1 and getattr(m, 'groups', 1) == 1
+        out, inp = first(new[0], old[0]), first(new[1], old[1]) if whole else None
         if (out, inp) != (None, None): _cut(m, out, inp)
     model.load_state_dict(state)
     return model

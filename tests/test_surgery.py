@@ -90,7 +90,6 @@ def test_frozen_models_shrink_the_same(zoo):
     a, b = shrink(model, mask, xb), shrink(copy.deepcopy(model).requires_grad_(False), mask, xb)
     assert all(torch.equal(p, b.state_dict()[k]) for k,p in a.state_dict().items())
 
-@bug("Torch-Pruning's new parameters want gradients")
 def test_frozen_models_stay_frozen(zoo):
     model, xb, g = zoo('resnet20'); frozen = copy.deepcopy(model); frozen.requires_grad_(False); frozen.fc.requires_grad_(True)
     small = shrink(frozen, quiet(random_scores(model, g, 'channel'), .5), xb)
@@ -198,6 +197,11 @@ def test_nan_weights_do_not_pass():
     model = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 2)); x = torch.rand(5, 3); m = mask_of(model, x, **{'0': [True, False, True, True]})
     model[2].weight.data[0, 0] = float('nan')
     with pytest.raises((SurgeryError, ValueError)): shrink(model, m, x)
+
+def test_what_nobody_reads_goes_all_the_way_back():
+    model = nn.Sequential(*[o for _ in range(3) for o in (L(3, 3), nn.LeakyReLU())], L(3, 2)); x = torch.randn(5, 3); eye = torch.eye(3).bool()
+    w = {'0': torch.ones(3, 3).bool(), '2': eye, '4': eye, '6': torch.tensor([[True, True, False]]*2)}
+    assert [tuple(m.weight.shape) for m in layers(check(model, Mask(w, 'weight'), x)).values()] == [(2, 3), (2, 2), (2, 2), (2, 2)]
 
 def test_a_layer_never_disappears():
     model = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)); x = torch.rand(5, 3)
