@@ -116,7 +116,9 @@ def _gradients(model, names, xb, yb, keep=None, loss_func=None, bs=256):
     total = dict.fromkeys(leaves)
     with as_found(model, train=False), torch.enable_grad():
         for x,y in zip(xb.split(bs), yb.split(bs)):
-            loss = _loss(functional_call(model, {**state, **leaves}, (x,)), y, loss_func) * (len(x)/len(xb))
+            try: out = functional_call(model, {**state, **leaves}, (x,))
+            except RuntimeError as e: raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(x.shape)}: {e}") from e
+            loss = _loss(out, y, loss_func) * (len(x)/len(xb))
             for k,g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)):
                 if g is not None: total[k] = g if total[k] is None else total[k]+g
     return {k:(state[k], g) for k,g in total.items() if g is not None}

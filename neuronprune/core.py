@@ -146,8 +146,8 @@ def _check_labels(key, t, labels):
     if key not in labels: raise ValueError(f"labels: no entry for {key!r}; group units need (child_idx, parent_idx)")
     if t.ndim != 2: raise ValueError(f"units[{key!r}]: shape {tuple(t.shape)}; expected [K, G] for unit='group'")
     for idx,n,side in zip(labels[key], t.shape, ('child', 'parent')):
-        if idx.min() < 0 or idx.max() >= n:
-            raise ValueError(f"labels[{key!r}]: {side} groups {int(idx.min())} to {int(idx.max())}; expected 0 to {n-1}")
+        bad = idx[(idx < 0) | (idx >= n)]
+        if len(bad): raise ValueError(f"labels[{key!r}]: {side} group {int(bad[0])} out of range; expected 0 to {n-1}")
 
 class Units(Mapping):
     "A dictionary key -> CPU tensor with one unit of account; the base of `Scores` and `Mask`."

@@ -499,6 +499,8 @@ def balanced(y:torch.Tensor,  # integer labels [n]
              where='the data' # for the message
             )->torch.Tensor:
     "Indices of `n_per_class` items of each class, classes in turn; `ValueError` names the class that has too few."
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n_out:
+        raise ValueError(f"yb: labels from {int(y.min())} to {int(y.max())} in {where}; expected 0 to {n_out-1}")
     counts = torch.bincount(y, minlength=n_out)
     least,c = int(counts.min()),int(counts.argmin())
     m = min(250, least) if n_per_class is None else check_int('n_per_class', n_per_class, 1)

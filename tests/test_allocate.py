@@ -9,7 +9,6 @@ from neuronprune.core import Mask, Scores, generator, kappa
 from neuronprune.graph import trace
 from test_graph import X, nets
 
-bug = lambda why: pytest.mark.xfail(strict=True, reason=why)
 def quiet(*a, **kw):
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); return allocate(*a, **kw)
 
@@ -132,12 +131,10 @@ def test_errors(kw, err, said):
     with pytest.raises(err) as e: allocate(sc, **({'sparsity': .5} if kw and not {'sparsity', 'threshold'} & set(kw) else {}) | kw)
     assert said in str(e.value)
 
-@bug('threshold is not checked: NaN removes nothing, True counts as 1, a string fails inside NumPy')
 @pytest.mark.parametrize('bad', [float('nan'), '0.1', True])
 def test_thresholds_are_checked(bad):
     with pytest.raises((ValueError, TypeError), match='threshold'): allocate(sc, threshold=bad)
 
-@bug("a string is taken letter by letter: keep='f'")
 def test_a_single_name_for_keep():
     assert allocate(Scores({'fc1': torch.zeros(4), 'fc2': torch.ones(4)}, 'channel'), .2, keep='fc1', normalize=None)['fc1'].all()
 
@@ -155,7 +152,6 @@ def test_ties_rank_by_the_reduced_score(reduce, f):
     assert torch.equal(mask['a'], mask['b']) and set((~mask['a']).nonzero()[:,0].tolist()) == set(order[:2]) and mask.counts() == (5, 7) and mask['c'].all()
     assert mask.sparsity == 2/7
 
-@bug("for of='units' the costs of a tie's members are summed, so a tie counts as often as it has members")
 def test_achieved_counts_a_tie_once():
     mask = allocate(Scores({k:torch.rand(n) for k,n in dict(a=4, b=4, c=3).items()}, 'channel', graph=g), .3, keep=['c'])
     assert mask.counts() == (5, 7) and mask.sparsity == mask.meta['achieved'] == 2/7
@@ -195,7 +191,6 @@ def test_inputs_of_a_consumer():
     mask = allocate(sc, .5); assert mask['2:in'].tolist() == [False]*8+[True]*8 and mask.meta['achieved'] == .5
     assert same(allocate(sc, .5, tied=False), mask)
 
-@bug("counts() takes every ':in' entry for a unit, allocate the bundle")
 def test_inputs_that_hang_together_count_once():
     net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(16, 2)); g = trace(net, torch.rand(1, 1, 2, 2))
     assert allocate(Scores({'2:in': torch.arange(16.)}, 'channel', graph=g), .5).counts() == (2, 4)

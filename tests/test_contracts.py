@@ -13,7 +13,6 @@ from neuronprune.models import build
 from neuronprune.surgery import apply, difference, shrink
 from test_graph import found
 
-bug = lambda why: pytest.mark.xfail(strict=True, reason=why)
 HERE = [k for k in methods() if k in core._registry or importlib.util.find_spec(f'neuronprune.{core._modules[k]}')]
 each = pytest.mark.parametrize('name', HERE)
 BATCH_NORM = ('slimming',) # methods that look at batch norms
@@ -129,7 +128,7 @@ LABELS = [k for k in NEED if 'labels' in methods()[k].needs]
 def test_plain_fastai_loaders_work(name):
     gen = core.generator(0); call(name, network(name), loaders(torch.rand(200, 1, 8, 8, generator=gen), torch.arange(200)%10))
 
-@pytest.mark.parametrize('name,label', [(k, 10) for k in LABELS] + [pytest.param(k, -1, marks=bug('data.balanced: bare RuntimeError of bincount')) if k in ('snip', 'mint') else (k, -1) for k in LABELS])
+@pytest.mark.parametrize('name,label', [(k, o) for k in LABELS for o in (10, -1)])
 def test_labels_out_of_range_are_refused(name, label):
     y = torch.arange(200)%10; y[::2] = label
     with pytest.raises(ValueError): call(name, network(name), loaders(torch.rand(200, 1, 8, 8), y))
@@ -140,15 +139,15 @@ def test_bad_loaders_are_refused(name):
     with pytest.raises(ValueError, match='NaN'): call(name, network(name), loaders(torch.full((200, 1, 8, 8), float('nan')), torch.arange(200)%10))
     with pytest.raises(ValueError, match='dls'): call(name, network(name), None)
 
-@pytest.mark.parametrize('name', [pytest.param(k, marks=bug("the model's own RuntimeError is passed on bare")) if k == 'snip' else k for k in NEED])
+@pytest.mark.parametrize('name', NEED)
 def test_images_of_another_size_are_refused(name):
     with pytest.raises(ValueError, match='shape|digest'): call(name, network(name), loaders(torch.rand(200, 1, 5, 5), torch.arange(200)%10))
 
-@pytest.mark.parametrize('name', [pytest.param(k, marks=bug('StopIteration from trace')) if k == 'mint' else k for k in HERE])
+@pytest.mark.parametrize('name', HERE)
 def test_a_model_without_layers_is_refused(name, dls):
     with pytest.raises(ValueError): call(name, nn.Sequential(nn.Flatten()), dls)
 
-@pytest.mark.parametrize('name', [pytest.param(k, marks=bug('AttributeError from trace')) if k == 'mint' else k for k in HERE])
+@pytest.mark.parametrize('name', HERE)
 def test_what_is_no_model_is_refused(name, dls):
     with pytest.raises(TypeError): call(name, 'mlp', dls)
 

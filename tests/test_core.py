@@ -10,7 +10,6 @@ from neuronprune.core import (Mask, Scores, Units, as_found, check_batch, check_
                               kappa, layers, load_tensors, method, methods, save_tensors, seed_everything)
 from neuronprune.graph import trace
 
-bug = lambda why: pytest.mark.xfail(strict=True, reason=why)
 
 nan, inf = float('nan'), float('inf')
 net = lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -93,7 +92,6 @@ def test_bad_units_are_refused(call, err, said):
     with pytest.raises(err) as e: call()
     assert said in str(e.value)
 
-@bug('the message shows the largest index even when the smallest is the culprit')
 def test_message_of_a_negative_label_names_it():
     with pytest.raises(ValueError, match='group -1 out of range'): Scores({'a': torch.rand(2, 1)}, 'group', labels={'a': ([0, 1], [-1, 0])})
 
@@ -156,7 +154,6 @@ def run(code):
     assert r.returncode == 0, r.stderr
     return r.stdout
 
-@bug('safetensors refuses tensors that share memory; save_tensors must clone')
 def test_shared_tensors_can_be_saved(tmp_path):
     t, idx = torch.rand(2, 2), torch.tensor([0, 1])
     s = Scores({'a': t, 'b': t, 'c': t.t()}, 'group', labels=dict.fromkeys('abc', (idx, idx)))
@@ -170,7 +167,6 @@ def test_files_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match='without neuronprune'): Scores.load(tmp_path/'foreign')
     with pytest.raises(FileNotFoundError): Scores.load(tmp_path/'none')
 
-@bug('SafetensorError instead of the promised ValueError')
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
     (tmp_path/'junk').write_bytes(b'not ours at all')
     with pytest.raises(ValueError, match='junk'): Scores.load(tmp_path/'junk')
@@ -197,20 +193,17 @@ def test_laws_of_and_or(data):
 M = lambda v, **kw: Mask({'a': torch.tensor(v)}, 'channel', **kw)
 def test_masks_that_do_not_fit_do_not_combine():
     with pytest.raises(ValueError, match='scale'): M([True]) & M([True], scale={'a': torch.ones(1)})
-    with pytest.raises(ValueError, match='same unit and layers'): M([True]) & Mask({'b': torch.tensor([True])}, 'channel')
-    with pytest.raises(ValueError, match='same unit and layers'): M([True]) | Mask({'a': torch.tensor([True])}, 'weight')
+    with pytest.raises(ValueError, match='same unit'): M([True]) & Mask({'b': torch.tensor([True])}, 'channel')
+    with pytest.raises(ValueError, match='same unit'): M([True]) | Mask({'a': torch.tensor([True])}, 'weight')
 
-@bug('shapes are broadcast, or a bare RuntimeError')
 @pytest.mark.parametrize('a,b', [([True, False, True], [True]), ([True, False, True], [True, False])])
 def test_masks_of_other_shapes_do_not_combine(a, b):
     with pytest.raises(ValueError): M(a) & M(b)
 
-@bug("labels are not compared; the first mask's are taken")
 def test_group_masks_of_other_groups_do_not_combine():
     t = torch.tensor([[True], [False]]); a, b = (Mask({'a': t}, 'group', labels={'a': (torch.tensor(i), torch.zeros(2).long())}) for i in ([0, 1], [1, 0]))
     with pytest.raises(ValueError): a & b
 
-@bug('the result is tied as soon as the first mask is')
 def test_an_untied_mask_stays_untied():
     g = trace(Tied(), torch.rand(1, 3)); T = lambda *v: torch.tensor(v)
     a = Mask({'a': T(True, True), 'b': T(True, True)}, 'channel', graph=g)
@@ -274,7 +267,6 @@ def test_as_found_restores(fail):
     with as_found(m): assert facts(m) == before
     assert facts(m) == before
 
-@bug('backward accumulates in place into the gradient that was saved by reference')
 def test_as_found_restores_gradients_that_were_there():
     m = net(); m(torch.ones(1, 3)).sum().backward(); before = facts(m)
     with as_found(m): m(torch.ones(1, 3)).sum().backward()

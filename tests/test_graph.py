@@ -6,7 +6,6 @@ from torch import nn
 from neuronprune.core import Mask, UnsupportedLayerError, generator, layers
 from neuronprune.graph import Graph, trace
 
-bug = lambda why: pytest.mark.xfail(strict=True, reason=why)
 
 # ---- random small networks
 
@@ -146,15 +145,12 @@ def must_stay(g, truth):
     while more := {p for b in partition(meet) if bad & {p for p,_ in b} for p,_ in b} - bad: bad |= more
     return bad
 
-MIXED = 'what is added to (or multiplied with) a layer whose channels mix is not fixed: sources leave the mixed layer out'
-@bug(MIXED)
 @settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(nets(['glu', 'seq', 'add', 'proj', 'dw']))
 def test_a_layer_whose_channels_meet_each_other_holds_its_ties(model):
     g = trace(model, X)
     assert set(g.fixed) == must_stay(g, brute(model, X))
 
-@bug(MIXED)
 def test_what_is_added_to_a_mixed_layer_stays():
     m = Net(lambda s, x: s.c(s.bn(s.ln(s.a(x)) + s.b(x))), a=L(3, 4), b=L(3, 4), ln=nn.LayerNorm(4), bn=nn.BatchNorm1d(4), c=L(4, 2))
     g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed)
@@ -201,7 +197,7 @@ two = dict(a=L(3, 4), c=L(4, 2))
     (lambda: cmid(nn.ConvTranspose2d(4, 4, 2)), X, '0', "mixed on the way to '2'"), (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
     (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '1', 'grouped'), (lambda: nn.Sequential(C(2, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
     (lambda: nn.Sequential(C(2, 4, 1), C(4, 2, 1, groups=2), C(2, 2, 1)), X, '0', 'grouped'), 
-    pytest.param(lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '1', 'used 2 times', marks=bug('says 8 times: the hooks go on counting during the experiments')),
+    (lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '1', 'used 2 times'),
     (lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '0', 'mixed'),
     (lambda: Net(lambda s, x: s.c(s.a(x)), **two, u=L(3, 3)), x3, 'u', 'used 0 times'), (lambda: mid(), x3, '2', "the network's output"),
     (lambda: Net(lambda s, x: s.c(s.a(x) + x), a=L(3, 3), c=L(3, 2)), x3, 'a', "not be zero at 'c'"),
@@ -246,41 +242,35 @@ def test_errors(make, x, err, said):
     with pytest.raises(err) as e: trace(make(), x)
     assert said in str(e.value)
 
-@bug('StopIteration: parameters() is asked before layers()')
 def test_a_model_without_any_parameter_is_refused():
     with pytest.raises(ValueError, match='no Linear or Conv layer'): trace(nn.Sequential(nn.Flatten()), x3)
-@bug("AttributeError: 'str' object has no attribute 'eval'")
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match='expected an nn.Module'): trace('resnet18', x3)
 
-@bug("with zeros as input the network's own input looks silent, so what it is added to seems removable")
 def test_a_batch_of_zeros_is_as_good_as_any():
     m = Net(lambda s, x: s.c(s.a(x) + x), a=L(3, 3), c=L(3, 2))
     assert trace(m, torch.zeros(1, 3)).to_dict() == trace(m, x3).to_dict()
 
-@pytest.mark.parametrize('op', [pytest.param(lambda a, b: (a-b).relu(), marks=bug('where a < b a small rise of either is not seen')), lambda a, b: torch.max(a, b),
-    pytest.param(lambda a, b: (a+b).clamp(max=1.), marks=bug('sources are positive, so a saturated sum never moves'))], ids=['relu(a-b)', 'max(a,b)', 'clamp(a+b)'])
+@pytest.mark.parametrize('op', [lambda a, b: (a-b).relu(), lambda a, b: torch.max(a, b),
+    lambda a, b: (a+b).clamp(max=1.)], ids=['relu(a-b)', 'max(a,b)', 'clamp(a+b)'])
 def test_one_sided_operations_hide_nothing(op):
     m = Net(lambda s, x: s.c(op(s.a(x), s.b(x))), a=L(3, 16), b=L(3, 16), c=L(16, 2))
     g = trace(m, x3)
     assert g.out_slots['a'].tolist() == g.out_slots['b'].tolist() == g.in_slots['c'].tolist()
 
-@pytest.mark.parametrize('mixed', [False, pytest.param(True, marks=bug('sources are float32 whatever the model is'))])
+@pytest.mark.parametrize('mixed', [False, True])
 def test_double_precision_models(mixed):
     m = Net(lambda s, x: s.c(F.linear(s.a(x), s.e) if mixed else s.a(x)), a=L(3, 4), e=nn.Parameter(torch.randn(4, 4)), c=L(4, 2))
     assert trace(copy.deepcopy(m).double(), x3.double()).to_dict() == trace(m, x3).to_dict()
 
-@bug('a parameter shared by two layers is not noticed')
 def test_tied_parameters_are_not_removable():
     m = nn.Sequential(L(4, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)); m[2].weight = m[0].weight
     g = trace(m, torch.rand(1, 4)); assert '0' in g.fixed and '2' in g.fixed
 
-@bug('only the last call of a norm is seen')
 def test_a_norm_used_twice_fixes_its_feeders():
     m = Net(lambda s, x: s.c(s.n(s.a(x))) + s.d(s.n(s.b(x))), **two, b=L(3, 4), d=L(4, 2), n=nn.BatchNorm1d(4))
     g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed) or g.out_slots['a'].tolist() == g.out_slots['b'].tolist()
 
-@bug('the first pass runs the norm itself on a batch of one, and its ValueError is passed on bare')
 def test_a_norm_on_batch_statistics(): assert trace(mid(nn.BatchNorm1d(4, track_running_stats=False)), x3).removable == ['0']
 
 # ---- expand
@@ -300,7 +290,6 @@ def test_masks_that_do_not_fit(units, unit, said):
     assert said in str(e.value)
     with pytest.raises(ValueError, match='needs graph'): Mask({'0': torch.ones(4).bool()}, 'channel').expand(m)
 
-@bug('labels that are shorter or longer than the layer give a bare RuntimeError, or broadcast')
 def test_group_labels_that_do_not_fit():
     m = mid()
     with pytest.raises(ValueError): Mask({'0': torch.ones(1, 1).bool()}, 'group', labels={'0': (torch.zeros(4).long(), torch.zeros(2).long())}).expand(m)
