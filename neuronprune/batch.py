@@ -94,7 +94,8 @@ def run(params:dict,     # parameters of one run
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            pm.execute_notebook(str(notebook or notebook_path()), str(tmp), {**PARAMETERS, **params, 'out': str(d.parent)}, kernel_name='python3', progress_bar=False, log_output=False)
+            pm.execute_notebook(str(notebook or notebook_path()), str(tmp), {**PARAMETERS, **params, 'out': str(d.parent)}, kernel_name='python3',
+                                progress_bar=False, log_output=False, extra_arguments=['--IPKernelApp.log_level=40'])
     finally:
         if threads: os.environ.pop('OMP_NUM_THREADS') if old is None else os.environ.update(OMP_NUM_THREADS=old)
     os.replace(tmp, page)
