@@ -95,10 +95,11 @@ def _round(removed, ids, order, round_to):
 # %% ../nbs/04_allocate.ipynb #setup
 def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
     "Checked arguments: (normalisation, caps per layer, layers to spare)."
+    check_type('scores', scores, Scores)
     if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
     if sparsity is not None: check_fraction('sparsity', sparsity)
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or threshold != threshold):
-        raise ValueError(f"threshold={threshold!r}: expected a number in the unit of the scores")
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not np.isfinite(threshold)):
+        raise ValueError(f"threshold={threshold!r}: expected a finite number in the unit of the scores")
     check_choice('scope', scope, ('global', 'layer')); check_choice('of', of, ('units', 'params', 'macs'))
     check_choice('normalize', normalize, ('auto', None, 'mean', 'max'))
     names, keep = [k.removesuffix(':in') for k in scores], (keep,) if isinstance(keep, str) else tuple(keep)
@@ -106,7 +107,7 @@ def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
         if not any(fnmatch(n, p) for n in names): check_choice('keep', p, names)
     caps = caps if isinstance(caps, dict) else {} if caps is None else dict.fromkeys(names, caps)
     for n,c in caps.items(): check_choice('caps', n, names); check_fraction(f'caps[{n!r}]', c)
-    auto = 'mean' if scores.unit == 'channel' and scope == 'global' and threshold is None else None
+    auto = 'mean' if scores.unit == 'channel' and threshold is None else None
     return auto if normalize == 'auto' else normalize, caps, keep
 
 # %% ../nbs/04_allocate.ipynb #allocate-2
@@ -121,7 +122,7 @@ def allocate(scores:Scores,       # what to rank
              round_to:int=1,      # keep a multiple of this many units per layer (budget from below)
              min_keep:int=1,      # units every layer keeps (blocks: per child group)
              keep=(),             # layers to spare, names or patterns
-             normalize='auto'     # divide a layer's scores by their 'mean' or 'max'; 'auto' = 'mean' for channels in a global ranking
+             normalize='auto'     # divide a layer's scores by their 'mean' or 'max'; 'auto' = 'mean' for channels
             )->Mask:
     "The mask that removes the lowest scores within the budget; equal scores go in key order, first index first. `ValueError` on bad arguments, a warning when the budget is out of reach."
     normalize, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
@@ -142,7 +143,18 @@ def allocate(scores:Scores,       # what to rank
                       f"min_keep, caps and keep protect {int(safe.sum())} of {n} units")
     meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope, tied=tied)
     units = {k:torch.from_numpy(~removed[a]).view(scores[k].shape) for k,a in ids.items()}
+    if tied: units.update(_rest_of_ties(scores, units))
     return Mask(units, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)
+
+# %% ../nbs/04_allocate.ipynb #rest_of_ties
+def _rest_of_ties(scores, units):
+    "Masks of removable layers without scores that are tied to layers with scores."
+    g = scores.graph
+    if scores.unit != 'channel' or g is None: return {}
+    outs = [k for k in units if not k.endswith(':in')]
+    gone = torch.cat([g.out_slots[k][~units[k]] for k in outs]) if outs else torch.empty(0)
+    rest = {n:~torch.isin(g.out_slots[n], gone) for n in g.removable if n not in units}
+    return {n:v for n,v in rest.items() if not v.all()}
 
 # %% ../nbs/04_allocate.ipynb #parts
 def _parts(ids, n, scope):

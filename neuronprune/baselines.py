@@ -12,22 +12,28 @@ from torch import nn
 from torch.func import functional_call
 from fastai.callback.core import Callback
 from fastprogress import progress_bar
-from .core import Scores, as_found, check_batch, check_choice, check_fraction, check_int, generator, layers, method
+from .core import (Scores, as_found, check_batch, check_choice, check_fraction, check_int, generator,
+                              layers, method)
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate, ratios
 
 # %% ../nbs/10_baselines.ipynb #wiring
 def _wiring(model, dls, graph):
-    "`graph`, or a trace of `model` with one image of `dls`; raises `ValueError` when both are missing or the graph is another model's."
+    "`graph`, or a trace of `model` with one image of `dls`; `ValueError` without both, or for another model's graph."
     if graph is None and dls is None:
-        raise ValueError("graph=None: channel scores need the network's wiring; pass graph=trace(model, xb), or dls to trace with")
+        raise ValueError("graph=None: channel scores need the network's wiring; "
+                         "pass graph=trace(model, xb), or dls to trace with")
     g, mods = trace(model, calib_batch(dls, n=1)[0]) if graph is None else graph, layers(model)
     bad = [k for k,l in g.layers.items() if k not in mods or len(mods[k].weight) != l['n_out']]
-    if bad: raise ValueError(f"graph: its layer {bad[0]!r} does not fit the model; expected graph=trace(model, xb) of this very model")
-    if not g.removable: raise ValueError(f"unit='channel': no channel of this model can be removed ({g.fixed}); use unit='weight'")
+    if bad:
+        raise ValueError(f"graph: its layer {bad[0]!r} does not fit the model; "
+                         "expected graph=trace(model, xb) of this very model")
+    if not g.removable:
+        raise ValueError(f"unit='channel': no channel of this model can be removed ({g.fixed}); use unit='weight'")
     return g
 
+# %% ../nbs/10_baselines.ipynb #candidates
 def _candidates(model, unit, dls, graph):
     "(path -> module of the layers to score, graph, path -> why a layer is left out)."
     mods = layers(model)
@@ -59,21 +65,26 @@ def random(model:nn.Module, # any model
         units = {k:u[graph.out_slots[k]] for k in mods}
     return _scores('random', units, unit, start, graph, skipped, seed=seed)
 
-# %% ../nbs/10_baselines.ipynb #row_norm
+# %% ../nbs/10_baselines.ipynb #orders-dict-l1-1-l2-2
 _ORDERS = dict(l1=1, l2=2)
 
+# %% ../nbs/10_baselines.ipynb #row_norm
 def _row_norm(w, norm):
     "The l1 or l2 norm of each output's weights [out]."
     return torch.linalg.vector_norm(w.flatten(1), _ORDERS[norm], dim=1)
 
+# %% ../nbs/10_baselines.ipynb #initial
 def _initial(init, mods, who):
     "Path -> initial weight on the layer's device; raises `ValueError` when there is none or it does not fit."
     if init is None:
-        raise ValueError(f"init=None: {who} needs the initial weights; build the learner with neuronprune's learner(…) before training, and pass init=learn.rewind.init")
+        raise ValueError(f"init=None: {who} needs the initial weights; build the learner with neuronprune's learner(…) "
+                         "before training, and pass init=learn.rewind.init")
     for k,m in mods.items():
         w = init.get(f'{k}.weight')
         if w is None or w.shape != m.weight.shape:
-            raise ValueError(f"init: {k}.weight {'is missing' if w is None else f'has shape {tuple(w.shape)}'}; expected the initial weights of this model, shape {tuple(m.weight.shape)}")
+            found = 'is missing' if w is None else f'has shape {tuple(w.shape)}'
+            raise ValueError(f"init: {k}.weight {found}; expected the initial weights of this model, "
+                             f"shape {tuple(m.weight.shape)}")
     return {k:init[f'{k}.weight'].detach().to(m.weight.device) for k,m in mods.items()}
 
 # %% ../nbs/10_baselines.ipynb #magnitude-2
@@ -88,8 +99,10 @@ def magnitude(model:nn.Module, # trained model
               seed:int=0,      # has no effect: nothing is drawn
               progress:bool=False # has no effect: nothing takes long
              )->Scores:
-    "|w| of every weight, or the norm of every channel's weights (biases left out). `ValueError` naming `learner` if at='init' finds no `init`."
-    start = time.perf_counter(); check_choice('norm', norm, _ORDERS); check_choice('at', at, ('trained', 'init'))
+    "|w| of every weight [like w], or the norm of every channel's weights [out]; `ValueError` for at='init' without `init`."
+    start = time.perf_counter()
+    check_choice('norm', norm, _ORDERS)
+    check_choice('at', at, ('trained', 'init'))
     mods, graph, skipped = _candidates(model, unit, dls, graph)
     ws = _initial(init, mods, "magnitude(at='init')") if at == 'init' else {k:m.weight.detach() for k,m in mods.items()}
     units = {k:w.abs() if unit == 'weight' else _row_norm(w, norm) for k,w in ws.items()}
@@ -102,14 +115,16 @@ def _loss(out, y, loss_func):
     check_batch(out.detach(), y, out.shape[1])
     return F.cross_entropy(out, y)
 
+# %% ../nbs/10_baselines.ipynb #batch
 def _batch(model, dls, who, n_per_class, n, split, seed):
     "Calibration batch on the model's device; raises `ValueError` without `dls`."
-    if dls is None: raise ValueError(f"dls=None: {who} needs labelled images; pass fastai DataLoaders, such as get_dls('digits')")
+    if dls is None:
+        raise ValueError(f"dls=None: {who} needs labelled images; pass fastai DataLoaders, such as get_dls('digits')")
     return calib_batch(dls, n_per_class, n, split=split, seed=seed, device=next(model.parameters()).device)
 
 # %% ../nbs/10_baselines.ipynb #gradients
 def _gradients(model, names, xb, yb, keep=None, loss_func=None, bs=256):
-    "Parameter name -> (value, gradient of the mean loss), at the parameters times the masks `keep`; parameters without gradient are absent."
+    "Parameter name -> (value, gradient of the mean loss), at the parameters times `keep`; absent without gradient."
     state = {k:v.detach() for k,v in (*model.named_parameters(), *model.named_buffers())}
     state.update({k:state[k]*m for k,m in (keep or {}).items()})
     leaves = {k:state[k].detach().requires_grad_() for k in names if k in state}
@@ -117,7 +132,8 @@ def _gradients(model, names, xb, yb, keep=None, loss_func=None, bs=256):
     with as_found(model, train=False), torch.enable_grad():
         for x,y in zip(xb.split(bs), yb.split(bs)):
             try: out = functional_call(model, {**state, **leaves}, (x,))
-            except RuntimeError as e: raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(x.shape)}: {e}") from e
+            except RuntimeError as e:
+                raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(x.shape)}: {e}") from e
             loss = _loss(out, y, loss_func) * (len(x)/len(xb))
             for k,g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)):
                 if g is not None: total[k] = g if total[k] is None else total[k]+g
@@ -129,24 +145,27 @@ def _sensitivity(model, mods, unit, xb, yb, mask=None, loss_func=None):
     keep = None if mask is None else mask.expand(model)
     found = _gradients(model, [f'{k}.weight' for k in mods], xb, yb, keep, loss_func)
     wg = {k:w*g for k in mods for w,g in [found.get(f'{k}.weight', (None, None))] if w is not None}
-    return {k:v.abs().cpu() if unit == 'weight' else v.flatten(1).sum(1).abs().cpu() for k,v in wg.items()}
+    if unit == 'channel': wg = {k:v.flatten(1).sum(1) for k,v in wg.items()}
+    return {k:v.abs().cpu() for k,v in wg.items()}
 
 # %% ../nbs/10_baselines.ipynb #iterate
 @torch.no_grad()
 def _iterate(look, sparsity, rounds, graph, unit, progress):
-    "Scores after `rounds` looks, `look(mask)` at the masked network; units removed on the way score below zero, earlier ones lower."
+    "Scores after `rounds` looks, `look(mask)` at the masked network; removed units score below zero, the first lowest."
     units, mask = look(None), None
-    for r,s in enumerate(progress_bar(ratios(sparsity, rounds)[:-1], display=progress) if rounds > 1 else ()):
+    if rounds == 1: return units
+    for r,s in enumerate(progress_bar(ratios(sparsity, rounds)[:-1], display=progress)):
         new = allocate(Scores(units, unit, graph=graph), s, normalize=None)
         fresh = {k:~v if mask is None else mask[k] & ~v for k,v in new.items()}
         top = max([float(units[k][f].max()) for k,f in fresh.items() if f.any()], default=0.) or 1.
         left = {k:torch.where(f, r-rounds + units[k]/top, units[k]) for k,f in fresh.items()}
-        units = {k:torch.where(new[k], v, left[k]) for k,v in look(new).items()}; mask = new
+        units = {k:torch.where(new[k], v, left[k]) for k,v in look(new).items()}
+        mask = new
     return units
 
 # %% ../nbs/10_baselines.ipynb #snip-2
-@method('snip', unit='weight', needs=('data', 'labels', 'gradients'), at='init', rewind='init', allocate=dict(normalize=None),
-        paper='Lee 2019; de Jorge 2021')
+@method('snip', unit='weight', needs=('data', 'labels', 'gradients'), at='init', rewind='init',
+        allocate=dict(normalize=None), paper='Lee 2019; de Jorge 2021')
 def snip(model:nn.Module,     # the network before training (or after, as the provable papers have it)
          dls=None,            # where the calibration batch comes from
          *, unit:str='weight', # 'weight' | 'channel'
@@ -160,15 +179,19 @@ def snip(model:nn.Module,     # the network before training (or after, as the pr
          seed:int=0,          # of the calibration batch
          progress:bool=False  # a bar over the rounds
         )->Scores:
-    "|w dL/dw| of every weight, |sum of w dL/dw| of every channel (Lee 2019), on a calibration batch from `split`, in evaluation mode. `ValueError` without images, or without `sparsity` for several rounds."
+    "|w dL/dw| of weights, |sum of w dL/dw| of channels (Lee 2019); `ValueError` without images or, for rounds, `sparsity`."
     start = time.perf_counter()
-    if check_int('rounds', rounds, 1) > 1 and sparsity is None: raise ValueError(f"rounds={rounds}: the schedule leads to a final sparsity; pass sparsity=, such as 0.9")
+    if check_int('rounds', rounds, 1) > 1 and sparsity is None:
+        raise ValueError(f"rounds={rounds}: the schedule leads to a final sparsity; pass sparsity=, such as 0.9")
     if sparsity is not None: check_fraction('sparsity', sparsity)
     mods, graph, skipped = _candidates(model, unit, dls, graph)
     xb, yb = _batch(model, dls, 'snip', n_per_class, n, split, seed)
-    units = _iterate(lambda mask: _sensitivity(model, mods, unit, xb, yb, mask, loss_func), sparsity, rounds, graph, unit, progress)
-    skipped.update({k:'no gradient: unused in the forward pass, or its weight is shared with another layer' for k in mods if k not in units})
-    return _scores('snip', units, unit, start, graph, skipped, n=len(xb), n_per_class=n_per_class, split=split, rounds=rounds, sparsity=sparsity, seed=seed)
+    look = lambda mask: _sensitivity(model, mods, unit, xb, yb, mask, loss_func)
+    units = _iterate(look, sparsity, rounds, graph, unit, progress)
+    why = 'no gradient: unused in the forward pass, or its weight is shared with another layer'
+    skipped.update({k:why for k in mods if k not in units})
+    return _scores('snip', units, unit, start, graph, skipped, n=len(xb), n_per_class=n_per_class, split=split,
+                   rounds=rounds, sparsity=sparsity, seed=seed)
 
 # %% ../nbs/10_baselines.ipynb #lth
 @method('lth', unit='weight', at='trained', rewind='init', paper='Frankle & Carbin 2019')
@@ -194,11 +217,13 @@ def magsign(model:nn.Module, # trained model
             seed:int=0,      # has no effect: nothing is drawn
             progress:bool=False # has no effect: nothing takes long
            )->Scores:
-    "Large trained weights of unchanged sign (Zhou 2019); a negative score means the sign changed. `ValueError` naming `learner` without `init`."
+    "Large trained weights of unchanged sign (Zhou 2019); negative = the sign changed. `ValueError` without `init`."
     start = time.perf_counter()
     mods, graph, skipped = _candidates(model, unit, dls, graph)
     w0, wf = _initial(init, mods, 'magsign'), {k:m.weight.detach() for k,m in mods.items()}
-    if unit == 'channel': units = {k:w0[k].flatten(1).mean(1).sign() * w.flatten(1).mean(1) for k,w in wf.items()}
+    if unit == 'channel':
+        mean = lambda w: w.flatten(1).mean(1)
+        units = {k:mean(w0[k]).sign() * mean(w) for k,w in wf.items()}
     else:
         far = 2*max(float(w.abs().max()) for w in wf.values())
         units = {k:w.abs().cpu().double() - far*(w0[k].sign()*w.sign() < 0).cpu() for k,w in wf.items()}
@@ -209,11 +234,13 @@ def magsign(model:nn.Module, # trained model
 def _gate(rows, m):
     "Forward hook that multiplies each output channel of each example by a gate of 1, kept in `rows`."
     def hook(_, inp, out):
-        lin = isinstance(m, nn.Linear); c = out.shape[-1 if lin else 1]
+        at, shape = -1 if isinstance(m, nn.Linear) else 1, [len(out), *[1]*(out.ndim-1)]
+        shape[at] = c = out.shape[at]
         rows.append(torch.ones(len(out), c, dtype=out.dtype, device=out.device, requires_grad=True))
-        return out * rows[-1].view(len(out), *([1]*(out.ndim-2) + [c] if lin else [c] + [1]*(out.ndim-2)))
+        return out * rows[-1].view(shape)
     return hook
 
+# %% ../nbs/10_baselines.ipynb #gate_gradients
 def _gate_gradients(model, mods, xb, yb, loss_func=None, bs=256):
     "Path -> derivative of each example's loss with respect to a gate on each output channel, at 1 [n, out]."
     res = {k:[] for k in mods}
@@ -223,38 +250,48 @@ def _gate_gradients(model, mods, xb, yb, loss_func=None, bs=256):
             hooks = [m.register_forward_hook(_gate(gates[k], m)) for k,m in mods.items()]
             try: loss = _loss(model(x), y, loss_func) * len(x)
             finally: [h.remove() for h in hooks]
-            for k,g in zip(mods, torch.autograd.grad(loss, [gates[k][0] for k in mods], materialize_grads=True)): res[k].append(g)
+            grads = torch.autograd.grad(loss, [gates[k][0] for k in mods], materialize_grads=True)
+            for k,g in zip(mods, grads): res[k].append(g)
     return {k:torch.cat(v) for k,v in res.items()}
 
-# %% ../nbs/10_baselines.ipynb #norms
+# %% ../nbs/10_baselines.ipynb #batchnorms-nn-batchnorm1d-nn
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+# %% ../nbs/10_baselines.ipynb #norms
 def _norms(model, graph):
     "Path -> batch norm with a scale that channels reach."
-    return {k:m for k,m in ((k, model.get_submodule(k)) for k in graph.norm_slots) if isinstance(m, _BATCHNORMS) and m.weight is not None}
+    mods = {k:model.get_submodule(k) for k in graph.norm_slots}
+    return {k:m for k,m in mods.items() if isinstance(m, _BATCHNORMS) and m.weight is not None}
 
+# %% ../nbs/10_baselines.ipynb #to_producer
 def _to_producer(graph, k, values, reduce):
-    "[out] for layer `k` from `values`, norm -> [slots], reduced by 'sum' or 'amax' over the slots a channel reaches; None if a channel reaches none."
+    "[out] for layer `k` from `values`, norm -> [slots], by 'sum' or 'amax'; None if a channel reaches none."
     hits = [(c, v.cpu()[s]) for n,v in values.items() if k in graph.sources.get(n, {}) for s,c in [graph.sources[n][k]]]
     if not hits: return None
-    chan, vals = (torch.cat(o) for o in zip(*hits)); n_out = graph.layers[k]['n_out']
+    chan, vals = (torch.cat(o) for o in zip(*hits))
+    n_out = graph.layers[k]['n_out']
     if len(chan.unique()) < n_out: return None
     return torch.zeros(n_out, dtype=vals.dtype).scatter_reduce(0, chan, vals, reduce, include_self=False)
 
+# %% ../nbs/10_baselines.ipynb #by_norm
 def _by_norm(model, graph, mods, values, reduce, skipped):
     "Path -> values of the batch norms behind it [out]; layers without are added to `skipped`."
     found = {k:_to_producer(graph, k, values, reduce) for k in mods}
     skipped.update({k:'no batch norm with a scale reads all of its channels' for k,v in found.items() if v is None})
     units = {k:v for k,v in found.items() if v is not None}
-    if not units: raise ValueError(f"model={type(model).__name__}: no removable channel reaches a batch norm with a scale; expected a network with batch norms, or use magnitude, taylor or fpgm")
+    if not units:
+        raise ValueError(f"model={type(model).__name__}: no removable channel reaches a batch norm with a scale; "
+                         "expected a network with batch norms, or use magnitude, taylor or fpgm")
     return units
 
 # %% ../nbs/10_baselines.ipynb #taylor-2
 def _taylor(variant, model, mods, graph, skipped, xb, yb, loss_func):
     "Path -> Taylor score [out] of one variant."
     if variant == 'norm':
-        found = _gradients(model, [f'{k}.{p}' for k in _norms(model, graph) for p in ('weight', 'bias')], xb, yb, None, loss_func)
-        values = {k:sum(v*g for p in ('weight', 'bias') if f'{k}.{p}' in found for v,g in [found[f'{k}.{p}']]) for k in _norms(model, graph) if f'{k}.weight' in found}
+        names = {k:[f'{k}.weight', f'{k}.bias'] for k in _norms(model, graph)}
+        found = _gradients(model, sum(names.values(), []), xb, yb, None, loss_func)
+        vg = {p:v*g for p,(v,g) in found.items()}
+        values = {k:sum(vg[p] for p in ps if p in vg) for k,ps in names.items() if ps[0] in vg}
         return {k:v**2 for k,v in _by_norm(model, graph, mods, values, 'sum', skipped).items()}
     gates = _gate_gradients(model, mods, xb, yb, loss_func)
     if variant == 'weights': return {k:g.mean(0)**2 for k,g in gates.items()}
@@ -262,7 +299,8 @@ def _taylor(variant, model, mods, graph, skipped, xb, yb, loss_func):
     return {k:v/v.norm() if v.any() else v for k,v in means.items()}
 
 # %% ../nbs/10_baselines.ipynb #taylor-3
-@method('taylor', unit='channel', needs=('data', 'labels', 'gradients'), allocate=dict(normalize=None), paper='Molchanov 2017, 2019')
+@method('taylor', unit='channel', needs=('data', 'labels', 'gradients'), allocate=dict(normalize=None),
+        paper='Molchanov 2017, 2019')
 def taylor(model:nn.Module,     # trained model
            dls=None,            # where the calibration batch comes from
            *, variant:str='weights', # 'weights' | 'norm' (2019), 'activations' (2017)
@@ -274,12 +312,14 @@ def taylor(model:nn.Module,     # trained model
            seed:int=0,          # of the calibration batch
            progress:bool=False  # has no effect: nothing takes long
           )->Scores:
-    "First-order effect on the loss of closing each channel (Molchanov 2017, 2019), on a calibration batch from `split`, in evaluation mode."
-    start = time.perf_counter(); check_choice('variant', variant, ('weights', 'norm', 'activations'))
+    "First-order effect on the loss of closing each channel [out], in evaluation mode (Molchanov 2017, 2019)."
+    start = time.perf_counter()
+    check_choice('variant', variant, ('weights', 'norm', 'activations'))
     mods, graph, skipped = _candidates(model, 'channel', dls, graph)
     xb, yb = _batch(model, dls, 'taylor', n_per_class, n, split, seed)
     units = _taylor(variant, model, mods, graph, skipped, xb, yb, loss_func)
-    return _scores('taylor', units, 'channel', start, graph, skipped, variant=variant, n=len(xb), n_per_class=n_per_class, split=split, seed=seed)
+    return _scores('taylor', units, 'channel', start, graph, skipped, variant=variant, n=len(xb), n_per_class=n_per_class,
+                   split=split, seed=seed)
 
 # %% ../nbs/10_baselines.ipynb #slimmingcallback
 class SlimmingCallback(Callback):
@@ -287,15 +327,17 @@ class SlimmingCallback(Callback):
     order = 12
     def __init__(self, lam:float=1e-4 # weight of the penalty, >= 0; the paper uses 1e-4 and 1e-5
                 ):
-        if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not 0 <= lam < math.inf: raise ValueError(f"lam={lam!r}: expected a finite number of at least 0, such as 1e-4")
+        if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not 0 <= lam < math.inf:
+            raise ValueError(f"lam={lam!r}: expected a finite number of at least 0, such as 1e-4")
         self.lam = float(lam)
     def before_fit(self):
         self.gammas = [m.weight for m in self.model.modules() if isinstance(m, _BATCHNORMS) and m.weight is not None]
         if not self.gammas: raise ValueError(f"model={type(self.model).__name__}: no batch norm with a scale to penalise")
     def before_step(self):
         gs = [g for g in self.gammas if g.grad is not None]
+        if not gs: return
         with torch.no_grad():
-            if gs: torch._foreach_add_([g.grad for g in gs], [g.sign() for g in gs], alpha=self.lam)
+            torch._foreach_add_([g.grad for g in gs], [g.sign() for g in gs], alpha=self.lam)
 
 # %% ../nbs/10_baselines.ipynb #slimming
 @method('slimming', unit='channel', needs=('training',), allocate=dict(normalize=None), paper='Liu 2017')
@@ -305,7 +347,7 @@ def slimming(model:nn.Module, # trained model with batch norms, at best with `Sl
              seed:int=0,      # has no effect: nothing is drawn
              progress:bool=False # has no effect: nothing takes long
             )->Scores:
-    "|gamma| of the batch norm each channel reaches, the largest if several (Liu 2017). Layers without are skipped; `ValueError` if that is all of them."
+    "|gamma| of the batch norm each channel reaches, the largest of several (Liu 2017); `ValueError` if no layer has one."
     start = time.perf_counter()
     mods, graph, skipped = _candidates(model, 'channel', dls, graph)
     values = {k:m.weight.detach().abs() for k,m in _norms(model, graph).items()}
@@ -319,7 +361,7 @@ def fpgm(model:nn.Module, # trained model
          seed:int=0,      # has no effect: nothing is drawn
          progress:bool=False # has no effect: nothing takes long
         )->Scores:
-    "Sum of Euclidean distances of each channel's weights to those of all other channels of its layer, in double precision (He 2019)."
+    "Sum of Euclidean distances of each channel's weights to all others of its layer, float64 [out] (He 2019)."
     start = time.perf_counter()
     mods, graph, skipped = _candidates(model, 'channel', dls, graph)
     rows = {k:m.weight.detach().flatten(1) for k,m in mods.items()}

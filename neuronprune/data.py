@@ -56,6 +56,7 @@ def random_crop(x:torch.Tensor, # images [n, c, h, w]
     windows = F.pad(x, (pad,)*4).unfold(2, h, 1).unfold(3, w, 1)
     return windows[torch.arange(n, device=x.device), :, i, j]
 
+# %% ../nbs/01_data.ipynb #random_flip
 def random_flip(x:torch.Tensor, # images [n, c, h, w]
                 g:torch.Generator, # CPU generator
                 p:float=.5      # probability of a flip
@@ -76,6 +77,7 @@ def cutout(x:torch.Tensor, # normalised images [n, c, h, w]
     inside = lambda k,o: ((torch.arange(o) - k + .5).abs() < r).to(x.device)
     return x.masked_fill((inside(i,h)[:,:,None] & inside(j,w)[:,None,:])[:,None], 0.)
 
+# %% ../nbs/01_data.ipynb #random_rotate
 def random_rotate(x:torch.Tensor, # images [n, c, h, w]
                   g:torch.Generator, # CPU generator
                   degrees=(0., 180.) # lowest and highest angle
@@ -87,9 +89,10 @@ def random_rotate(x:torch.Tensor, # images [n, c, h, w]
     theta = torch.stack([a.cos(), a.sin(), zero, -a.sin(), a.cos(), zero], 1).view(-1, 2, 3)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
 
-# %% ../nbs/01_data.ipynb #augmentations
+# %% ../nbs/01_data.ipynb #augmentations-dict-crop-random
 AUGMENTATIONS = dict(crop=random_crop, flip=random_flip, cutout=cutout, rotate=random_rotate)
 
+# %% ../nbs/01_data.ipynb #augmentations
 def augmentations(augment # None, names as in 'crop+flip', a list of names, or functions f(x, g)
                  )->list:
     "The list of functions behind `augment`; unknown names are refused with the list of known ones."
@@ -109,7 +112,8 @@ class Prep:
                  augment=()  # functions from `augmentations`
                 ):
         self.c_in,self.size,self.augment = c_in,size,list(augment)
-        self.mean,self.std = (None if o is None else torch.tensor(o, dtype=torch.float32).view(1, -1, 1, 1) for o in (mean, std))
+        column = lambda o: None if o is None else torch.tensor(o, dtype=torch.float32).view(1, -1, 1, 1)
+        self.mean,self.std = column(mean),column(std)
 
     def __call__(self, x, g=None):
         x = x.float().div_(255) if x.dtype == torch.uint8 else x
@@ -166,7 +170,9 @@ class Files:
         self.c,self.size,self.how,self.crop,self.epoch = c,size,how,crop,0
     def __len__(self): return len(self.y)
     def __getitem__(self, i): return self.read(i, self.crop is not None),self.y[i]
-    def new(self, **kw): return Files(**{**dict(paths=self.paths, y=self.y, c=self.c, size=self.size, how=self.how, crop=self.crop), **kw})
+    def new(self, **kw):
+        mine = dict(paths=self.paths, y=self.y, c=self.c, size=self.size, how=self.how, crop=self.crop)
+        return Files(**{**mine, **kw})
     def subset(self, idx): return self.new(paths=[self.paths[i] for i in idx.tolist()], y=self.y[idx])
     def __repr__(self): return f"Files({len(self)} images, {self.c} channels, size {self.size})"
 
@@ -192,19 +198,25 @@ def read(self:Files,
         )->torch.Tensor:
     "Image `i` as uint8 [c, h, w]; the random crop depends on seed, epoch and `i` only, not on the number of workers."
     im = Image.open(self.paths[i]).convert('L' if self.c == 1 else 'RGB')
-    if random: im = im.resize((self.size, self.size), Image.BILINEAR, box=crop_box(*im.size, [self.crop, self.epoch, int(i)]))
+    if random:
+        box = crop_box(*im.size, [self.crop, self.epoch, int(i)])
+        im = im.resize((self.size, self.size), Image.BILINEAR, box=box)
     elif self.size and self.how == 'centre': im = tvf.center_crop(tvf.resize(im, round(self.size*8/7)), self.size)
     elif self.size: im = im.resize((self.size, self.size), Image.BILINEAR)
     return tvf.pil_to_tensor(im)
 
+# %% ../nbs/01_data.ipynb #items
 @patch
 def items(self:Files, idx):
     "The images `idx`, un-augmented, uint8 [len(idx), c, h, w]; raises `ValueError` when sizes differ and `size` is None."
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as ex: ims = list(ex.map(self.read, torch.as_tensor(idx).tolist()))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as ex:
+        ims = list(ex.map(self.read, torch.as_tensor(idx).tolist()))
     shapes = {tuple(o.shape[1:]) for o in ims}
-    if len(shapes) > 1: raise ValueError(f"size=None: the images have {len(shapes)} different sizes, e.g. {sorted(shapes)[:2]}; give size=")
+    if len(shapes) > 1:
+        raise ValueError(f"size=None: the images have {len(shapes)} different sizes, e.g. {sorted(shapes)[:2]}; give size=")
     return torch.stack(ims)
 
+# %% ../nbs/01_data.ipynb #load
 @patch
 def load(self:Files): return Images(self.items(torch.arange(len(self))), self.y)
 
@@ -227,10 +239,13 @@ class ImageDL(DataLoader):
         x,y = self.dataset.x,self.dataset.y
         n = len(self)*self.bs if self.drop_last else len(y)
         idx = torch.randperm(len(y), generator=self.g) if self.shuffle else torch.arange(len(y))
-        for o in idx[:n].to(y.device).split(self.bs): yield self.prep(x.index_select(0, o), self.g),y.index_select(0, o)
+        for o in idx[:n].to(y.device).split(self.bs):
+            yield self.prep(x.index_select(0, o), self.g),y.index_select(0, o)
 
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{**dict(prep=self.prep, seed=self.seed), **kwargs})
-    def get_idxs(self): return torch.randperm(self.n, generator=self.g).tolist() if self.shuffle else list(range(self.n))
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{**dict(prep=self.prep, seed=self.seed), **kwargs})
+    def get_idxs(self):
+        return torch.randperm(self.n, generator=self.g).tolist() if self.shuffle else list(range(self.n))
     def before_iter(self): self.dataset.epoch = getattr(self.dataset, 'epoch', 0) + 1
     def after_batch(self, b): return self.prep(b[0], self.g),b[1]
     def to(self, device):
@@ -249,25 +264,32 @@ def show_batch(self:ImageDL,
     if p.mean is not None: x = x*p.std.cpu() + p.mean.cpu()
     ax = ax or plt.subplots(figsize=(7, 1))[1]
     strip = torch.cat(list(F.pad(x, (1, 1, 1, 1), value=1.)), -1).clamp(0, 1).permute(1, 2, 0)
-    ax.imshow(strip.squeeze(-1), cmap='gray', vmin=0, vmax=1); ax.set_yticks([])
-    ax.set_xticks([(i+.5)*strip.shape[1]/len(y) for i in range(len(y))], [str(getattr(self, 'vocab', range(10**4))[o]) for o in y])
-    ax.tick_params(length=0); ax.set_frame_on(False)
+    names = getattr(self, 'vocab', range(10**4))
+    ax.imshow(strip.squeeze(-1), cmap='gray', vmin=0, vmax=1)
+    ax.set_xticks([(i+.5)*strip.shape[1]/len(y) for i in range(len(y))], [str(names[o]) for o in y])
+    ax.set_yticks([])
+    ax.tick_params(length=0)
+    ax.set_frame_on(False)
     return ax
 
-# %% ../nbs/01_data.ipynb #find
+# %% ../nbs/01_data.ipynb #source-namedtuple-source-train
 Source = namedtuple('Source', 'train valid test vocab split', defaults=(None,)*5)
 
+# %% ../nbs/01_data.ipynb #find
 def find(name:str, # data set, for the message
          places,   # folders to search, in this order
          *files,   # what must be there
          get=''    # how to get it
         )->Path:
-    "The first of `places` that holds all `files`; `FileNotFoundError` that says what was looked for, where, and how to get it."
+    "The first of `places` that holds all `files`; else `FileNotFoundError`: what was looked for, where, how to get it."
     for p in places:
         if all((Path(p)/f).exists() for f in files): return Path(p)
-    raise FileNotFoundError(f"{name}: looked for {', '.join(files)} in {', '.join(str(o) for o in places)} and found nothing. "
-        f"Get it: {get}. The folder comes from root=, else the environment variable NEURONPRUNE_DATA, else ~/.neuronprune/data")
+    searched = ', '.join(str(o) for o in places)
+    raise FileNotFoundError(f"{name}: looked for {', '.join(files)} in {searched} and found nothing. "
+        f"Get it: {get}. The folder comes from root=, "
+        "else the environment variable NEURONPRUNE_DATA, else ~/.neuronprune/data")
 
+# %% ../nbs/01_data.ipynb #data_root
 def data_root(root=None # folder, None = $NEURONPRUNE_DATA or ~/.neuronprune/data
              )->Path:
     "The folder data sets are looked for in."
@@ -277,8 +299,10 @@ def data_root(root=None # folder, None = $NEURONPRUNE_DATA or ~/.neuronprune/dat
 def read_digits(root, download, official):
     "scikit-learn's digits: 1,797 grey images of 8x8 with 17 levels; needs no files."
     d = load_digits()
-    return Source(Images(torch.tensor(d.images/16, dtype=torch.float32)[:,None], torch.tensor(d.target)), vocab=list(range(10)))
+    x = torch.tensor(d.images/16, dtype=torch.float32)[:,None]
+    return Source(Images(x, torch.tensor(d.target)), vocab=list(range(10)))
 
+# %% ../nbs/01_data.ipynb #read_idx
 def read_idx(cls, root, download, official):
     "MNIST and its likes from the four idx files, in `root/<Name>/raw`, `root/raw` or `root` itself."
     if download: cls(root, download=True)
@@ -287,6 +311,7 @@ def read_idx(cls, root, download, official):
     x1,y1,x2,y2 = (f(raw/o) for f,o in zip((tv.mnist.read_image_file, tv.mnist.read_label_file)*2, files))
     return Source(Images(x1[:,None], y1), None, Images(x2[:,None], y2), [o.split(' - ')[0] for o in cls.classes])
 
+# %% ../nbs/01_data.ipynb #read_cifar
 def read_cifar(cls, root, download, official):
     "CIFAR-10 and CIFAR-100 through torchvision, after its checksum test."
     if not download: find(cls.__name__, [root], cls.base_folder, get='pass download=True')
@@ -297,28 +322,35 @@ def read_cifar(cls, root, download, official):
 # %% ../nbs/01_data.ipynb #read_flowers
 def read_flowers(root, download, official):
     "Flowers-102; by default the large official test part is trained on and the official training part is the test set."
-    if not download: find('flowers102', [root], 'flowers-102/jpg', 'flowers-102/imagelabels.mat', 'flowers-102/setid.mat', get='pass download=True')
+    files = [f'flowers-102/{o}' for o in ('jpg', 'imagelabels.mat', 'setid.mat')]
+    if not download: find('flowers102', [root], *files, get='pass download=True')
     parts = {s:tv.Flowers102(root, split=s, download=download) for s in ('train', 'val', 'test')}
-    train,valid,test = (Files(parts[s]._image_files, parts[s]._labels) for s in (('train','val','test') if official else ('test','val','train')))
-    return Source(train, valid, test, tv.Flowers102.classes, "torchvision's" if official else 'energy papers: 10 per class valid, 10 test')
+    order = ('train', 'val', 'test') if official else ('test', 'val', 'train')
+    split = "torchvision's" if official else 'energy papers: 10 per class valid, 10 test'
+    return Source(*(Files(parts[s]._image_files, parts[s]._labels) for s in order), tv.Flowers102.classes, split)
 
+# %% ../nbs/01_data.ipynb #read_caltech
 def read_caltech(root, download, official):
     "Caltech-256 (257 folders with the clutter class); it has no official split."
     if not download: find('caltech256', [root], 'caltech256/256_ObjectCategories', get='pass download=True')
     d = tv.Caltech256(root, download=download)
     folders = [Path(d.root)/'256_ObjectCategories'/c for c in d.categories]
-    return Source(Files([folders[k]/f'{k+1:03d}_{i:04d}.jpg' for k,i in zip(d.y, d.index)], d.y), vocab=[c.split('.')[-1] for c in d.categories])
+    paths = [folders[k]/f'{k+1:03d}_{i:04d}.jpg' for k,i in zip(d.y, d.index)]
+    return Source(Files(paths, d.y), vocab=[c.split('.')[-1] for c in d.categories])
 
+# %% ../nbs/01_data.ipynb #read_imagenet
 def read_imagenet(root, download, official):
     "ILSVRC-2012 in torchvision's layout or the Kaggle archive's."
     if download: [tv.ImageNet(root, split=s) for s in ('train', 'val')]
     places = [root, root/'imagenet', root/'ILSVRC'/'Data'/'CLS-LOC', root/'imagenet'/'ILSVRC'/'Data'/'CLS-LOC']
-    d = find('imagenet', places, 'train', 'val', get='unpack the ILSVRC-2012 archives there (torchvision.datasets.ImageNet), or the Kaggle archive')
+    archives = 'unpack the ILSVRC-2012 archives there (torchvision.datasets.ImageNet), or the Kaggle archive'
+    d = find('imagenet', places, 'train', 'val', get=archives)
     train = tv.ImageFolder(d/'train')
     if d.name != 'CLS-LOC': test = tv.ImageFolder(d/'val').samples
     else:
-        sol = find('imagenet', [d.parents[2], d.parents[1]], 'LOC_val_solution.csv', get='it is part of the Kaggle archive')/'LOC_val_solution.csv'
-        with open(sol, newline='') as f: rows = list(csv.reader(f))[1:]
+        labels = 'LOC_val_solution.csv'
+        folder = find('imagenet', [d.parents[2], d.parents[1]], labels, get='it is part of the Kaggle archive')
+        with open(folder/labels, newline='') as f: rows = list(csv.reader(f))[1:]
         test = [(d/'val'/f'{i}.JPEG', train.class_to_idx[s.split()[0]]) for i,s in rows]
     train,test = (Files(*zip(*o), how='centre') for o in (train.samples, test))
     return Source(train, None, test, tv.ImageFolder(d/'train').classes)
@@ -329,16 +361,23 @@ def read_folder(root, download=False, official=False):
     def part(*names):
         for d in (root/o for o in names):
             if d.is_dir(): return tv.ImageFolder(d)
-    if not root.is_dir(): raise FileNotFoundError(f"folder: looked for {root} and found nothing. Get it: unpack the images there, one sub-folder per class")
-    try: train,valid,test = part('train') or tv.ImageFolder(root),part('valid','val'),part('test')
-    except FileNotFoundError as e: raise FileNotFoundError(f"folder: {root} must hold one sub-folder of images per class, or train/, valid/, test/ with them: {e}") from None
-    for k,o in (('valid', valid), ('test', test)):
-        if o and o.classes != train.classes: raise ValueError(f"folder: {k}/ has classes {o.classes[:5]}..., train/ has {train.classes[:5]}...; they must be the same")
+    if not root.is_dir():
+        raise FileNotFoundError(f"folder: looked for {root} and found nothing. "
+                                "Get it: unpack the images there, one sub-folder per class")
+    try: parts = dict(train=part('train') or tv.ImageFolder(root), valid=part('valid', 'val'), test=part('test'))
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"folder: {root} must hold one sub-folder of images per class, "
+                                f"or train/, valid/, test/ with them: {e}") from None
+    train = parts['train']
+    for k,o in parts.items():
+        if o and o.classes != train.classes:
+            raise ValueError(f"folder: {k}/ has classes {o.classes[:5]}..., train/ has {train.classes[:5]}...; "
+                             "they must be the same")
     c = 1 if Image.open(train.samples[0][0]).mode in ('1', 'L') else 3
-    files = [Files(*zip(*o.samples), c=c) if o else None for o in (train, valid, test)]
-    return Source(*files, train.classes, ', '.join(k for k,o in zip(('train','valid','test'), (train, valid, test)) if o) + ' as found')
+    files = [Files(*zip(*o.samples), c=c) if o else None for o in parts.values()]
+    return Source(*files, train.classes, ', '.join(k for k,o in parts.items() if o) + ' as found')
 
-# %% ../nbs/01_data.ipynb #datasets
+# %% ../nbs/01_data.ipynb #set-namedtuple-set-read-c-size
 Set = namedtuple('Set', 'read c size n_out normalize mean std')
 IMAGENET = ((.485, .456, .406), (.229, .224, .225))
 CIFAR = ((.4914, .4822, .4465), (.2023, .1994, .2010))
@@ -355,10 +394,12 @@ DATASETS = dict(
     imagenet      = Set(read_imagenet, 3, 224, 1000, 'standard', *IMAGENET),
     folder        = Set(read_folder, None, None, None, 'standard', *IMAGENET))
 
+# %% ../nbs/01_data.ipynb #datasets
 def datasets()->pd.DataFrame:
     "The data sets by name: channels, native side, classes, default normalisation."
-    return pd.DataFrame([(k, o.c, o.size, o.n_out, o.normalize) for k,o in DATASETS.items()],
-                        columns=['name', 'channels', 'size', 'classes', 'normalize'], dtype=object).fillna('as found').set_index('name')
+    rows = [(k, o.c, o.size, o.n_out, o.normalize) for k,o in DATASETS.items()]
+    res = pd.DataFrame(rows, columns=['name', 'channels', 'size', 'classes', 'normalize'], dtype=object)
+    return res.fillna('as found').set_index('name')
 
 # %% ../nbs/01_data.ipynb #split_parts
 def split_parts(src:Source,       # from a reader
@@ -373,10 +414,13 @@ def split_parts(src:Source,       # from a reader
         test,train = pick(train, round(.2*len(train)), 0); said.append('test: stratified 0.2, fixed seed')
     if valid is None:
         k = round(valid_pct*len(train))
-        if not 0 < k < len(train): raise ValueError(f"valid_pct={valid_pct}: leaves {k} of {len(train)} images to validate on; expected at least one, and one to train on")
+        if not 0 < k < len(train):
+            raise ValueError(f"valid_pct={valid_pct}: leaves {k} of {len(train)} images to validate on; "
+                             "expected at least one, and one to train on")
         valid,train = pick(train, k, seed); said.append(f'valid: stratified {valid_pct:g} of train, seed {seed}')
     if n_train is not None and check_int('n_train', n_train, 1) != len(train):
-        if n_train > len(train): raise ValueError(f"n_train={n_train}: only {len(train)} training images are left after the split")
+        if n_train > len(train):
+            raise ValueError(f"n_train={n_train}: only {len(train)} training images are left after the split")
         train = pick(train, n_train, seed)[0]; said.append(f'train: stratified {n_train} of it')
     for k,o in (('train', train), ('valid', valid), ('test', test)):
         if len(o) == 0: raise ValueError(f"{k}: the loader would be empty; expected at least one image")
@@ -393,13 +437,15 @@ def norm_stats(normalize, # 'unit', 'standard', 'imagenet', or (mean, std)
     elif check_choice('normalize', how, ['unit', 'standard', 'imagenet']) == 'unit': return how,None,None
     else: name,(mean,std) = how,(IMAGENET if how == 'imagenet' else (info.mean, info.std))
     mean,std = ([o] if np.isscalar(o) else list(o) for o in (mean, std))
-    if min(std) <= 0 or len(mean) != len(std): raise ValueError(f"normalize={how}: expected (mean, std) with positive std, one number per channel")
+    if min(std) <= 0 or len(mean) != len(std):
+        raise ValueError(f"normalize={how}: expected (mean, std) with positive std, one number per channel")
     fit = lambda o: o if len(o) == c_in else o*c_in if len(o) == 1 else [sum(o)/len(o)]*c_in
     return name,fit(mean),fit(std)
 
-# %% ../nbs/01_data.ipynb #store
+# %% ../nbs/01_data.ipynb #limit-2-30-bytes-of-images-tha
 LIMIT = 2**30 # bytes of images that are kept in memory when `resident` is not said
 
+# %% ../nbs/01_data.ipynb #store
 def store(part,         # `Images` or `Files`
           size:int,     # side in pixels, None = as stored
           c_in:int,     # 1 or 3
@@ -415,21 +461,28 @@ def store(part,         # `Images` or `Files`
     if c_in == 1 and x.shape[1] == 3:
         grey = (x*torch.tensor([.299, .587, .114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
         x = grey.round().byte() if x.dtype == torch.uint8 else grey
-    if size and x[0].numel()*len(x)*(size/x.shape[-1])**2*x.element_size() <= LIMIT and x.shape[-2:] != (size, size): x = resize(x, size)
+    if size and x.shape[-2:] != (size, size):
+        bytes_ = x.numel()*(size/x.shape[-1])**2*x.element_size()
+        if bytes_ <= LIMIT: x = resize(x, size)
     return Images(x, part.y)
 
 # %% ../nbs/01_data.ipynb #dl_record
 def dl_record(name, dls, train, how, mean, std, augment, said, seed, native)->dict:
     "What was decided about the data, in words and numbers that fit in one row of a report."
-    names = [next((k for k,f in AUGMENTATIONS.items() if f is o), getattr(o, '__name__', repr(o))) if callable(o) else o for o in augment]
-    return dict(name=name, size=dls.size, native=native, resize='none' if dls.size == native else 'bilinear', c_in=dls.c_in, n_out=dls.n_out,
-                n_train=len(train), n_valid=len(dls.valid.dataset), n_test=len(dls.test.dataset), normalize=how, mean=mean, std=std,
-                augment='+'.join(names) or 'none', split=said or 'as published', seed=seed, resident=train.resident, bs=dls.train.bs)
+    known = {f:k for k,f in AUGMENTATIONS.items()}
+    names = [known.get(o, getattr(o, '__name__', repr(o))) if callable(o) else o for o in augment]
+    return dict(name=name, size=dls.size, native=native, resize='none' if dls.size == native else 'bilinear',
+                c_in=dls.c_in, n_out=dls.n_out,
+                n_train=len(train), n_valid=len(dls.valid.dataset), n_test=len(dls.test.dataset),
+                normalize=how, mean=mean, std=std, augment='+'.join(names) or 'none',
+                split=said or 'as published', seed=seed, resident=train.resident, bs=dls.train.bs)
 
+# %% ../nbs/01_data.ipynb #find_source
 def find_source(name, root, download, official):
     "(name, `Set`, `Source`) of a data set by name or by the path of an image folder."
     if name not in DATASETS and (Path(str(name)).is_dir() or os.sep in str(name)): name,root = 'folder',name
-    if name == 'folder' and root is None: raise ValueError("root=None: name='folder' needs root=, the folder of images; or pass its path as name")
+    if name == 'folder' and root is None:
+        raise ValueError("root=None: name='folder' needs root=, the folder of images; or pass its path as name")
     info = DATASETS[check_choice('name', name, DATASETS)]
     src = info.read(data_root(root), download, official)
     return (Path(root).name if name == 'folder' else name),info,src
@@ -452,8 +505,9 @@ def get_dls(name:str,          # a name from `datasets()`, or the path of an ima
             c_in:int=None,     # 1 or 3; grey is repeated, colour is averaged (luma); None = native
             download:bool=False # let torchvision fetch a missing set
            )->DataLoaders:
-    "fastai `DataLoaders` with `.train .valid .test`, `.c_in .n_out .size .vocab .record`; errors say what was wrong or missing."
-    check_fraction('valid_pct', valid_pct); check_int('bs', bs, 1); check_int('num_workers', num_workers, 0); check_int('seed', seed)
+    "fastai `DataLoaders` with `.train .valid .test`, `.c_in .n_out .size .vocab .record`; errors say what is wrong."
+    check_fraction('valid_pct', valid_pct)
+    for k,v,lo in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', seed, None)): check_int(k, v, lo)
     if size is not None: check_int('size', size, 1)
     if c_in is not None: check_choice('c_in', c_in, [1, 3])
     aug = [augment] if augment == 'resized_crop' else augmentations(augment)
@@ -463,14 +517,17 @@ def get_dls(name:str,          # a name from `datasets()`, or the path of an ima
     if aug == ['resized_crop']: train = _resized_crop(parts[0], side, c_in, seed, resident)
     else: train = store(parts[0], side, c_in, resident)
     return _make_dls(name, info, src, [train, *(store(o, side, c_in, resident) for o in parts[1:])], said, aug,
-                     dict(size=size, c_in=c_in, bs=bs, seed=seed, normalize=normalize, device=device, num_workers=num_workers))
+                     dict(size=size, c_in=c_in, bs=bs, seed=seed, normalize=normalize, device=device,
+                          num_workers=num_workers))
 
 # %% ../nbs/01_data.ipynb #resized_crop
 def _resized_crop(part, side, c_in, seed, resident):
     "Files that are cut anew at every read."
-    if part.resident or resident: raise ValueError("augment='resized_crop': cuts files as they are read; this set is resident, use 'crop+flip'")
+    if part.resident or resident:
+        raise ValueError("augment='resized_crop': cuts files as they are read; this set is resident, use 'crop+flip'")
     return part.new(size=check_int('size', side, 1), c=c_in, crop=seed)
 
+# %% ../nbs/01_data.ipynb #make_dls
 def _make_dls(name, info, src, parts, said, aug, o):
     "The three loaders, and what they know about themselves."
     train,_,_ = parts
@@ -481,10 +538,13 @@ def _make_dls(name, info, src, parts, said, aug, o):
     fs = [random_flip] if aug == ['resized_crop'] else aug
     preps = [Prep(mean, std, o['c_in'], o['size'], f) for f in (fs, (), ())]
     drop = len(train) > 1 and len(train) % o['bs'] == 1
+    def loader(i, d, p):
+        return ImageDL(d, bs=o['bs'], prep=p, seed=o['seed'], shuffle=i == 0, drop_last=drop and i == 0, device=device,
+                       num_workers=0 if d.resident else o['num_workers'])
     with seed_everything(o['seed']):
-        dls = DataLoaders(*[ImageDL(d, bs=o['bs'], prep=p, seed=o['seed'], shuffle=i == 0, drop_last=drop and i == 0, device=device,
-                                    num_workers=0 if d.resident else o['num_workers']) for i,(d,p) in enumerate(zip(parts, preps))], device=device)
-    dls.test,dls.c_in,dls.size,dls.vocab,dls.n_inp = dls.loaders[2],o['c_in'],side,list(src.vocab),1
+        dls = DataLoaders(*[loader(i, d, p) for i,(d,p) in enumerate(zip(parts, preps))], device=device)
+    dls.test,dls.c_in,dls.size,dls.n_inp = dls.loaders[2],o['c_in'],side,1
+    dls.vocab = list(src.vocab)
     dls.n_out = dls.c = len(dls.vocab)
     for dl in dls.loaders: dl.vocab = dls.vocab
     dls.record = dl_record(name, dls, train, how, mean, std, aug, said, o['seed'], info.size or side)
@@ -505,9 +565,10 @@ def balanced(y:torch.Tensor,  # integer labels [n]
     least,c = int(counts.min()),int(counts.argmin())
     m = min(250, least) if n_per_class is None else check_int('n_per_class', n_per_class, 1)
     if least < max(m, 1):
-        raise ValueError(f"n_per_class={n_per_class}: class {c if names is None else names[c]!r} has {least} images in {where}; "
-                         f"use n_per_class={least} or less, split='train', or a larger valid_pct" if least else
-                         f"n_per_class={n_per_class}: class {c if names is None else names[c]!r} has 0 images in {where}; use n=, or another split")
+        name = c if names is None else names[c]
+        less = f"n_per_class={least} or less, split='train', or a larger valid_pct"
+        fix = f"use {less if least else 'n=, or another split'}"
+        raise ValueError(f"n_per_class={n_per_class}: class {name!r} has {least} images in {where}; {fix}")
     perm = torch.randperm(len(y), generator=generator(seed))
     ys = y[perm]
     return torch.stack([perm[(ys == c).nonzero().flatten()[:m]] for c in range(n_out)], 1).flatten()
@@ -517,9 +578,11 @@ def _loader(dls, split):
     "The loader of `split`; a third loader is the test set."
     i = dict(train=0, valid=1, test=2)[check_choice('split', split, ['train', 'valid', 'test'])]
     ls = getattr(dls, 'loaders', dls)
-    if i >= len(ls): raise ValueError(f"split={split!r}: these DataLoaders hold {len(ls)} loaders; expected a third one for the test set")
+    if i >= len(ls):
+        raise ValueError(f"split={split!r}: these DataLoaders hold {len(ls)} loaders; expected a third one for the test set")
     return ls[i]
 
+# %% ../nbs/01_data.ipynb #batches
 def _batches(dl):
     "The batches of a foreign loader in a fixed order, un-augmented where the data set can be told."
     if isinstance(dl, TorchLoader):
@@ -528,9 +591,11 @@ def _batches(dl):
     quiet = getattr(getattr(dl, 'dataset', None), 'set_split_idx', None)
     with quiet(1) if quiet else nullcontext():
         for b in dl:
-            if not isinstance(b, (tuple, list)) or len(b) != 2: raise ValueError(f"dls: a batch is {type(b).__name__}; expected a pair (x, y)")
+            if not isinstance(b, (tuple, list)) or len(b) != 2:
+                raise ValueError(f"dls: a batch is {type(b).__name__}; expected a pair (x, y)")
             yield [torch.as_tensor(o).as_subclass(torch.Tensor).detach().cpu() for o in b]
 
+# %% ../nbs/01_data.ipynb #fetch
 def _fetch(dl, idx):
     "The images `idx` of a foreign loader, in that order."
     start,found,want = 0,{},set(idx.tolist())
@@ -554,10 +619,12 @@ def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders
     if isinstance(dl, ImageDL): y,ours = dl.dataset.y.cpu(),True
     else: y = torch.cat([yb for _,yb in _batches(dl)] or [torch.empty(0).long()])
     if len(y) == 0: raise ValueError(f"split={split!r}: the loader is empty; expected at least one batch")
-    if y.ndim != 1 or y.is_floating_point(): raise ValueError(f"yb: shape {tuple(y.shape)}, dtype {y.dtype}; expected integer class labels [n]")
+    if y.ndim != 1 or y.is_floating_point():
+        raise ValueError(f"yb: shape {tuple(y.shape)}, dtype {y.dtype}; expected integer class labels [n]")
     n_out = getattr(dls, 'n_out', None) or getattr(dls, 'c', None) or int(y.max())+1
     if n is None: idx = balanced(y, n_out, n_per_class, seed, getattr(dls, 'vocab', None), f'the {split} part')
-    elif check_int('n', n, 1) > len(y): raise ValueError(f"n={n}: the {split} part has {len(y)} images; use n={len(y)} or less, or split='train'")
+    elif check_int('n', n, 1) > len(y):
+        raise ValueError(f"n={n}: the {split} part has {len(y)} images; use n={len(y)} or less, or split='train'")
     else: idx = torch.randperm(len(y), generator=generator(seed))[:n]
     xb = dl.prep.plain()(dl.dataset.items(idx)) if ours else _fetch(dl, idx)
     device = device or getattr(dls, 'device', None) or xb.device
@@ -565,7 +632,7 @@ def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders
     check_batch(xb, yb, n_out)
     return xb,yb
 
-# %% ../nbs/01_data.ipynb #preset
+# %% ../nbs/01_data.ipynb #presets
 PRESETS = {
     ('mip', 'mnist'): dict(normalize='unit', valid_pct=.2, bs=128),
     ('mip', 'fashion_mnist'): dict(normalize='unit', valid_pct=.2, bs=128),
@@ -583,6 +650,7 @@ PRESETS = {
     ('anneal', 'mnist'): dict(normalize='standard', bs=64),
     ('anneal', 'cifar10'): dict(normalize='standard', bs=256)}
 
+# %% ../nbs/01_data.ipynb #preset
 def preset(system:str, # 'mip', 'provable', 'mint', 'energy' or 'anneal'
            name:str    # a data set that system was tried on
           )->dict:

@@ -325,8 +325,11 @@ def _check_fit(mask, params):
     "Raises `ValueError` unless every key of the mask is a layer of the model and has its shape."
     for k,v in mask.items():
         n = k.removesuffix(':in'); w = params.get(f'{n}.weight')
+        if f'{n}.weight_orig' in params or f'{n}.parametrizations.weight.original' in params:
+            raise ValueError(f"mask: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.prune.remove(layer, 'weight') "
+                             "or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
         if w is None:
-            known = ', '.join(o.removesuffix('.weight') for o in params if o.endswith('.weight'))
+            known = ', '.join(o.removesuffix('.weight') for o,p in params.items() if o.endswith('.weight') and p.ndim > 1)
             raise ValueError(f"mask: layer {n!r} is not in the model; expected one of {known}")
         if mask.unit == 'group': got, need = tuple(map(len, mask.labels[k])), tuple(w.shape[:2])
         else: got, need = tuple(v.shape), tuple(w.shape) if mask.unit == 'weight' else (w.shape[1 if k != n else 0],)

@@ -22,13 +22,14 @@ from .graph import trace
 def sq_dists(a:np.ndarray,     # points [n, d]
              b:np.ndarray=None # points [m, d], None = `a` itself
             )->np.ndarray:
-    "Squared Euclidean distances [n, m] in the dtype of `a`, never below 0: one matrix product of the centred columns (which keeps float32 accurate)."
-    c = a.mean(0)
+    "Squared Euclidean distances [n, m] in the dtype of `a`, never below 0, by one matrix product."
+    c = a.mean(0) # centred columns keep float32 accurate
     a, b = a - c, (a if b is None else b) - c
     sq, one = lambda o: (o*o).sum(1, keepdims=True), lambda o: np.ones((len(o), 1), o.dtype)
     d = np.hstack([-2*a, sq(a), one(a)]) @ np.hstack([b, one(b), sq(b)]).T
     return np.maximum(d, 0, out=d)
 
+# %% ../nbs/13_mint.ipynb #mst
 def mst(d:np.ndarray # (squared) distances [N, N]
        )->np.ndarray:
     "Edges [N-1, 2] of a minimum spanning tree, (point in the tree, new point) in Prim's order; ties go to the lower index."
@@ -54,16 +55,21 @@ def crossings(dx:np.ndarray, # squared distances of the children [K, N, N], non-
               b:np.ndarray,  # what is added to each of them [N, N], same dtype
               m:int          # rows 0..m-1 are the first sample
              )->np.ndarray:
-    "Crossing edges [K] in the exact minimum spanning trees of dx[k] + b; of equal distances the one to the first sample wins, then the lower index."
-    K, N = dx.shape[:2]; rows, ks, cur, count = dx.reshape(K*N, N), np.arange(K), np.zeros(K, int), np.zeros(K, int)
+    "Crossing edges [K] in the minimum spanning trees of dx[k] + b; ties go to the first sample, then to the lower index."
+    K, N = dx.shape[:2]
+    rows, ks = dx.reshape(K*N, N), np.arange(K)
+    cur, count = np.zeros(K, int), np.zeros(K, int)
     sign, bits = f'i{dx.itemsize}', f'u{dx.itemsize}'
     best = np.full((2*K, N), np.inf, dx.dtype).view(sign)   # rows 2k, 2k+1: distance to tree points of sample one, two
     by_sample, flat = best.reshape(K, 2, N), best.reshape(K, 2*N).view(bits)
-    row, rowx, old = np.empty((3, K, N), dx.dtype); old = old.view(sign)
+    row, rowx, old = np.empty((3, K, N), dx.dtype)
+    old = old.view(sign)
     for _ in range(N-1):
         by_sample[ks, :, cur] = -1
-        np.take(b, cur, 0, out=row, mode='clip'); np.take(rows, ks*N+cur, 0, out=rowx, mode='clip')
-        i, second = 2*ks + (cur >= m), cur >= m
+        np.take(b, cur, 0, out=row, mode='clip')
+        np.take(rows, ks*N+cur, 0, out=rowx, mode='clip')
+        second = cur >= m
+        i = 2*ks + second
         np.take(best, i, 0, out=old, mode='clip')
         best[i] = np.minimum(old, np.add(row, rowx, out=row).view(sign), out=old)
         j = flat.argmin(1)
@@ -90,6 +96,7 @@ def neighbours(P:np.ndarray, # all parents [n, p]
     d = sq_dists(P[s[0]], P[s[1]]) if d is None else d
     return s[1][(d - sq_dists(y[s[0]], y[s[1]])).argmin(1)]
 
+# %% ../nbs/13_mint.ipynb #pool_dists
 def pool_dists(y:np.ndarray,    # the columns of one parent group [n, w]
                s:tuple,         # (S1, S2, S3) of `thirds`
                near:np.ndarray, # row that lends its y to each row of S1
@@ -109,12 +116,15 @@ def constant_groups(A:np.ndarray, # activations [n, width]
     "True for each group in which no column varies over the rows."
     return np.array([not np.ptp(A[:, idx == g], 0).any() for g in range(idx.max()+1)])
 
+# %% ../nbs/13_mint.ipynb #one_draw
 def _one_draw(P, C, parent, child, conditional, rng, max_mem, bar):
     "One [K, G] matrix of scores on one split in thirds, as many child groups at a time as fit into `max_mem` GB."
-    s = thirds(len(P), rng); pool, m, n = np.r_[s[2], s[0]], len(s[2]), len(s[0])
+    s = thirds(len(P), rng)
+    pool, m, n = np.r_[s[2], s[0]], len(s[2]), len(s[0])
     ks, gs = np.flatnonzero(~constant_groups(C, child)), np.flatnonzero(~constant_groups(P, parent))
     d, d_near = (sq_dists(P[pool]), sq_dists(P[s[0]], P[s[1]])) if conditional else (None, None)
-    res, k_max = np.zeros((child.max()+1, parent.max()+1)), max(1, int(max_mem*1e9/(len(pool)**2*P.itemsize)))
+    res = np.zeros((child.max()+1, parent.max()+1))
+    k_max = max(1, int(max_mem*1e9/(len(pool)**2*P.itemsize)))
     for part in np.array_split(ks, -(-len(ks)//k_max) or 1):
         if not len(part): continue
         dx = np.stack([sq_dists(C[pool][:, child == k]) for k in part])
@@ -140,9 +150,11 @@ def dependency(P:np.ndarray,      # activations of the parents [n, p], the same 
     if len(P) != len(C): raise ValueError(f"P: {len(P)} rows, C: {len(C)} rows; expected the same images in the same order")
     parent, child, rng = np.asarray(parent), np.asarray(child), np.random.default_rng(check_int('seed', seed, 0))
     conditional = estimator == 'cgmi' and parent.max() > 0
+    trials = range(check_int('n_trials', n_trials, 1))
     with threadpool_limits(1, user_api='blas'):
-        return np.stack([_one_draw(P, C, parent, child, conditional, rng, max_mem, bar) for _ in range(check_int('n_trials', n_trials, 1))])
+        return np.stack([_one_draw(P, C, parent, child, conditional, rng, max_mem, bar) for _ in trials])
 
+# %% ../nbs/13_mint.ipynb #gmi
 def gmi(x:np.ndarray, # [n, d]
         y:np.ndarray, # [n, e]
         seed:int=0, n_trials:int=1 # of the splits; the result is their mean
@@ -150,13 +162,15 @@ def gmi(x:np.ndarray, # [n, d]
     "Geometric mutual information I(X;Y), about 0 to 1."
     return float(dependency(y, x, [0]*y.shape[1], [0]*x.shape[1], 'gmi', n_trials, seed).mean())
 
+# %% ../nbs/13_mint.ipynb #cgmi
 def cgmi(x:np.ndarray, # [n, d]
          y:np.ndarray, # [n, e]
          z:np.ndarray, # [n, f]
          seed:int=0, n_trials:int=1 # of the splits; the result is their mean
         )->float:
     "Conditional geometric mutual information I(X;Y|Z), about 0 to 1."
-    return float(dependency(np.c_[y,z], x, [0]*y.shape[1] + [1]*z.shape[1], [0]*x.shape[1], 'cgmi', n_trials, seed)[:,0,0].mean())
+    parent = [0]*y.shape[1] + [1]*z.shape[1]
+    return float(dependency(np.c_[y,z], x, parent, [0]*x.shape[1], 'cgmi', n_trials, seed)[:,0,0].mean())
 
 # %% ../nbs/13_mint.ipynb #group_index
 def group_index(width:int,   # units of the layer
@@ -165,9 +179,10 @@ def group_index(width:int,   # units of the layer
                 seed:int=0,  # of the random grouping
                 layer:str='' # for the message
                )->torch.Tensor:
-    "Group of each unit, a LongTensor [width] with every group used and sizes that differ by at most one; `ValueError` when n_groups > width."
+    "Group of each unit, int64 [width], sizes differing by at most one; `ValueError` when n_groups > width."
     n = check_int('n_groups', n_groups, 1)
-    if n > width: raise ValueError(f"n_groups={n}: layer {layer!r} has only {width} units to group; expected at most {width}")
+    if n > width:
+        raise ValueError(f"n_groups={n}: layer {layer!r} has only {width} units to group; expected at most {width}")
     idx = torch.arange(width)*n//width
     if check_choice('grouping', grouping, ('contiguous', 'random')) == 'contiguous': return idx
     return idx[torch.randperm(width, generator=generator(seed))]
@@ -179,29 +194,35 @@ def _rows_of(x, m):
     if x.ndim > 2: x = x.flatten(1, -2).mean(1) if isinstance(m, nn.Linear) else x.flatten(2).mean(2)
     return x.cpu()
 
+# %% ../nbs/13_mint.ipynb #tapped
 @contextmanager
 def _tapped(model, ins, outs):
     "Inside the block a forward pass fills the yielded dict: 'path:in' -> list of inputs, 'path' -> list of outputs."
     got, hooks = {f'{k}:in':[] for k in ins} | {k:[] for k in outs}, []
+    def entering(k): return lambda m,a: got[f'{k}:in'].append(_rows_of(a[0], m))
+    def leaving(k): return lambda m,a,o: got[k].append(_rows_of(o, m))
     try:
-        for k in ins: hooks.append(model.get_submodule(k).register_forward_pre_hook(lambda m,a,k=k: got[f'{k}:in'].append(_rows_of(a[0], m))))
-        for k in outs: hooks.append(model.get_submodule(k).register_forward_hook(lambda m,a,o,k=k: got[k].append(_rows_of(o, m))))
+        for k in ins: hooks.append(model.get_submodule(k).register_forward_pre_hook(entering(k)))
+        for k in outs: hooks.append(model.get_submodule(k).register_forward_hook(leaving(k)))
         yield got
     finally:
         for h in hooks: h.remove()
 
+# %% ../nbs/13_mint.ipynb #activations
 def activations(model:nn.Module,  # left as found; runs in eval mode
                 xb:torch.Tensor,  # images [n, ...]
                 ins=(),           # layers whose input is wanted
                 outs=(),          # layers whose output is wanted
                 bs:int=256        # images per forward pass
                )->dict:
-    "'path:in' or 'path' -> [n, channels], rows in the order of `xb`; NaN raises `ValueError`, a layer used twice `UnsupportedLayerError`."
+    "'path:in' or 'path' -> float32 [n, channels] on the CPU, rows as in `xb`; `ValueError` for NaN, or a layer used twice."
     dev = next(model.parameters()).device
     with as_found(model, train=False), _tapped(model, ins, outs) as got, torch.no_grad():
         for o in xb.split(bs): model(o.to(dev))
     for k,v in got.items():
-        if sum(map(len, v)) != len(xb): raise UnsupportedLayerError(f"layer {k.removesuffix(':in')!r} does not run once per forward pass; leave it out with layers=")
+        if sum(map(len, v)) != len(xb):
+            name = k.removesuffix(':in')
+            raise UnsupportedLayerError(f"layer {name!r} does not run once per forward pass; leave it out with layers=")
     return {k:check_finite(f'activations of layer {k!r}', torch.cat(v)) for k,v in got.items()}
 
 # %% ../nbs/13_mint.ipynb #parent_of
@@ -212,13 +233,17 @@ def parent_of(graph,    # `Graph` of the model
     code, start = -1 - torch.arange(len(graph.in_slots[layer])), 0
     for p,(slot,chan) in graph.sources[layer].items():
         new = code[slot] < 0
-        code[slot[new]] = start + chan[new]; start += graph.layers[p]['n_out']
+        code[slot[new]] = start + chan[new]
+        start += graph.layers[p]['n_out']
     return torch.from_numpy(pd.factorize(code.numpy())[0])
 
+# %% ../nbs/13_mint.ipynb #reader_of
 def _reader_of(graph, layer):
     "The first layer that reads every channel of `layer`, or None."
-    return next((c for c in graph.consumers[layer] if len(graph.sources[c][layer][1].unique()) == graph.layers[layer]['n_out']), None)
+    n_read = lambda c: len(graph.sources[c][layer][1].unique())
+    return next((c for c in graph.consumers[layer] if n_read(c) == graph.layers[layer]['n_out']), None)
 
+# %% ../nbs/13_mint.ipynb #mean_by
 def _mean_by(A, idx):
     "Means of the columns of `A` [n, c] with the same index -> [n, idx.max()+1]."
     return A.new_zeros(len(A), int(idx.max())+1).index_add_(1, idx, A) / idx.bincount()
@@ -227,7 +252,7 @@ def _mean_by(A, idx):
 def scored_layers(graph,      # `Graph` of the model
                   chosen=None # layer paths, None = every one that can be scored
                  )->tuple:
-    "(paths of the layers MINT can mask, layer -> reason for the others); an unknown or unsuitable choice raises `ValueError`."
+    "(paths of the layers MINT can mask, layer -> reason for the others); `ValueError` for an unsuitable choice."
     why = {n:r for n,r in graph.fixed.items() if n not in graph.layers}
     for n,l in graph.layers.items():
         if not graph.producers[n]: why[n] = "reads the network's input, not another layer's channels"
@@ -239,6 +264,7 @@ def scored_layers(graph,      # `Graph` of the model
         check_choice('layers', n, ok)
     return [n for n in ok if n in chosen], why | {n:'not chosen' for n in ok if n not in chosen}
 
+# %% ../nbs/13_mint.ipynb #layer_groups
 def _layer_groups(graph, layer, n_groups, grouping, seed):
     "(group of each child [n_out], group of each parent channel, parent channel of each column [n_in]) of one layer."
     n_out, column = graph.layers[layer]['n_out'], parent_of(graph, layer)
@@ -247,6 +273,17 @@ def _layer_groups(graph, layer, n_groups, grouping, seed):
     child = torch.arange(n_out) if layer in graph.outputs else group_index(n_out, K, grouping, seed, layer)
     return child, group_index(n_par, G, grouping, seed+1, f'{layer}:in'), column
 
+# %% ../nbs/13_mint.ipynb #all_acts
+def _all_acts(graph, names, model, xb):
+    "The activations that the scores of the layers `names` need, from one pass."
+    readers = {n:_reader_of(graph, n) for n in names}
+    ins = dict.fromkeys([*names, *filter(None, readers.values())])
+    return activations(model, xb, ins, [n for n in names if readers[n] is None])
+
+# %% ../nbs/13_mint.ipynb #constant
+def _constant(A, idx): return constant_groups(A, idx.numpy()).nonzero()[0].tolist()
+
+# %% ../nbs/13_mint.ipynb #layer_acts
 def _layer_acts(graph, layer, acts):
     "(parents P [n, parents], children C [n, children]) of one layer as NumPy arrays."
     reader = _reader_of(graph, layer)
@@ -262,7 +299,9 @@ def _check_groups(n_groups):
     if n_groups is not None and not (isinstance(n_groups, (tuple, list)) and len(n_groups) == 2):
         raise TypeError(f"n_groups={n_groups!r}: expected a pair (parent groups, child groups) such as (20, 20), or None")
 
-@method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none', allocate=dict(of='params', scope='layer'), paper='Ganesh, Corso & Sekeh, ICPR 2020')
+# %% ../nbs/13_mint.ipynb #score
+@method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none',
+        allocate=dict(of='params', scope='layer'), paper='Ganesh, Corso & Sekeh, ICPR 2020')
 def score(model:nn.Module,  # trained network; left as found
           dls=None,         # DataLoaders; the images come from the training part, un-augmented, as in the paper
           *, graph=None,    # `Graph` of the model, None = traced here
@@ -276,27 +315,29 @@ def score(model:nn.Module,  # trained network; left as found
           seed:int=0,       # of images, splits and random groups
           progress:bool=False # show a bar?
          )->Scores:
-    "Raw dependency of every block, unit='group', [K, G] per layer: of child group k on parent group g, higher = keep. Standard errors and dead groups in `meta`."
-    check_choice('estimator', estimator, ('cgmi', 'gmi')); _check_groups(n_groups)
+    "Dependency of child group k on parent group g, float32 [K, G] per layer; `meta` has standard errors, dead groups."
+    check_choice('estimator', estimator, ('cgmi', 'gmi'))
+    _check_groups(n_groups)
     if dls is None: raise ValueError("dls=None: mint looks at activations; pass the DataLoaders of get_dls")
-    start, units, labels, cost, se, constant = time.perf_counter(), {}, {}, {}, {}, {}
+    start, (units, labels, cost, se, constant) = time.perf_counter(), ({} for _ in range(5))
     xb, yb = calib_batch(dls, n_per_class=n_per_class, split='train', seed=seed)
     if graph is None: graph = trace(model, xb)
     names, skipped = scored_layers(graph, layers)
     if not names: raise ValueError(f"model: no layer can be scored ({', '.join(f'{k}: {v}' for k,v in skipped.items())})")
-    groups, readers = {n:_layer_groups(graph, n, n_groups, grouping, seed) for n in names}, {n:_reader_of(graph, n) for n in names}
-    acts = activations(model, xb, dict.fromkeys([*names, *filter(None, readers.values())]), [n for n in names if readers[n] is None])
+    groups = {n:_layer_groups(graph, n, n_groups, grouping, seed) for n in names}
+    acts, bar = _all_acts(graph, names, model, xb), progress_bar if progress else lambda o: o
     for n in names:
         child, parent, column = groups[n]
         P, C = _layer_acts(graph, n, acts)
-        rho = dependency(P, C, parent, child, estimator, n_trials, seed, max_mem, progress_bar if progress else lambda o: o)
+        rho = dependency(P, C, parent, child, estimator, n_trials, seed, max_mem, bar)
         units[n], labels[n] = torch.from_numpy(rho.mean(0)).float(), (child, parent[column])
         cost[n] = torch.outer(child.bincount(), parent[column].bincount())*graph.layers[n]['taps']
         se[n] = None if n_trials == 1 else (rho.std(0, ddof=1)/n_trials**.5).tolist()
-        constant[n] = {s:constant_groups(A, i.numpy()).nonzero()[0].tolist() for s,A,i in (('children',C,child), ('parents',P,parent))}
-    meta = dict(estimator=estimator, n=len(xb), n_per_class=int(yb.bincount().max()), split='train', n_trials=n_trials, grouping=grouping,
-                seed=seed, se=se, constant=constant)
-    return Scores(units, 'group', method='mint', graph=graph, labels=labels, cost=cost, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
+        constant[n] = dict(children=_constant(C, child), parents=_constant(P, parent))
+    meta = dict(estimator=estimator, n=len(xb), n_per_class=int(yb.bincount().max()), split='train', n_trials=n_trials,
+                grouping=grouping, seed=seed, se=se, constant=constant)
+    return Scores(units, 'group', method='mint', graph=graph, labels=labels, cost=cost, secs=time.perf_counter()-start,
+                  meta=meta, skipped=skipped)
 
 # %% ../nbs/13_mint.ipynb #dead_units
 def dead_units(mask:Mask # unit='group'

@@ -11,6 +11,7 @@ __all__ = ['VGG', 'FIRST_POOL', 'Net', 'ZOO', 'mlp', 'n_params', 'lenet5', 'basi
 import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import lru_cache, partial
 import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
@@ -50,7 +51,9 @@ def lenet5(c_in:int=1, n_out:int=10, size:int=32, # input channels, classes, sid
     return nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(c_in, 6, ks), relu1=nn.ReLU(), pool1=pool(2),
         conv2=nn.Conv2d(6, 16, ks), relu2=nn.ReLU(), pool2=pool(2), flatten=nn.Flatten(),
-        fc1=nn.Linear(16*side*side, 120), relu3=nn.ReLU(), fc2=nn.Linear(120, 84), relu4=nn.ReLU(), fc3=nn.Linear(84, n_out)))
+        fc1=nn.Linear(16*side*side, 120), relu3=nn.ReLU(),
+        fc2=nn.Linear(120, 84), relu4=nn.ReLU(),
+        fc3=nn.Linear(84, n_out)))
 
 # %% ../nbs/02_models.ipynb #basiccnn
 def basiccnn(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes, side
@@ -60,15 +63,19 @@ def basiccnn(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes, s
     "Four unpadded 3x3 convolutions (strides 2, 1, 2, 1), each conv, ReLU, dropout, batch norm; then one linear layer."
     net,k,side = OrderedDict(),c_in,size
     for i,(w,s) in enumerate(zip(widths, (2, 1, 2, 1)), 1):
-        net.update({f'conv{i}':nn.Conv2d(k, w, 3, s), f'relu{i}':nn.ReLU(), f'drop{i}':nn.Dropout(dropout), f'bn{i}':nn.BatchNorm2d(w)})
+        net[f'conv{i}'] = nn.Conv2d(k, w, 3, s)
+        net[f'relu{i}'] = nn.ReLU()
+        net[f'drop{i}'] = nn.Dropout(dropout)
+        net[f'bn{i}'] = nn.BatchNorm2d(w)
         k,side = w,(side-3)//s+1
     return nn.Sequential(net | dict(flatten=nn.Flatten(), fc=nn.Linear(k*side*side, n_out)))
 
-# %% ../nbs/02_models.ipynb #vgg
+# %% ../nbs/02_models.ipynb #vgg-dict-vgg7-128-m-256-256-m
 VGG = dict(vgg7=(128, 'M', 256, 256, 'M', 512, 512, 'M'),
            vgg16=(64, 64, 'M', 128, 128, 'M', *(256,)*3, 'M', *(512,)*3, 'M', *(512,)*3, 'M'),
            vgg19=(64, 64, 'M', 128, 128, 'M', *(256,)*4, 'M', *(512,)*4, 'M', *(512,)*4, 'M'))
 
+# %% ../nbs/02_models.ipynb #vgg
 def vgg(cfg:str,           # a key of `VGG`
         c_in:int=3, n_out:int=10, size:int=32, # input channels, classes, side
         head=(),           # hidden widths between the last pool and the logits
@@ -80,8 +87,12 @@ def vgg(cfg:str,           # a key of `VGG`
     "`conv1`, `bn1`, `relu1`, ..., `pool1`, ..., `flatten`, `fc1`, ...: [n, n_out] logits."
     net,i,j,k,side = OrderedDict(),0,0,c_in,size
     for w in VGG[cfg]:
-        if w == 'M': j,side = j+1,side//2; net[f'pool{j}'] = pool(2); continue
-        i += 1; net[f'conv{i}'] = nn.Conv2d(k, w, 3, padding=1); k = w
+        if w == 'M':
+            j,side = j+1,side//2
+            net[f'pool{j}'] = pool(2)
+            continue
+        i += 1
+        net[f'conv{i}'],k = nn.Conv2d(k, w, 3, padding=1),w
         if bn: net[f'bn{i}'] = nn.BatchNorm2d(w, affine=bn != 'fixed')
         net[f'relu{i}'] = nn.ReLU()
     if out_side: net['avgpool'],side = nn.AdaptiveAvgPool2d(out_side),out_side
@@ -99,6 +110,7 @@ class GlobalMean(nn.Module):
     "[n, c, h, w] -> [n, c], the mean over the map, without a reshape."
     def forward(self, x): return x.mean((2, 3))
 
+# %% ../nbs/02_models.ipynb #basicblock
 class BasicBlock(nn.Module):
     "Two 3x3 convolutions with batch norm; the shortcut is the input, subsampled, with zero channels behind it (option A)."
     def __init__(self, n_in:int, n_out:int, stride:int=1):
@@ -113,12 +125,14 @@ class BasicBlock(nn.Module):
         if x.shape[1] < out.shape[1]: x = F.pad(x, (0, 0, 0, 0, 0, out.shape[1]-x.shape[1]))
         return self.relu2(out + x)
 
+# %% ../nbs/02_models.ipynb #resnet_cifar
 def resnet_cifar(depth:int, # 6m+2
                  c_in:int=3, n_out:int=10, size:int=32 # input channels, classes, side
                 )->nn.Sequential:
     "`conv1`, `bn1`, `relu1`, `layer1` to `layer3`, `pool`, `fc`."
     if (depth-2) % 6: raise ValueError(f"depth={depth}: expected 6m+2, e.g. 20, 56, 110")
-    net,k = OrderedDict(conv1=nn.Conv2d(c_in, 16, 3, 1, 1, bias=False), bn1=nn.BatchNorm2d(16), relu1=nn.ReLU()),16
+    net = OrderedDict(conv1=nn.Conv2d(c_in, 16, 3, 1, 1, bias=False), bn1=nn.BatchNorm2d(16), relu1=nn.ReLU())
+    k = 16
     for i,w in enumerate((16, 32, 64), 1):
         blocks = [BasicBlock(k if b == 0 else w, w, 2 if i > 1 and b == 0 else 1) for b in range((depth-2)//6)]
         net[f'layer{i}'],k = nn.Sequential(*blocks),w
@@ -138,26 +152,32 @@ class WideBlock(nn.Module):
         out = self.conv2(self.relu2(self.bn2(self.conv1(a))))
         return out + (x if self.shortcut is None else self.shortcut(a))
 
+# %% ../nbs/02_models.ipynb #wide_resnet
 def wide_resnet(depth:int, # 6m+4
                 k:int,     # widening factor
                 c_in:int=3, n_out:int=10, size:int=32 # input channels, classes, side
                )->nn.Sequential:
     "`conv1`, `layer1` to `layer3`, `bn`, `relu`, `avgpool`, `flatten`, `fc`."
     if (depth-4) % 6: raise ValueError(f"depth={depth}: expected 6m+4, e.g. 16, 28")
-    net,w_in = OrderedDict(conv1=nn.Conv2d(c_in, 16, 3, 1, 1, bias=False)),16
+    net = OrderedDict(conv1=nn.Conv2d(c_in, 16, 3, 1, 1, bias=False))
+    w_in = 16
     for i,w in enumerate((16*k, 32*k, 64*k), 1):
         blocks = [WideBlock(w_in if b == 0 else w, w, 2 if i > 1 and b == 0 else 1) for b in range((depth-4)//6)]
         net[f'layer{i}'],w_in = nn.Sequential(*blocks),w
-    return nn.Sequential(net | dict(bn=nn.BatchNorm2d(w_in), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(w_in, n_out)))
+    net.update(bn=nn.BatchNorm2d(w_in), relu=nn.ReLU())
+    net.update(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(w_in, n_out))
+    return nn.Sequential(net)
 
-# %% ../nbs/02_models.ipynb #replace_module
+# %% ../nbs/02_models.ipynb #first-pool-dict-resnet-maxpool
 FIRST_POOL = dict(resnet='maxpool', alexnet='features.2', squeezenet='features.2', densenet='features.pool0')
 
+# %% ../nbs/02_models.ipynb #replace_module
 def replace_module(model:nn.Module, path:str, new:nn.Module):
     "Puts `new` at `path` of `model`, in place."
     parent,_,name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, new)
 
+# %% ../nbs/02_models.ipynb #tv_model
 def tv_model(name:str,   # torchvision's name
              c_in:int=3, n_out:int=1000, size:int=224, # input channels, classes, side
              stem:str=None # 'full', 'small', None = by size
@@ -180,7 +200,7 @@ def tv_model(name:str,   # torchvision's name
 def densenet22(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes, side
                growth:int=12, depth:int=22 # channels per layer; 6m+4
               )->nn.Module:
-    "DenseNet-BC for 32 pixels (Huang et al. 2017) from torchvision's class: (depth-4)/6 bottlenecks in each of three blocks."
+    "DenseNet-BC for 32 pixels (Huang et al. 2017), of torchvision's class: three blocks of (depth-4)/6 bottlenecks."
     model = tvm.DenseNet(growth, ((depth-4)//6,)*3, 2*growth, num_classes=n_out)
     model.features.conv0 = nn.Conv2d(c_in, 2*growth, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(model.features.conv0.weight)
@@ -206,9 +226,12 @@ def load_pretrained(model:nn.Module, # from `tv_model` with the full stem, chang
                    )->nn.Module:
     "Loads torchvision's published weights (downloaded once by torchvision); `ValueError` names what does not fit."
     known = tvm.get_model_weights(name)
-    sd,own = known[check_choice('weights', weights, [*known.__members__])].get_state_dict(progress=False, check_hash=True),model.state_dict()
-    first,head = [f'{o}.weight' for o in layers(model)][0],list(layers(model))[-1]
-    if own[first].shape[2:] != sd[first].shape[2:]: raise ValueError(f"weights={weights!r}: made for the full stem; use size > 64 or stem='full'")
+    check_choice('weights', weights, [*known.__members__])
+    sd,own = known[weights].get_state_dict(progress=False, check_hash=True),model.state_dict()
+    names = list(layers(model))
+    first,head = f'{names[0]}.weight',names[-1]
+    if own[first].shape[2:] != sd[first].shape[2:]:
+        raise ValueError(f"weights={weights!r}: made for the full stem; use size > 64 or stem='full'")
     if own[first].shape[1] == 1: sd[first] = sd[first].sum(1, keepdim=True)
     for k in (f'{head}.weight', f'{head}.bias'):
         if own[k].shape != sd[k].shape: sd[k] = own[k]
@@ -223,8 +246,10 @@ _cifar = lambda make, system, **kw: Net(partial(make, **kw), 3, 10, 32, system)
 ZOO = dict(
     fc2=Net(partial(mlp, (1000,)), 1, 10, 28, 'MIP'), fc3=Net(partial(mlp, (300, 100)), 1, 10, 28, 'MIP'),
     fc4=Net(partial(mlp, (200, 100, 100)), 1, 10, 28, 'MIP'), fc_baseline=Net(partial(mlp, (50, 20)), 1, 10, 28, 'MIP'),
-    lenet5=Net(lenet5, 1, 10, 32, 'MIP'), vgg16_dgl=_cifar(partial(vgg, 'vgg16'), 'MIP', head=(512,), bn='fixed', pool=nn.AvgPool2d),
-    mlp=Net(partial(mlp, (500, 300), dropout=.2), 1, 10, 28, 'MINT'), vgg16_mint=_cifar(partial(vgg, 'vgg16'), 'MINT', head=(512,)),
+    lenet5=Net(lenet5, 1, 10, 32, 'MIP'),
+    vgg16_dgl=_cifar(partial(vgg, 'vgg16'), 'MIP', head=(512,), bn='fixed', pool=nn.AvgPool2d),
+    mlp=Net(partial(mlp, (500, 300), dropout=.2), 1, 10, 28, 'MINT'),
+    vgg16_mint=_cifar(partial(vgg, 'vgg16'), 'MINT', head=(512,)),
     lenet300=Net(partial(mlp, (300, 100)), 1, 10, 28, 'SiPP, PFP'),
     lenet5_conv=Net(partial(lenet5, ks=3, pool=nn.MaxPool2d), 1, 10, 32, 'SiPP, PFP'),
     sa_mlp=Net(partial(mlp, (300, 100), bias=False), 1, 10, 28, 'annealing'), basiccnn=_cifar(basiccnn, 'annealing'),
@@ -235,13 +260,15 @@ ZOO = dict(
     resnet20=_cifar(partial(resnet_cifar, 20), 'SiPP, PFP'), resnet56=_cifar(partial(resnet_cifar, 56), 'MINT, SiPP, PFP'),
     resnet110=_cifar(partial(resnet_cifar, 110), 'SiPP, PFP'), wrn16_8=_cifar(partial(wide_resnet, 16, 8), 'SiPP, PFP'),
     wrn28_2=_cifar(partial(wide_resnet, 28, 2), 'SiPP, PFP'), densenet22=_cifar(densenet22, 'SiPP, PFP'),
-    resnet18=_tv('resnet18', 'energy, SiPP, PFP'), resnet34=_tv('resnet34', 'energy'), resnet50=_tv('resnet50', 'energy, MINT'),
-    resnet101=_tv('resnet101', 'energy, SiPP, PFP'), alexnet=_tv('alexnet', 'energy'), squeezenet1_1=_tv('squeezenet1_1', 'energy'),
+    resnet18=_tv('resnet18', 'energy, SiPP, PFP'), resnet34=_tv('resnet34', 'energy'),
+    resnet50=_tv('resnet50', 'energy, MINT'), resnet101=_tv('resnet101', 'energy, SiPP, PFP'),
+    alexnet=_tv('alexnet', 'energy'), squeezenet1_1=_tv('squeezenet1_1', 'energy'),
     mobilenet_v3_small=_tv('mobilenet_v3_small', ''), densenet121=_tv('densenet121', ''))
 
 # %% ../nbs/02_models.ipynb #make
 def _make(name, c_in, n_out, size, kw): return ZOO[name].make(c_in=c_in, n_out=n_out, size=size, **kw)
 
+# %% ../nbs/02_models.ipynb #runs
 def _runs(name, size, kw):
     "Does network `name` accept images of this side?"
     try:
@@ -250,6 +277,7 @@ def _runs(name, size, kw):
             return _make(name, 3, 10, size, kw).eval()(torch.empty(2, 3, size, size)).shape == (2, 10)
     except (RuntimeError, ValueError): return False
 
+# %% ../nbs/02_models.ipynb #min_size
 @lru_cache(None)
 def _min_size(name, kw):
     lo,hi = 0,next((s for s in (8, 16, 32, 64, 128, 256) if _runs(name, s, dict(kw))), None)
@@ -259,6 +287,7 @@ def _min_size(name, kw):
         lo,hi = (lo,mid) if _runs(name, mid, dict(kw)) else (mid,hi)
     return hi
 
+# %% ../nbs/02_models.ipynb #min_size-2
 def min_size(name:str, # a name of the zoo
              **kw      # as for `build`
             )->int:
@@ -279,12 +308,14 @@ def build(name:str,        # a name of `models()`
     "A network of the zoo in training mode, [n, c_in, size, size] -> logits [n, n_out]; `model.spec` says how it was built."
     net = ZOO[check_choice('name', name, ZOO)]
     for k,v in dict(c_in=c_in, n_out=n_out, size=size).items(): check_int(k, v, 1)
-    if size < min_size(name, **kw):
-        raise ValueError(f"size={size}: {name} needs at least {min_size(name, **kw)} pixels; up-sample with get_dls(..., size={min_size(name, **kw)})")
-    if weights and net.n_out != 1000: raise ValueError(f"weights={weights!r}: there are none for {name}; only torchvision's networks have published weights")
-    if seed is None: model = init_weights(_make(name, c_in, n_out, size, kw), init)
-    else:
-        with seed_everything(seed): model = init_weights(_make(name, c_in, n_out, size, kw), init)
+    least = min_size(name, **kw)
+    if size < least:
+        raise ValueError(f"size={size}: {name} needs at least {least} pixels; up-sample with get_dls(..., size={least})")
+    if weights and net.n_out != 1000:
+        raise ValueError(f"weights={weights!r}: there are none for {name}; "
+                         "only torchvision's networks have published weights")
+    with nullcontext() if seed is None else seed_everything(seed):
+        model = init_weights(_make(name, c_in, n_out, size, kw), init)
     if weights: load_pretrained(model, name, weights)
     model.spec = dict(name=name, c_in=c_in, n_out=n_out, size=size, **kw)
     return model
@@ -294,10 +325,12 @@ def build(name:str,        # a name of `models()`
 def _size_of(name):
     "(parameters, weights, MACs) of a network at its native input."
     o = ZOO[name]
-    with torch.device('meta'): model,x = _make(name, o.c_in, o.n_out, o.size, {}).eval(),torch.empty(1, o.c_in, o.size, o.size)
+    with torch.device('meta'):
+        model,x = _make(name, o.c_in, o.n_out, o.size, {}).eval(),torch.empty(1, o.c_in, o.size, o.size)
     with FlopCounterMode(display=False) as counter, torch.no_grad(): model(x)
     return n_params(model),n_params(model, weights=True),counter.get_total_flops()//2
 
+# %% ../nbs/02_models.ipynb #models-2
 class Models(Mapping):
     "The zoo: a mapping name -> `Net`, with a table."
     def __getitem__(self, k): return ZOO[check_choice('name', k, ZOO)]
@@ -311,6 +344,7 @@ class Models(Mapping):
     def __repr__(self): return f"Models({', '.join(ZOO)})"
     def _repr_html_(self): return self.frame().style.format(thousands=',').to_html()
 
+# %% ../nbs/02_models.ipynb #models-3
 def models()->Models:
     "All networks that `build` knows."
     return Models()

@@ -18,7 +18,8 @@ from .graph import trace
 from .allocate import allocate, ratios
 from .data import calib_batch
 from .models import build
-from .train import Evaluation, evaluate, fine_tune, fit, keep_tensors, learner, rebind, rewind_to, sink
+from fastai.learner import Learner
+from .train import _state, evaluate, fine_tune, fit, learner, rebind, rewind_to, schedule_lr, sink
 from .report import Report, metered
 
 # %% ../nbs/20_pipeline.ipynb #params
@@ -57,9 +58,8 @@ def score_with(learn,      # a `Learner`
                seed:int=0, progress:bool=False, **args # arguments of the method
               ):
     "Run a method on `learn`: (`Scores`, `Meter` of seconds and memory). Weight or group scores become channel scores if asked for."
-    known, unit = _params(m.fn), unit or m.unit
-    check_choice('unit', unit, UNITS)
-    extra = dict(seed=seed, progress=progress, unit=unit, graph=graph, init=learn.rewind.init)
+    known, unit, kept = _params(m.fn), check_choice('unit', unit or m.unit, UNITS), learn.__dict__.get('rewind')
+    extra = dict(seed=seed, progress=progress, unit=unit, graph=graph, init=getattr(kept, 'init', None))
     args = {**{k:v for k,v in extra.items() if k in known}, **args}
     with weights_at(learn, at), metered(next(learn.model.parameters()).device) as meter:
         scores = m(learn.model, learn.dls, **args)
@@ -101,6 +101,12 @@ def mask_and(new, old):
     res = new & old; res.meta = new.meta
     return res
 
+def _inputs(learn):
+    "A batch of inputs on the model's device."
+    b = next(iter(learn.dls.train), None)
+    if b is None: raise ValueError("learn.dls.train: no batches; expected at least one")
+    return b[0].as_subclass(torch.Tensor).to(next(learn.model.parameters()).device)
+
 def _tested(learn): return evaluate(learn, learn.dls.loaders[2] if len(learn.dls.loaders) > 2 else learn.dls.valid)
 
 def _small(model, mask, xb, must):
@@ -108,6 +114,24 @@ def _small(model, mask, xb, must):
     try: return surgery.shrink(model, mask, xb)
     except surgery.SurgeryError:
         if must: raise
+
+# %% ../nbs/20_pipeline.ipynb #check_moment
+def _check_moment(name, value, learn, allowed):
+    "Raises unless `value` is one of `allowed` or an epoch whose weights `learn` has kept."
+    if isinstance(value, str) or value is None: check_choice(name, value, allowed)
+    else: check_int(name, value, 0)
+    if value not in ('trained', 'none'): _state(learn, value)
+
+def _check_run(learn, sparsity, threshold, rounds, schedule, epochs, lr, at, rewind, fit_args):
+    "Raises for anything that would stop `prune` half-way."
+    if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
+    if sparsity is not None: check_fraction('sparsity', sparsity)
+    check_int('rounds', rounds, 1); check_int('fine_tune_epochs', epochs, 0); check_choice('schedule', schedule, ('geometric', 'linear', 'cubic'))
+    _check_moment('at', at, learn, ('trained', 'init')); _check_moment('rewind', rewind, learn, ('none', 'init', 'sign'))
+    check_type('fit_args', fit_args, dict, 'arguments of fit')
+    for k in fit_args: check_choice('fit_args', k, sorted(_params(fit) - {'learn', 'epochs', 'lr', 'progress'}))
+    curve = {k:v for k,v in fit_args.items() if k in ('milestones', 'gamma', 'warmup')}
+    schedule_lr(fit_args.get('schedule', 'one_cycle'), learn.lr if lr is None else lr, epochs, **curve)
 
 # %% ../nbs/20_pipeline.ipynb #prune-2
 def prune(learn,              # a trained `Learner` from `learner`; changed in place
@@ -127,20 +151,20 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
           **args              # arguments of the method and of its allocator
          )->Result:
     "Score, cut, fine-tune, shrink and report, `rounds` times; changes `learn` in place. `ValueError` for anything the method does not know."
+    check_type('learn', learn, Learner, 'made by learner(model, dls)')
     m = methods()[method]; alloc, alloc_args, own = split_args(m, args)
-    check_int('rounds', rounds, 1); check_int('fine_tune_epochs', fine_tune_epochs, 0)
-    threshold = alloc_args.get('threshold')
-    if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
+    at, rewind, fit_args = m.at if at is None else at, m.rewind if rewind is None else rewind, {} if fit_args is None else fit_args
+    _check_run(learn, sparsity, alloc_args.get('threshold'), rounds, schedule, fine_tune_epochs, lr, at, rewind, fit_args)
     if {'rounds', 'sparsity'} <= _params(m.fn): own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1 # goes in rounds by itself
     steps = [None]*rounds if sparsity is None else ratios(sparsity, rounds, schedule)
-    at, rewind = m.at if at is None else at, m.rewind if rewind is None else rewind
-    xb = learn.dls.one_batch()[0]; graph = trace(learn.model, xb)
+    xb = _inputs(learn); graph = trace(learn.model, xb)
     dense, before, mask, secs, peak = copy.deepcopy(learn.model), _tested(learn), None, 0., 0.
     for s in steps:
         scores, meter = score_with(learn, m, at=at, unit=unit, graph=graph, seed=seed, progress=progress, **own)
         mask = _round(learn, scores, mask, s, alloc, alloc_args); secs += meter.secs; peak = max(peak, meter.peak_mib or 0.)
+        if shrink: surgery.shrink(learn.model, mask, xb) # a network that cannot be cut is found out now
         rewind_to(learn, rewind, mask); surgery.apply(learn.model, mask); pruned = _tested(learn)
-        fine_tune(learn, mask, fine_tune_epochs, lr, progress=progress, **(fit_args or {}))
+        fine_tune(learn, mask, fine_tune_epochs, lr, progress=progress, **fit_args)
     tuned = _tested(learn) if fine_tune_epochs else None
     if mask.graph is None: mask.graph = graph
     small = _small(learn.model, Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta), xb, shrink)

@@ -60,7 +60,8 @@ def count_macs(model:nn.Module,    # any network
 # %% ../nbs/07_report.ipynb #npz_bytes
 def _npz_bytes(w, compressed):
     "Size of the file `scipy.sparse.save_npz` would write for the matrix `w`."
-    f = io.BytesIO(); scipy.sparse.save_npz(f, scipy.sparse.csr_matrix(w), compressed=compressed)
+    f = io.BytesIO()
+    scipy.sparse.save_npz(f, scipy.sparse.csr_matrix(w), compressed=compressed)
     return f.getbuffer().nbytes
 
 # %% ../nbs/07_report.ipynb #memory-2
@@ -81,7 +82,8 @@ def latency_ms(model:nn.Module,  # any network
               )->float:
     "Median milliseconds of a forward pass on `xb`; the model is left as it was found."
     check_int('n', n, 1)
-    dev = next(model.parameters()).device; x, ts = xb.to(dev), []
+    dev = next(model.parameters()).device
+    x, ts = xb.to(dev), []
     wait = torch.cuda.synchronize if dev.type == 'cuda' else (lambda: None)
     with as_found(model, train=False), torch.inference_mode():
         for _ in range(warmup): model(x)
@@ -94,9 +96,10 @@ def latency_ms(model:nn.Module,  # any network
 # %% ../nbs/07_report.ipynb #cpu
 def _cpu():
     "Name of the processor."
-    try: names = [l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')]
-    except OSError: names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: lines = []
+    name = next((l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')), '')
+    return name or platform.processor() or platform.machine()
 
 # %% ../nbs/07_report.ipynb #hardware
 def hardware()->dict:
@@ -109,7 +112,8 @@ def versions()->dict:
     def get(k):
         try: return metadata.version(k)
         except metadata.PackageNotFoundError: return None
-    return dict(python=platform.python_version(), neuronprune=neuronprune.__version__, torch=torch.__version__, **{k:get(k) for k in ('fastai', 'numpy')})
+    return dict(python=platform.python_version(), neuronprune=neuronprune.__version__, torch=torch.__version__,
+                fastai=get('fastai'), numpy=get('numpy'))
 
 # %% ../nbs/07_report.ipynb #meter
 @dataclass
@@ -141,7 +145,10 @@ def metered(device='cpu' # where the work is done
            ):
     "Yields a `Meter` that is filled in when the block ends."
     m, cuda = Meter(), torch.device(device).type == 'cuda'
-    if cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); start = torch.cuda.memory_allocated()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
     peak, t = (None if cuda else _peak_cpu()), time.perf_counter()
     try: yield m
     finally:
@@ -152,7 +159,7 @@ def metered(device='cpu' # where the work is done
 # %% ../nbs/07_report.ipynb #report-2
 @dataclass
 class Report:
-    "One run: what was asked, removed, spent and kept. Fractions in [0, 1], memory in MiB, latency in ms per batch, None = not measured."
+    "One run: what was asked, removed, spent, kept. Fractions in [0, 1], MiB, ms per batch; None = not measured."
     method:str=''
     method_args:dict=field(default_factory=dict)
     model:str=''
@@ -193,27 +200,38 @@ class Report:
 def _ratio(a, b): return None if a is None or not b else a/b
 
 @patch(as_prop=True)
-def compression(self:Report): "Parameters before / non-zero parameters after."; return _ratio(self.params_before, self.nonzero_after)
+def compression(self:Report):
+    "Parameters before / non-zero parameters after."
+    return _ratio(self.params_before, self.nonzero_after)
+
 @patch(as_prop=True)
-def speedup_macs(self:Report): "MACs before / MACs over non-zero weights after."; return _ratio(self.macs_before, self.macs_nonzero)
+def speedup_macs(self:Report):
+    "MACs before / MACs over non-zero weights after."
+    return _ratio(self.macs_before, self.macs_nonzero)
+
 @patch(as_prop=True)
-def final(self:Report): "The last evaluation there is."; return self.tuned or self.pruned or self.before
+def final(self:Report):
+    "The last evaluation there is."
+    return self.tuned or self.pruned or self.before
 
 # %% ../nbs/07_report.ipynb #weights
 def _weights(model, names):
     "(weights, non-zero weights) of the layers `names`, or of what has taken their place."
-    ws = [p.detach() for k,p in model.named_parameters() if k.endswith('weight') and any(k.startswith(f'{n}.') for n in names)]
+    inside = lambda k: k.endswith('weight') and any(k.startswith(f'{n}.') for n in names)
+    ws = [p.detach() for k,p in model.named_parameters() if inside(k)]
     return sum(w.numel() for w in ws), sum(int(torch.count_nonzero(w)) for w in ws)
 
 def _removed(before, after): return None if not before else 1-after/before
 
 # %% ../nbs/07_report.ipynb #costs
 def _costs(dense, after, xb, latency):
-    "Counts, memory and time of both networks (timed in turns, best of three medians), and the fractions that follow from them."
-    r = dict(latency_batch=len(xb) if latency else None, params_before=count_params(dense), params_after=count_params(after), nonzero_after=nonzero_params(after),
-             macs_before=count_macs(dense, xb), macs_after=count_macs(after, xb), macs_nonzero=count_macs(after, xb, nonzero=True))
-    for when,m in (('before', dense), ('after', after)): r[f'memory_{when}'] = {how:memory(m, how) for how in ('dense', 'csr', 'csr_npz')}
+    "Counts, memory and time of both networks (timed in turns, best of three medians), and the fractions removed."
+    r = dict(nonzero_after=nonzero_params(after), macs_nonzero=count_macs(after, xb, nonzero=True))
+    for when,m in (('before', dense), ('after', after)):
+        r[f'params_{when}'], r[f'macs_{when}'] = count_params(m), count_macs(m, xb)
+        r[f'memory_{when}'] = {how:memory(m, how) for how in ('dense', 'csr', 'csr_npz')}
     if latency:
+        r['latency_batch'] = len(xb)
         times = [(latency_ms(dense, xb, 10), latency_ms(after, xb, 10)) for _ in range(3)]
         r['latency_before'], r['latency_after'] = map(min, zip(*times))
     return dict(r, params_removed=_removed(nonzero_params(dense), r['nonzero_after']),
@@ -236,16 +254,19 @@ def measure(cls:Report,
             **kw                   # any other field, such as seed=, sparsity=, method_args=
            )->Report:
     "A `Report` of the difference between `dense` and the pruned network; `kw` overrides what was found."
-    after = shrunk if shrunk is not None else masked if masked is not None else dense
+    known = [f.name for f in fields(cls)]
+    unknown = sorted(set(kw) - set(known))
+    if unknown: raise TypeError(f"Report: unknown field {', '.join(unknown)}; expected one of {', '.join(known)}")
+    after = next((m for m in (shrunk, masked) if m is not None), dense)
     rec, secs = dict(getattr(dls, 'record', {})), getattr(scores, 'secs', None)
-    r = dict(method=getattr(scores, 'method', ''), model=getattr(dense, 'spec', {}).get('name', type(dense).__name__), data=rec,
-             dataset=rec.get('name', ''), size=rec.get('size'), secs=None if secs is None or math.isnan(secs) else secs,
+    r = dict(model=getattr(dense, 'spec', {}).get('name', type(dense).__name__), method=getattr(scores, 'method', ''),
+             data=rec, dataset=rec.get('name', ''), size=rec.get('size'),
+             secs=None if secs is None or math.isnan(secs) else secs,
              before=before, pruned=pruned, tuned=tuned, **_costs(dense, after, xb, latency))
     if mask is not None:
         names = {k.removesuffix(':in') for k in mask}
-        r.update(unit=mask.unit, units_removed=mask.sparsity, weights_removed=_removed(_weights(dense, names)[1], _weights(after, names)[1]))
-    unknown = set(kw) - {f.name for f in fields(cls)}
-    if unknown: raise TypeError(f"Report: unknown field {', '.join(sorted(unknown))}; expected one of {', '.join(f.name for f in fields(cls))}")
+        removed = _removed(_weights(dense, names)[1], _weights(after, names)[1])
+        r.update(unit=mask.unit, units_removed=mask.sparsity, weights_removed=removed)
     return cls(**{**r, **kw})
 
 # %% ../nbs/07_report.ipynb #plain
@@ -276,9 +297,11 @@ _pct = lambda v: f'{v:.2%}'.replace('%', ' %')
 _num = lambda v: f'{v:,}'
 _text = lambda v: ', '.join(f'{k}={o}' for k,o in v.items()) if isinstance(v, dict) else str(v)
 _mib = lambda v: ' / '.join(f'{v[k]:.4g}' for k in ('dense', 'csr', 'csr_npz') if k in v) + ' MiB'
+
+# group -> {field or property of `Report`: how to write it}
 _GROUPS = {
     'run': dict(method=_text, method_args=_text, model=_text, dataset=_text, size=_text, unit=_text, seed=_text),
-    'fraction removed': dict(sparsity=_pct, units_removed=_pct, weights_removed=_pct, params_removed=_pct, macs_removed=_pct),
+    'fraction removed': dict.fromkeys(['sparsity', *(f'{o}_removed' for o in ('units', 'weights', 'params', 'macs'))], _pct),
     'accuracy on the test set': dict(before=repr, pruned=repr, tuned=repr),
     'parameters': dict(params_before=_num, params_after=_num, nonzero_after=_num, compression='{:.2f}×'.format),
     'MACs, one example': dict(macs_before=_num, macs_after=_num, macs_nonzero=_num, speedup_macs='{:.2f}×'.format),
@@ -286,20 +309,23 @@ _GROUPS = {
     'latency': dict(latency_before='{:.3f} ms'.format, latency_after='{:.3f} ms'.format, latency_batch=_num),
     'cost of scoring': dict(secs='{:.3g} s'.format, peak_mib='{:.1f} MiB'.format),
     'made with': dict(versions=_text, hardware=_text, extra=_text)}
-_LABELS = dict(method_args='arguments', sparsity='units, requested', units_removed='units, achieved', weights_removed='weights of the candidates',
-               params_removed='parameters of the network', macs_removed='MACs', pruned='after pruning', tuned='after fine-tuning',
-               params_after='stored after', nonzero_after='non-zero after', macs_nonzero='after, non-zero weights', speedup_macs='theoretical speed-up',
-               secs='time', peak_mib='peak memory')
+_LABELS = dict(
+    method_args='arguments', sparsity='units, requested', units_removed='units, achieved',
+    weights_removed='weights of the candidates', params_removed='parameters of the network', macs_removed='MACs',
+    pruned='after pruning', tuned='after fine-tuning', params_after='stored after', nonzero_after='non-zero after',
+    macs_nonzero='after, non-zero weights', speedup_macs='theoretical speed-up', secs='time', peak_mib='peak memory')
 
 # %% ../nbs/07_report.ipynb #to_frame
 @patch
 def to_frame(self:Report)->pd.DataFrame:
     "The record for people: rows (group, item), one column; what was not measured is left out."
-    rows = []
-    for g,k,f in [(g, k, f) for g,ks in _GROUPS.items() for k,f in ks.items() if getattr(self, k) not in (None, {}, '')]:
+    rows = {}
+    for g,k,f in [(g, k, f) for g,ks in _GROUPS.items() for k,f in ks.items()]:
         v = getattr(self, k)
-        rows += [(g, n, str(o)) for n,o in v.items()] if g == 'made with' else [(g, _LABELS.get(k, k.split('_')[-1]), f(v))]
-    return pd.DataFrame([o[2] for o in rows], index=pd.MultiIndex.from_tuples([o[:2] for o in rows], names=['', ' ']), columns=['value'])
+        if v in (None, {}, ''): continue
+        if g == 'made with': rows.update({(g, n):str(o) for n,o in v.items()})
+        else: rows[g, _LABELS.get(k, k.split('_')[-1])] = f(v)
+    return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=['', ' ']), columns=['value'])
 
 @patch
 def _repr_html_(self:Report): return self.to_frame().to_html(header=False)
@@ -308,14 +334,16 @@ def _repr_html_(self:Report): return self.to_frame().to_html(header=False)
 @patch
 def save(self:Report, path): # file to write, .json
     "Write to `path` as JSON."
-    with replacing(path) as tmp: Path(tmp).write_text(json.dumps(_plain(vars(self)), indent=1, allow_nan=False, ensure_ascii=False)+'\n', encoding='utf-8')
+    text = json.dumps(_plain(vars(self)), indent=1, allow_nan=False, ensure_ascii=False)
+    with replacing(path) as tmp: Path(tmp).write_text(text+'\n', encoding='utf-8')
 
 # %% ../nbs/07_report.ipynb #load
 @patch(cls_method=True)
 def load(cls:Report, path): # file written by `save`
     "Read back what `save` wrote; raises `ValueError` for anything else."
     try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except json.JSONDecodeError as e: raise ValueError(f"path={str(path)!r}: not JSON ({e}); expected a file written by Report.save") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"path={str(path)!r}: not JSON ({e}); expected a file written by Report.save") from None
     if not isinstance(d, dict) or set(d) - {f.name for f in fields(cls)}:
         raise ValueError(f"path={str(path)!r}: not a record; expected a file written by Report.save")
     for k in ('before', 'pruned', 'tuned'): d[k] = None if d.get(k) is None else Evaluation(**d[k])
@@ -332,37 +360,46 @@ def verdict(a:Evaluation, # the accuracy in question
             b:Evaluation  # the one it is held against
            )->str:
     "'higher' or 'lower' if `a` differs from `b`, else 'no difference'."
-    return 'no difference' if not differs(a, b) else 'higher' if a.accuracy > b.accuracy else 'lower'
+    if not differs(a, b): return 'no difference'
+    return 'higher' if a.accuracy > b.accuracy else 'lower'
 
 # %% ../nbs/07_report.ipynb #compare
 def compare(reports # records
            )->pd.DataFrame:
-    "One row per record: fractions removed, accuracies as k/n with intervals, and the verdict on the last against the dense network."
+    "One row per record: fractions removed, accuracies as k/n with intervals, verdict on the last against the dense one."
     reports = list(reports)
     if not reports: raise ValueError("reports: empty; expected at least one Report")
     show = lambda e: '–' if e is None else f'{e.k}/{e.n} = {100*e.accuracy:.1f} % [{100*e.lo:.1f}, {100*e.hi:.1f}]'
     frac = lambda v: '–' if v is None else _pct(v)
-    return pd.DataFrame([{'method': r.method, 'model': r.model, 'unit': r.unit or '–', 'units': frac(r.units_removed), 'parameters': frac(r.params_removed),
-        'MACs': frac(r.macs_removed), 'before': show(r.before), 'pruned': show(r.pruned), 'fine-tuned': show(r.tuned),
-        'against before': '–' if r.before is None or r.final is r.before else verdict(r.final, r.before)} for r in reports])
+    against = lambda r: '–' if r.before is None or r.final is r.before else verdict(r.final, r.before)
+    return pd.DataFrame([{
+        'method': r.method, 'model': r.model, 'unit': r.unit or '–',
+        'units': frac(r.units_removed), 'parameters': frac(r.params_removed), 'MACs': frac(r.macs_removed),
+        'before': show(r.before), 'pruned': show(r.pruned), 'fine-tuned': show(r.tuned),
+        'against before': against(r)} for r in reports])
 
 # %% ../nbs/07_report.ipynb #plot_compare
 def plot_compare(reports, # records
                  x:str='params_removed', # field on the horizontal axis
                  ax=None  # matplotlib axes, None = a new figure
                 ):
-    "Last accuracy with its interval against `x`, one line per method; the dense accuracy is a grey band. Returns the figure."
+    "Last accuracy and its interval against `x`, a line per method, the dense accuracy as a grey band. Returns the figure."
     import matplotlib.pyplot as plt
-    check_choice('x', x, ('sparsity', 'units_removed', 'weights_removed', 'params_removed', 'macs_removed', 'compression', 'speedup_macs'))
+    check_choice('x', x, (*_GROUPS['fraction removed'], 'compression', 'speedup_macs'))
     if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
     done = [r for r in reports if getattr(r, x) is not None and r.final]
     for name in dict.fromkeys(r.method for r in done):
-        rs = sorted((r for r in done if r.method == name), key=lambda r: getattr(r, x)); es = [r.final for r in rs]
+        rs = sorted((r for r in done if r.method == name), key=lambda r: getattr(r, x))
+        es = [r.final for r in rs]
         err = [[100*(e.accuracy-e.lo) for e in es], [100*(e.hi-e.accuracy) for e in es]]
         ax.errorbar([getattr(r, x) for r in rs], [100*e.accuracy for e in es], yerr=err, marker='o', capsize=3, label=name)
-    for b in {r.before for r in done if r.before}: ax.axhspan(100*b.lo, 100*b.hi, color='grey', alpha=.15); ax.axhline(100*b.accuracy, color='grey', lw=.8)
-    ax.set(xlabel=x.replace('_', ' '), ylabel='accuracy, % with 95 % interval'); ax.legend()
-    plt.close(ax.figure); return ax.figure
+    for b in {r.before for r in done if r.before}:
+        ax.axhspan(100*b.lo, 100*b.hi, color='grey', alpha=.15)
+        ax.axhline(100*b.accuracy, color='grey', lw=.8)
+    ax.set(xlabel=x.replace('_', ' '), ylabel='accuracy, % with 95 % interval')
+    ax.legend()
+    plt.close(ax.figure)
+    return ax.figure
 
 # %% ../nbs/07_report.ipynb #published
 def published(system:str=None # 'mint', 'provable', 'energy', 'anneal'; None = all

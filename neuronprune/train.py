@@ -103,9 +103,11 @@ def schedule_lr(schedule:str,     # one of `SCHEDULES`
                 warmup:float=0    # epochs of linear warm-up
                ): # function from the fraction of training done, in [0, 1], to the learning rate
     "The learning rate as a function of progress; raises `ValueError` for an unknown or contradictory schedule."
-    check_choice('schedule', schedule, SCHEDULES); lr = _check_lr(lr)
+    check_choice('schedule', schedule, SCHEDULES)
+    lr = _check_lr(lr)
     if bool(len(milestones)) != (schedule == 'step'):
-        raise ValueError(f"milestones={tuple(milestones)}: schedule={schedule!r} expects {'at least one epoch' if schedule=='step' else 'none'}")
+        want = 'at least one epoch' if schedule == 'step' else 'none'
+        raise ValueError(f"milestones={tuple(milestones)}: schedule={schedule!r} expects {want}")
     if warmup and schedule == 'one_cycle': raise ValueError(f"warmup={warmup}: 'one_cycle' warms up by itself; expected 0")
     if warmup < 0: raise ValueError(f"warmup={warmup}: expected a number of epochs, 0 or more")
     curve = dict(flat=lambda x: lr, linear=lambda x: lr*(1-x), cosine=lambda x: _cos(lr, 0, x),
@@ -165,19 +167,24 @@ def fit(learn:Learner,   # changed in place
         seed:int=None    # None = the learner's seed plus the number of fits so far
        )->Learner:
     "Train `learn` in place and return it; raises `ValueError` for an empty loader or a loss that is not finite."
-    todo, lr = check_int('epochs', epochs, 0)-check_int('start_epoch', start_epoch, 0), _check_lr(learn.lr if lr is None else lr)
+    todo = check_int('epochs', epochs, 0) - check_int('start_epoch', start_epoch, 0)
     if todo < 0: raise ValueError(f"start_epoch={start_epoch}: expected at most epochs={epochs}")
+    lr = _check_lr(learn.lr if lr is None else lr)
     curve = schedule_lr(schedule, lr, epochs, milestones, gamma, warmup)
-    if len(learn.dls.train) == 0: raise ValueError("dls.train: no batches; expected at least one (is bs larger than the training set?)")
+    if len(learn.dls.train) == 0:
+        raise ValueError("dls.train: no batches; expected at least one (is bs larger than the training set?)")
     n = learn.n_fits = learn.__dict__.get('n_fits', 0) + 1
     seed = learn.__dict__.get('seed', 0)+n-1 if seed is None else check_int('seed', seed)
-    guard, sched = _Finite(), ParamScheduler({'lr': lambda x: curve((start_epoch+x*todo)/max(epochs, 1))})
+    guard = _Finite()
+    sched = ParamScheduler({'lr': lambda x: curve((start_epoch+x*todo)/max(epochs, 1))})
     _reseed(learn.dls, seed)
     with seed_everything(seed), _shown(learn, progress):
         learn.recorder.values = []
         try: learn.fit(todo, lr=lr, cbs=[sched, guard, *L(cbs)])
         finally: _keep_history(learn)
-    if guard.bad: raise ValueError(f"lr={lr:g}: the training loss is {guard.bad[0]} after epoch {guard.bad[1]} of {todo}; try a smaller lr")
+    if guard.bad:
+        loss, epoch = guard.bad
+        raise ValueError(f"lr={lr:g}: the training loss is {loss} after epoch {epoch} of {todo}; try a smaller lr")
     return learn
 
 # %% ../nbs/05_train.ipynb #wilson
@@ -206,10 +213,13 @@ class Evaluation:
     def lo(self): "Lower end of the interval."; return wilson(self.k, self.n)[0]
     @property
     def hi(self): "Upper end of the interval."; return wilson(self.k, self.n)[1]
-    def __repr__(self): return f"{self.k}/{self.n} = {self.accuracy:.2%} (95 % interval {100*self.lo:.1f}–{100*self.hi:.1f})".replace('%', ' %', 1)
+    def __repr__(self):
+        interval = f"95 % interval {100*self.lo:.1f}–{100*self.hi:.1f}"
+        return f"{self.k}/{self.n} = {100*self.accuracy:.2f} % ({interval})"
     def _repr_html_(self):
+        interval = f"95 % interval {100*self.lo:.1f} to {100*self.hi:.1f} %"
         loss = '' if self.loss is None else f", loss {self.loss:.4g}"
-        return f"<p><b>{self.accuracy:.2%}</b> right ({self.k} of {self.n}), 95 % interval {100*self.lo:.1f} to {100*self.hi:.1f} %{loss}</p>"
+        return f"<p><b>{100*self.accuracy:.2f} %</b> right ({self.k} of {self.n}), {interval}{loss}</p>"
 
 # %% ../nbs/05_train.ipynb #tally
 def _tally(model, dl, dev):
@@ -217,11 +227,13 @@ def _tally(model, dl, dev):
     tot, n = torch.zeros(4, dtype=torch.float32 if dev.type == 'mps' else torch.float64, device=dev), 0
     for b in dl:
         *xb, yb = [o.to(dev) for o in b]
-        if yb.is_floating_point() or yb.ndim != 1: raise TypeError(f"yb: {yb.dtype} labels of shape {tuple(yb.shape)}; expected one class number per input")
+        if yb.is_floating_point() or yb.ndim != 1:
+            raise TypeError(f"yb: {yb.dtype} labels of shape {tuple(yb.shape)}; expected one class number per input")
         with torch.inference_mode():
             out = model(*xb)
             if out.ndim != 2: raise ValueError(f"model: outputs of shape {tuple(out.shape)}; expected [n, classes]")
-            bad, yb = (yb < 0) | (yb >= out.shape[1]), yb.as_subclass(torch.Tensor).clamp(0, out.shape[1]-1)
+            bad = (yb < 0) | (yb >= out.shape[1])
+            yb = yb.as_subclass(torch.Tensor).clamp(0, out.shape[1]-1)
             loss = F.cross_entropy(out.float().as_subclass(torch.Tensor), yb, reduction='sum')
             tot += torch.stack([(out.argmax(1) == yb).sum(), loss, bad.sum(), (~torch.isfinite(out)).sum()]).to(tot.dtype)
         n += len(yb)
@@ -233,11 +245,14 @@ def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
             )->Evaluation:
     "Count the right answers on `dl`; raises `ValueError` for an empty loader, labels out of range, outputs not finite."
     model = model_or_learn.model if isinstance(model_or_learn, Learner) else model_or_learn
-    if not isinstance(model, nn.Module): raise TypeError(f"model_or_learn: expected an nn.Module or a Learner, got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model_or_learn: expected an nn.Module or a Learner, got {type(model).__name__}")
     dev = next((p.device for p in model.parameters()), torch.device('cpu'))
     with as_found(model, train=False): (k, loss, bad, nan), n = _tally(model, dl, dev)
     if n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
-    if bad: raise ValueError(f"dl: {bad:.0f} of {n} labels are out of range for the network's outputs; was it built with the right n_out?")
+    if bad:
+        raise ValueError(f"dl: {bad:.0f} of {n} labels are out of range for the network's outputs; "
+                         "was it built with the right n_out?")
     if nan: raise ValueError(f"model: {nan:.0f} outputs are NaN or infinite")
     return Evaluation(int(k), n, loss/n)
 
@@ -254,13 +269,16 @@ def plot_curves(learn:Learner # a learner trained with `fit`
                ):
     "Losses and accuracy per epoch; a grey line starts each further fit. Returns the figure."
     import matplotlib.pyplot as plt
-    df = curves(learn); fig, axs = plt.subplots(1, 2, figsize=(7, 2.5), constrained_layout=True)
-    for c in ('train_loss', 'valid_loss'): axs[0].plot(df.epoch, df[c], marker='.', label=c.split('_')[0])
-    axs[0].set(xlabel='epoch', ylabel='loss'); axs[0].legend()
-    for c in [o for o in df if o not in ('fit', 'epoch', 'train_loss', 'valid_loss')]: axs[1].plot(df.epoch, df[c], marker='.', label=c)
-    axs[1].set(xlabel='epoch', ylabel='on the validation set'); axs[1].legend()
-    for e in df.epoch[df.fit.diff() > 0]: axs[0].axvline(e-.5, color='grey', ls=':'); axs[1].axvline(e-.5, color='grey', ls=':')
-    plt.close(fig); return fig
+    df, losses = curves(learn), ('train_loss', 'valid_loss')
+    fig, axs = plt.subplots(1, 2, figsize=(7, 2.5), constrained_layout=True)
+    for c in losses: axs[0].plot(df.epoch, df[c], marker='.', label=c.split('_')[0])
+    for c in [o for o in df if o not in ('fit', 'epoch', *losses)]: axs[1].plot(df.epoch, df[c], marker='.', label=c)
+    for ax,what in zip(axs, ('loss', 'on the validation set')):
+        ax.set(xlabel='epoch', ylabel=what)
+        for e in df.epoch[df.fit.diff() > 0]: ax.axvline(e-.5, color='grey', ls=':')
+        ax.legend()
+    plt.close(fig)
+    return fig
 
 # %% ../nbs/05_train.ipynb #keep_tensors
 def keep_tensors(model:nn.Module, # network the mask belongs to
@@ -271,7 +289,8 @@ def keep_tensors(model:nn.Module, # network the mask belongs to
     keeps = mask.expand(model) if isinstance(mask, Mask) else mask
     for k,v in keeps.items():
         if k not in named: raise ValueError(f"mask[{k!r}]: no such parameter; was the mask made for another network?")
-        if v.shape != named[k].shape: raise ValueError(f"mask[{k!r}]: shape {tuple(v.shape)}; expected {tuple(named[k].shape)}")
+        if v.shape != named[k].shape:
+            raise ValueError(f"mask[{k!r}]: shape {tuple(v.shape)}; expected {tuple(named[k].shape)}")
     return [named[k] for k in keeps], [v.to(named[k].device, named[k].dtype) for k,v in keeps.items()]
 
 # %% ../nbs/05_train.ipynb #maskcallback
@@ -296,7 +315,7 @@ def fine_tune(learn:Learner, # changed in place
               *, cbs=(),     # further callbacks
               **kw           # arguments of `fit`
              )->Learner:
-    "Zero the pruned weights of `learn` in place and train the others; returns `learn`. A later `fit` without the mask is dense again."
+    "Zero the pruned weights of `learn` in place, train the others, return `learn`; a later `fit` is dense again."
     return fit(learn, epochs, lr, cbs=[MaskCallback(mask), *L(cbs)], **kw)
 
 # %% ../nbs/05_train.ipynb #state
@@ -329,10 +348,13 @@ def rewind_to(learn:Learner, # changed in place
         state = _state(learn, to)
         try: learn.model.load_state_dict(sign_weights(learn.model, state) if to == 'sign' else state)
         except (RuntimeError, KeyError) as e:
-            raise ValueError(f"to={to!r}: the snapshot does not fit the network, which has changed since `learner`: {e}") from None
+            raise ValueError(f"to={to!r}: the snapshot does not fit the network, "
+                             f"which has changed since `learner`: {e}") from None
         learn.opt,learn.rewind.done = None, to if isinstance(to, int) else 0
     if mask is not None:
-        cb = MaskCallback(mask); cb.params,cb.keeps = keep_tensors(learn.model, mask); cb.zero()
+        cb = MaskCallback(mask)
+        cb.params,cb.keeps = keep_tensors(learn.model, mask)
+        cb.zero()
     return learn
 
 # %% ../nbs/05_train.ipynb #gradual
@@ -345,7 +367,7 @@ def gradual(x:float,          # progress from the first to the last cut, in [0, 
 
 # %% ../nbs/05_train.ipynb #prunecallback
 class PruneCallback(MaskCallback):
-    "Prune gradually during one fit, from `initial` to `sparsity`; `mask` is the last one, `history` the list of (step, sparsity)."
+    "Prune gradually during one fit, from `initial` to `sparsity`; keeps `mask` and the `history`, (step, sparsity)."
     def __init__(self,
                  score,            # function model -> `Scores`
                  allocate,         # function (scores, sparsity) -> `Mask`
@@ -356,7 +378,8 @@ class PruneCallback(MaskCallback):
                  every:int=None    # steps between cuts, None = one epoch
                 ):
         super().__init__(None)
-        if check_fraction('start', start) >= check_fraction('end', end, open_hi=False): raise ValueError(f"start={start}: expected less than end={end}")
+        if check_fraction('start', start) >= check_fraction('end', end, open_hi=False):
+            raise ValueError(f"start={start}: expected less than end={end}")
         self.score,self.allocate,self.sparsity = score,allocate,check_fraction('sparsity', sparsity)
         self.initial,self.span,self.every,self.history = check_fraction('initial', initial),(start, end),every,[]
 
@@ -364,7 +387,8 @@ class PruneCallback(MaskCallback):
 @patch
 def before_fit(self:PruneCallback):
     "Lay out the steps at which to cut; an earlier mask is applied."
-    per_epoch = len(self.dls.train); n = per_epoch*self.n_epoch
+    per_epoch = len(self.dls.train)
+    n = per_epoch*self.n_epoch
     a, b = (round(o*n) for o in self.span)
     self.cuts = {t:(t-a)/max(b-a, 1) for t in [*range(a, b, self.every or per_epoch), b] if t > 0}
     if self.mask is not None: MaskCallback.before_fit(self)
@@ -382,7 +406,8 @@ def sink(scores:Scores, # scores of all units
         )->Scores:
     "`scores` with the units outside `mask` moved below all others (to 0 where scores are never negative)."
     if mask is None: return scores
-    low = min(float(v.min()) for v in scores.values()); low = 0. if low >= 0 else low-1
+    low = min(float(v.min()) for v in scores.values())
+    low = 0. if low >= 0 else low-1
     units = {k:v.masked_fill(~mask[k], low) for k,v in scores.items()}
     return Scores(units, scores.unit, method=scores.method, graph=scores.graph, labels=scores.labels, cost=scores.cost,
                   meta=scores.meta, skipped=scores.skipped)
@@ -398,8 +423,9 @@ def tighten(self:PruneCallback, sparsity, t):
 
 # %% ../nbs/05_train.ipynb #slice
 def _slice(t, name, index):
-    "What `index` keeps of the tensor `name`: by its own name, or by its module's (outputs, inputs); depthwise convolutions have no inputs to cut."
-    idx = index.get(name) or index.get(name.rpartition('.')[0], ())[:2 if t.ndim > 1 and t.shape[1] > 1 else min(t.ndim, 1)]
+    "What `index` keeps of the tensor `name`: by its own name, or by its module's (outputs, inputs)."
+    dims = 2 if t.ndim > 1 and t.shape[1] > 1 else min(t.ndim, 1) # depthwise convolutions have no inputs to cut
+    idx = index.get(name) or index.get(name.rpartition('.')[0], ())[:dims]
     for d,i in enumerate(idx):
         if i is not None: t = t.index_select(d, torch.as_tensor(i).to(t.device))
     return t
@@ -409,21 +435,26 @@ def _sliced_states(learn, model, index):
     "Snapshots cut down to `model`; empty when one cannot be."
     shapes = {k:v.shape for k,v in model.state_dict().items()}
     res = {e:{k:_slice(s[k], k, index) for k in shapes if k in s} for e,s in learn.rewind.states.items()}
-    return res if all(s.keys() == shapes.keys() and all(v.shape == shapes[k] for k,v in s.items()) for s in res.values()) else {}
+    return res if all({k:v.shape for k,v in s.items()} == shapes for s in res.values()) else {}
 
-# %% ../nbs/05_train.ipynb #rebind
+# %% ../nbs/05_train.ipynb #sliced_slots
+def _sliced_slots(slots, name, shape, index):
+    "What the optimiser remembers of the parameter `name`: tensors of its `shape` are cut, counters kept."
+    return {n:_slice(v, name, index).clone() if torch.is_tensor(v) and v.shape == shape else v for n,v in slots.items()}
+
 def rebind(learn:Learner,    # changed in place
            model:nn.Module,  # the network that replaces `learn.model`
-           index:dict=None   # module path -> (kept outputs, kept inputs), or parameter name -> kept indices per dimension; None = all
+           index:dict=None   # module path -> (kept outputs, inputs), or parameter name -> kept per dimension; None = all
           )->Learner:
     "Put `model` into `learn` with a new optimiser, in place; optimiser state and snapshots survive where `index` tells how."
     old, opt = dict(learn.model.named_parameters()), learn.opt
     model = model.to(next(learn.model.parameters()).device)
-    if isinstance(learn.__dict__.get('rewind'), Rewind): learn.rewind.states = _sliced_states(learn, model, index) if index else {}
+    if isinstance(learn.__dict__.get('rewind'), Rewind):
+        learn.rewind.states = _sliced_states(learn, model, index) if index else {}
     learn.model,learn.opt = model,None
     if opt is None or not index: return learn
     learn.create_opt()
     for k,p in model.named_parameters():
         s = opt.opt.state.get(old.get(k)) if isinstance(opt, OptimWrapper) and k in old else None
-        if s: learn.opt.opt.state[p] = {n:_slice(v, k, index).clone() if torch.is_tensor(v) and v.shape == old[k].shape else v for n,v in s.items()}
+        if s: learn.opt.opt.state[p] = _sliced_slots(s, k, old[k].shape, index)
     return learn

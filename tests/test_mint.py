@@ -207,7 +207,7 @@ def test_reused_layer(dls):
 
 def test_registered(): 
     m = methods()['mint']
-    assert m.unit == 'group' and m.allocate == dict(of='params') and m.fn is score
+    assert m.unit == 'group' and m.allocate == dict(of='params', scope='layer') and m.fn is score
 
 def test_save_load(dls, res, tmp_path):
     s = score(res, dls, n_per_class=5, n_trials=2); s.save(tmp_path/'s.safetensors'); t = Scores.load(tmp_path/'s.safetensors')

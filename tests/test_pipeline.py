@@ -132,3 +132,8 @@ def test_channel_table_counts(dls):
     rows = ~res.mask['fc2'].any(1)
     assert t.without_inputs['fc2'] == int(rows.sum())
     assert t.unread_or_dropped['fc2'] >= int((~res.mask['fc3'].any(0)).sum())
+
+def test_snip_goes_in_rounds_by_itself(dls):
+    one, three = [prune(start(dls), 'snip', .9, rounds=r, fine_tune_epochs=0) for r in (1, 3)]
+    assert one.mask.counts() == three.mask.counts() == (18500, 185000)
+    assert any(not torch.equal(one.mask[k], three.mask[k]) for k in one.mask) and three.report.extra['rounds'] == 3
