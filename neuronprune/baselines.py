@@ -154,7 +154,7 @@ def _iterate(look, sparsity, rounds, graph, unit, progress):
     "Scores after `rounds` looks, `look(mask)` at the masked network; removed units score below zero, the first lowest."
     units, mask = look(None), None
     if rounds == 1: return units
-    for r,s in enumerate(progress_bar(ratios(sparsity, rounds)[:-1], display=progress)):
+    for r,s in enumerate(progress_bar(ratios(sparsity, rounds)[:-1]) if progress else ratios(sparsity, rounds)[:-1]):
         new = allocate(Scores(units, unit, graph=graph), s, normalize=None)
         fresh = {k:~v if mask is None else mask[k] & ~v for k,v in new.items()}
         top = max([float(units[k][f].max()) for k,f in fresh.items() if f.any()], default=0.) or 1.

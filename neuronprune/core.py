@@ -66,7 +66,8 @@ def check_type(name:str, # argument name
               ):
     "`value` if it is a `cls`; otherwise a `TypeError`."
     if isinstance(value, cls): return value
-    raise TypeError(f"{name}: expected a {cls.__name__}{fix and f', {fix}'}, got {type(value).__name__}")
+    what = 'an nn.Module' if cls is nn.Module else f'a {cls.__name__}'
+    raise TypeError(f"{name}: expected {what}{fix and f', {fix}'}, got {type(value).__name__}")
 
 def check_finite(name:str, # argument name
                  x:torch.Tensor # any tensor

@@ -246,11 +246,18 @@ def _info(m, shape):
     return dict(kind=type(m).__name__, n_out=n_out, n_in=n_in, taps=1 if lin else math.prod(m.kernel_size),
                 groups=getattr(m, 'groups', 1), positions=math.prod(shape)//n_out, weights=m.weight.numel(), bias=m.bias is not None)
 
+def _check_plain(model):
+    "Raises `ValueError` for a layer whose weight is computed from other parameters."
+    for n,m in layers(model).items():
+        if 'weight' in m._parameters: continue
+        raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.prune.remove(layer, 'weight') "
+                         "or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
+
 def trace(model:nn.Module, # any model; left as it was found
           xb:torch.Tensor  # a batch of inputs, [n, ...]; one example is used
          )->Graph:
     "The `Graph` of `model`. Raises `ValueError` for a model without prunable layers or an input it cannot digest."
-    layers(model); check_batch(xb)
+    _check_plain(model); check_batch(xb)
     try: probe = _sources(_Probe(model, xb))
     except (RuntimeError, IndexError) as e:
         raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(xb.shape)}: {e}") from e
@@ -325,9 +332,6 @@ def _check_fit(mask, params):
     "Raises `ValueError` unless every key of the mask is a layer of the model and has its shape."
     for k,v in mask.items():
         n = k.removesuffix(':in'); w = params.get(f'{n}.weight')
-        if f'{n}.weight_orig' in params or f'{n}.parametrizations.weight.original' in params:
-            raise ValueError(f"mask: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.prune.remove(layer, 'weight') "
-                             "or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
         if w is None:
             known = ', '.join(o.removesuffix('.weight') for o,p in params.items() if o.endswith('.weight') and p.ndim > 1)
             raise ValueError(f"mask: layer {n!r} is not in the model; expected one of {known}")
@@ -342,6 +346,7 @@ def _check_fit(mask, params):
 def expand(self:Mask, model:nn.Module # the model the mask was made for
           )->dict:
     "Name of a parameter or buffer -> bool tensor on the model's device, True = kept; only tensors that may lose something."
+    _check_plain(model)
     params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     _check_fit(self, params)
     if self.unit == 'weight': res = {f'{k}.weight':v for k,v in self.items()}

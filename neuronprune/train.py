@@ -24,7 +24,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from .core import as_found, check_choice, check_fraction, check_int, layers, seed_everything, Mask, Scores
+from .core import as_found, check_choice, check_fraction, check_int, check_type, layers, seed_everything, Mask, Scores
 import neuronprune.graph # gives masks their expand
 
 # %% ../nbs/05_train.ipynb #opt
@@ -74,17 +74,20 @@ def learner(model:nn.Module,      # network to train; moved to the device of `dl
             seed:int=0,           # order of the batches, dropout, augmentation
             device=None,          # None = where `dls` is
             cbs=(),               # further callbacks; a `Rewind(epochs=…)` here replaces the plain one
+            splitter=None,        # model -> groups of parameters, for `freeze`; None = one group
             **opt_args            # further arguments of the optimiser, such as nesterov=True
            )->Learner:
     "A quiet fastai `Learner` whose initial weights are kept in `learn.rewind.init`."
-    if not isinstance(model, nn.Module): raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_type('model', model, nn.Module)
+    if not hasattr(dls, 'train'): raise TypeError(f"dls: expected fastai DataLoaders, as from get_dls, got {type(dls).__name__}")
     cls, usual, kw = _opt(opt, momentum)
     if device is not None: dls.to(torch.device(device))
     cbs = list(L(cbs))
     if not any(isinstance(o, Rewind) for o in cbs): cbs.append(Rewind())
     learn = Learner(dls, model.to(getattr(dls, 'device', None)), loss_func=loss_func or CrossEntropyLossFlat(),
                     opt_func=partial(OptimWrapper, opt=cls, weight_decay=wd, **{**kw, **opt_args}),
-                    lr=usual if lr is None else _check_lr(lr), metrics=accuracy if metrics is None else metrics, cbs=cbs)
+                    lr=usual if lr is None else _check_lr(lr), metrics=accuracy if metrics is None else metrics, cbs=cbs,
+                    **({} if splitter is None else dict(splitter=splitter)))
     learn.seed,learn.n_fits,learn.history = check_int('seed', seed),0,[]
     if 'progress' in learn.__dict__: learn.remove_cb(learn.progress)
     learn.logger = noop
@@ -153,6 +156,23 @@ def _keep_history(learn):
     for i,v in enumerate(learn.recorder.values):
         rows.append(dict(fit=learn.n_fits, epoch=start+i+1, **{k:o for k,o in zip(names, v) if k != 'time'}))
 
+# %% ../nbs/05_train.ipynb #outputs
+def _outputs(model, xb):
+    "What `model` makes of the inputs `xb`; a `ValueError` in plain words if it cannot take them."
+    try: return model(*xb)
+    except (RuntimeError, IndexError) as e:
+        raise ValueError(f"xb: the model cannot digest a batch of shape {', '.join(str(tuple(o.shape)) for o in xb)}: {e}") from e
+
+def _try_batch(learn):
+    "One batch through the network before the first fit: do shapes and labels fit?"
+    model = learn.model; dev = next((p.device for p in model.parameters()), torch.device('cpu'))
+    *xb, yb = [o.to(dev) for o in next(iter(learn.dls.train))]
+    with as_found(model, train=False), torch.no_grad(): out = _outputs(model, xb)
+    if not isinstance(out, torch.Tensor) or out.ndim != 2 or yb.ndim != 1 or yb.is_floating_point(): return
+    if yb.min() < 0 or yb.max() >= out.shape[1]:
+        raise ValueError(f"yb: labels from {int(yb.min())} to {int(yb.max())}, but the network has {out.shape[1]} outputs; "
+                         f"expected labels 0 to {out.shape[1]-1}, or a network built with a larger n_out")
+
 # %% ../nbs/05_train.ipynb #fit-2
 def fit(learn:Learner,   # changed in place
         epochs:int,      # length of the training
@@ -175,6 +195,8 @@ def fit(learn:Learner,   # changed in place
         raise ValueError("dls.train: no batches; expected at least one (is bs larger than the training set?)")
     n = learn.n_fits = learn.__dict__.get('n_fits', 0) + 1
     seed = learn.__dict__.get('seed', 0)+n-1 if seed is None else check_int('seed', seed)
+    if n == 1:
+        with seed_everything(seed): _try_batch(learn)
     guard = _Finite()
     sched = ParamScheduler({'lr': lambda x: curve((start_epoch+x*todo)/max(epochs, 1))})
     _reseed(learn.dls, seed)
@@ -230,7 +252,7 @@ def _tally(model, dl, dev):
         if yb.is_floating_point() or yb.ndim != 1:
             raise TypeError(f"yb: {yb.dtype} labels of shape {tuple(yb.shape)}; expected one class number per input")
         with torch.inference_mode():
-            out = model(*xb)
+            out = _outputs(model, xb)
             if out.ndim != 2: raise ValueError(f"model: outputs of shape {tuple(out.shape)}; expected [n, classes]")
             bad = (yb < 0) | (yb >= out.shape[1])
             yb = yb.as_subclass(torch.Tensor).clamp(0, out.shape[1]-1)

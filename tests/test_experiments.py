@@ -77,3 +77,15 @@ def test_mnist(tmp_path):
     r = run(dict(method='mint', dataset='mnist', data_root=os.environ['NEURONPRUNE_DATA'], epochs=1, fine_tune_epochs=1, batch_size=256,
                  method_args=dict(n_per_class=60, n_groups=[10, 10])), out=tmp_path)
     assert r.tuned.n == 10000 and r.tuned.accuracy > .9
+
+def test_values_are_checked_before_any_training():
+    from neuronprune.batch import check_parameters
+    for bad, words in [(dict(sparsity=50), 'did you mean 0.5'), (dict(unit='neuron'), "unit='neuron'"), (dict(rounds=0), 'rounds=0'), (dict(model='mpl'), "did you mean 'mlp'"),
+                       (dict(method_args={'n_group': 3}), "did you mean 'n_groups'"), (dict(epochs=1.5), 'epochs=1.5'), (dict(scope='local'), "scope='local'")]:
+        with pytest.raises((ValueError, TypeError)) as e: check_parameters(bad)
+        assert words in str(e.value)
+
+def test_a_typo_in_a_grid_stops_it_at_once(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'sparsity'"): run_all([dict(method='random'), dict(sparsty=.5)], out=tmp_path, progress=False)
+    with pytest.raises(TypeError, match='grid: expected a list'): run_all(dict(method='random'), out=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -137,3 +137,52 @@ def test_snip_goes_in_rounds_by_itself(dls):
     one, three = [prune(start(dls), 'snip', .9, rounds=r, fine_tune_epochs=0) for r in (1, 3)]
     assert one.mask.counts() == three.mask.counts() == (18500, 185000)
     assert any(not torch.equal(one.mask[k], three.mask[k]) for k in one.mask) and three.report.extra['rounds'] == 3
+
+@pytest.mark.parametrize('kw,words', [
+    (dict(lr='0.1'), 'lr='), (dict(lr=-1), 'lr=-1'), (dict(fit_args={'schedul': 'flat'}), "did you mean 'schedule'?"),
+    (dict(fit_args={'schedule': 'bogus'}), 'bogus'), (dict(fit_args={'lr': .1}), 'fit_args'), (dict(fit_args='flat'), 'fit_args'),
+    (dict(rewind='initial'), "rewind='initial'"), (dict(at='Init'), "at='Init'"), (dict(at=3), 'epoch 3')])
+def test_nothing_changes_before_all_is_checked(dls, kw, words):
+    learn = start(dls, epochs=1); before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises((ValueError, TypeError)) as e: prune(learn, 'lth', .5, fine_tune_epochs=1, **kw)
+    assert words in str(e.value), str(e.value)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
+def test_a_network_that_cannot_be_cut_is_found_out_before_it_is_changed(dls):
+    class Rigid(torch.nn.Module):
+        def __init__(self): super().__init__(); self.conv,self.fc = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(144, 10)
+        def forward(self, x): return self.fc(self.conv(x).relu().view(-1, 144))
+    learn = fit(learner(Rigid(), dls, lr=.05), 1); before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(SurgeryError, match='hard-coded view'): prune(learn, 'magnitude', .5, unit='channel', shrink=True)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    assert prune(learn, 'magnitude', .5, unit='channel', fine_tune_epochs=0).mask.sparsity == .5
+
+def test_plain_fastai_learner(dls):
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    learn = Learner(dls, build('mlp', 1, 10, 8, seed=0), loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging(): res = prune(learn, 'magnitude', .5, unit='channel', fine_tune_epochs=1, shrink=True)
+    assert res.report.params_after < .5*res.report.params_before
+    with pytest.raises(ValueError, match='learner'): prune(learn, 'lth', .5)
+    with pytest.raises(TypeError, match='learn: expected a Learner'): prune(learn.model, 'magnitude', .5)
+
+def test_layer_scope_treats_tied_layers_alike():
+    dls = get_dls('digits', size=16)
+    learn = learner(build('resnet20', 1, 10, 16, seed=0), dls)
+    frame = prune(learn, 'fpgm', .5, fine_tune_epochs=0).mask.frame()
+    assert frame.sparsity.between(.3, .7).all(), frame.to_string()
+
+def test_ties_go_as_a_whole():
+    dls = get_dls('digits', size=16); learn = learner(build('resnet20', 1, 10, 16, seed=0), dls)
+    res = prune(learn, 'mint', .5, unit='channel', fine_tune_epochs=0, shrink=True, n_per_class=20, n_groups=(4, 4))
+    assert res.model.conv1.out_channels < 16 and 'conv1' in res.mask
+
+def test_batches_that_do_not_fit_are_explained(dls):
+    with pytest.raises(ValueError, match='labels from 0 to 9, but the network has 5 outputs'): fit(learner(build('mlp', 1, 5, 8), dls), 1)
+    with pytest.raises(ValueError, match='cannot digest a batch of shape'): fit(learner(build('mlp', 1, 10, 16), dls), 1)
+    with pytest.raises(ValueError, match='cannot digest a batch of shape'): evaluate(build('mlp', 1, 10, 16), dls.test)
+    with pytest.raises(TypeError, match='dls: expected fastai DataLoaders'): learner(build('mlp', 1, 10, 8), None)
+
+def test_reparametrised_layers_are_named(dls):
+    learn = start(dls, epochs=0); torch.nn.utils.prune.random_unstructured(learn.model.fc1, 'weight', .5)
+    with pytest.raises(ValueError, match="'fc1' is reparametrised; make it plain first"): prune(learn, 'magnitude', .5)
