@@ -30,6 +30,7 @@ def _slot_ids(scores, tied):
         ids[k] = out
     return ids, n
 
+# %% ../nbs/04_allocate.ipynb #pool
 def _pool(ids, vals, n, reduce):
     "Reduce the entries of each atom: 'mean', 'sum', 'max' or 'min'."
     i, v = np.concatenate(list(ids.values())), np.concatenate(vals)
@@ -60,6 +61,7 @@ def _values(scores, normalize):
     res = [v.flatten().double().numpy() for v in scores.values()]
     return [v/d if (d := f(v)) > 0 else v for v in res]
 
+# %% ../nbs/04_allocate.ipynb #protected
 def _protected(ids, order, scores, caps, keep, min_keep):
     "Bool per atom: the best `min_keep` of each layer (of each child group for blocks), what caps leave, and spared layers."
     rank = np.empty(len(order), dtype=np.int64); rank[order] = np.arange(len(order))
@@ -81,6 +83,7 @@ def _remove(order, safe, cost, sparsity, of):
     budget = cost[order].sum() * sparsity * (1+1e-12)
     return free[:np.searchsorted(np.cumsum(cost[free]), budget, side='right')]
 
+# %% ../nbs/04_allocate.ipynb #round
 def _round(removed, ids, order, round_to):
     "Give back the best removed atoms of each layer until the number kept is a multiple of `round_to`."
     rank = np.empty(len(order), dtype=np.int64); rank[order] = np.arange(len(order))

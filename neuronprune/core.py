@@ -47,6 +47,7 @@ def check_int(name:str, # argument name
     if lo is not None and value < lo: raise ValueError(f"{name}={value}: expected a whole number of at least {lo}")
     return int(value)
 
+# %% ../nbs/00_core.ipynb #check_choice
 def check_choice(name:str, # argument name
                  value,    # what the user passed
                  allowed   # iterable of legal names
@@ -69,6 +70,7 @@ def check_type(name:str, # argument name
     what = 'an nn.Module' if cls is nn.Module else f'a {cls.__name__}'
     raise TypeError(f"{name}: expected {what}{fix and f', {fix}'}, got {type(value).__name__}")
 
+# %% ../nbs/00_core.ipynb #check_finite
 def check_finite(name:str, # argument name
                  x:torch.Tensor # any tensor
                 )->torch.Tensor:
@@ -77,6 +79,7 @@ def check_finite(name:str, # argument name
     if bad: raise ValueError(f"{name}: {bad} of {x.numel()} entries are NaN or infinite; expected finite numbers")
     return x
 
+# %% ../nbs/00_core.ipynb #check_batch
 def check_batch(xb:torch.Tensor,      # inputs [n, ...]
                 yb:torch.Tensor=None, # integer labels [n]
                 n_out:int=None        # number of classes
@@ -121,6 +124,7 @@ def generator(seed:int,     # any whole number
     "A fresh `torch.Generator` with this seed."
     return torch.Generator(device=device).manual_seed(check_int('seed', seed))
 
+# %% ../nbs/00_core.ipynb #seed_everything
 @contextmanager
 def seed_everything(seed:int # any whole number
                    ):
@@ -160,6 +164,7 @@ def _check_labels(key, t, labels):
         bad = idx[(idx < 0) | (idx >= n)]
         if len(bad): raise ValueError(f"labels[{key!r}]: {side} group {int(bad[0])} out of range; expected 0 to {n-1}")
 
+# %% ../nbs/00_core.ipynb #units
 class Units(Mapping):
     "A dictionary key -> CPU tensor with one unit of account; the base of `Scores` and `Mask`."
     def __init__(self, units, unit, graph=None, labels=None, meta=None):
@@ -215,6 +220,7 @@ def _panels(n, width=3.2, height=2.6):
     fig, axs = plt.subplots(1, n, figsize=(min(width*n, 11), height), squeeze=False, constrained_layout=True)
     return fig, axs[0]
 
+# %% ../nbs/00_core.ipynb #plot
 @patch
 def plot(self:Scores, n_max:int=4 # most block matrices drawn
         ):
@@ -288,6 +294,7 @@ def counts(self:Mask)->tuple:
 @patch(as_prop=True)
 def density(self:Mask)->float: "Fraction of units kept."; kept, n = self.counts(); return kept/n
 
+# %% ../nbs/00_core.ipynb #sparsity
 @patch(as_prop=True)
 def sparsity(self:Mask)->float: "Fraction of units removed."; kept, n = self.counts(); return (n-kept)/n
 
@@ -303,6 +310,7 @@ def frame(self:Mask)->pd.DataFrame:
     return pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), kept=int(v.sum()),
                               sparsity=1-v.float().mean().item()) for k,v in self.items()])
 
+# %% ../nbs/00_core.ipynb #plot-2
 @patch
 def plot(self:Mask):
     "Share of units kept in each layer; returns the figure."
@@ -325,6 +333,7 @@ def _combine(a, b, op):
     units, graph = {k:op(a[k], b[k]) for k in a}, b.graph if a.graph is None else a.graph
     return Mask(units, a.unit, graph=graph, labels=a.labels, meta=dict(tied=a.tied and b.tied))
 
+# %% ../nbs/00_core.ipynb #and
 @patch
 def __and__(self:Mask, o:Mask): "Kept by both."; return _combine(self, o, torch.logical_and)
 @patch
@@ -344,6 +353,7 @@ def replacing(path # file to write
     finally:
         if os.path.exists(tmp): os.remove(tmp)
 
+# %% ../nbs/00_core.ipynb #jsonable
 def _jsonable(o): return o.tolist() if hasattr(o, 'tolist') else str(o)
 
 def save_tensors(path,         # file to write
@@ -355,6 +365,7 @@ def save_tensors(path,         # file to write
         own = {k:v.detach().cpu().contiguous().clone() for k,v in tensors.items()} # safetensors refuses shared memory
         save_file(own, tmp, {'neuronprune': json.dumps(header, default=_jsonable)})
 
+# %% ../nbs/00_core.ipynb #load_tensors
 def load_tensors(path # file written by `save_tensors`
                 )->tuple:
     "(tensors, header); raises `ValueError` when the file is not ours."
@@ -376,6 +387,7 @@ def save(self:Units, path):
                  dict(kind=type(self).__name__, unit=self.unit, keys=list(self), meta=self.meta, own=own,
                       graph=None if self.graph is None else self.graph.to_dict()))
 
+# %% ../nbs/00_core.ipynb #load
 @patch(cls_method=True)
 def load(cls:Units, path):
     "Read back what `save` wrote; `ValueError` if the file holds something else."
@@ -390,11 +402,12 @@ def load(cls:Units, path):
     return cls({k:units[k] for k in h['keys']}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child},
                meta=h['meta'], **extra, **h['own'])
 
-# %% ../nbs/00_core.ipynb #method
+# %% ../nbs/00_core.ipynb #modules-dict-random-baselines
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',
                 taylor='baselines', slimming='baselines', fpgm='baselines', mint='mint')
 _registry = {}
 
+# %% ../nbs/00_core.ipynb #method
 @dataclass(frozen=True)
 class Method:
     "A registered pruning method; call it like the function it wraps."
@@ -438,6 +451,7 @@ class Methods(Mapping):
     def __repr__(self): return f"methods: {', '.join(self)}"
     def _repr_html_(self): return self.frame().to_html(index=False)
 
+# %% ../nbs/00_core.ipynb #methods-2
 def methods()->Methods: "All registered methods, a dictionary name -> `Method`."; return Methods()
 
 @patch

@@ -38,6 +38,7 @@ def _slots(m, x):
     d = x.ndim-1 if isinstance(m, nn.Linear) else 1
     return x.movedim(d, 1).flatten(2) if x.ndim > 2 else x[..., None]
 
+# %% ../nbs/03_graph.ipynb #probe
 class _Probe:
     "A copy of `model` whose prunable layers emit `self.src` and whose layers' inputs land in `self.seen`."
     def __init__(self, model, xb):
@@ -85,6 +86,7 @@ def _sources(probe, seed=0):
     probe.rise = {n:(.25+.5*torch.rand(c, 1, generator=g)).to(probe.out[n]) for n,c in probe.n_out.items()}
     return probe
 
+# %% ../nbs/03_graph.ipynb #hits
 def _hits(probe, codes, places=None):
     "Place -> bool [rows, slots] for rows disturbed by `codes`, layer -> bool [rows, channels]; only `places` if given."
     rows, res = max(map(len, codes.values())), {}
@@ -108,6 +110,7 @@ def _reach(probe, rows=16):
         res.update({n:{k for k,h in hit.items() if h[j].any()} for j,n in enumerate(part)})
     return res
 
+# %% ../nbs/03_graph.ipynb #parties
 def _parties(reach):
     "Lists of layers that reach no common place, first fit."
     res = []
@@ -171,6 +174,7 @@ def _components(n, edges):
     e = np.array(edges, dtype=int).reshape(-1, 2)
     return connected_components(coo_array((np.ones(len(e)), (e[:,0], e[:,1])), shape=(n, n)), directed=False)
 
+# %% ../nbs/03_graph.ipynb #frame
 @patch
 def frame(self:Graph)->pd.DataFrame:
     "One row per layer: shape, who reads it, with whom it is tied, and whether its channels can go."
@@ -187,6 +191,7 @@ def _mixed(found):
             if mixed: res[k] = res.get(k, False) | (chan >= 0)
     return res
 
+# %% ../nbs/03_graph.ipynb #twins
 def _twins(probe):
     "Layer -> another layer that holds the same weight tensor."
     first = {}
@@ -232,6 +237,7 @@ def _bundles(probe, sources):
     lab = _components(total, edges)[1]
     return {n:torch.from_numpy(lab[start[n]:start[n]+probe.n_out[n]]).long() for n in names}
 
+# %% ../nbs/03_graph.ipynb #place
 def _place(n, src, out_slots):
     "Bundle per slot of a place with `n` slots, -1 where no producer reaches."
     res = torch.full((n,), -1)
@@ -246,6 +252,7 @@ def _info(m, shape):
     return dict(kind=type(m).__name__, n_out=n_out, n_in=n_in, taps=1 if lin else math.prod(m.kernel_size),
                 groups=getattr(m, 'groups', 1), positions=math.prod(shape)//n_out, weights=m.weight.numel(), bias=m.bias is not None)
 
+# %% ../nbs/03_graph.ipynb #check_plain
 def _check_plain(model):
     "Raises `ValueError` for a layer whose weight is computed from other parameters."
     for n,m in layers(model).items():
@@ -253,6 +260,7 @@ def _check_plain(model):
         raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.prune.remove(layer, 'weight') "
                          "or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
 
+# %% ../nbs/03_graph.ipynb #trace
 def trace(model:nn.Module, # any model; left as it was found
           xb:torch.Tensor  # a batch of inputs, [n, ...]; one example is used
          )->Graph:
@@ -293,6 +301,7 @@ def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = d
     if place in self.mixed: alive[self.mixed[place]] = True
     return reached & ~alive
 
+# %% ../nbs/03_graph.ipynb #unread
 @patch
 def unread(self:Graph, cut:dict # consumer -> bool tensor [n_in], True = input column cut
           )->dict:
@@ -323,6 +332,7 @@ def _channel_masks(mask, g, params):
         if s.any(): res.update({f'{n}.{o}':~s for o in hush if f'{n}.{o}' in params})
     return res
 
+# %% ../nbs/03_graph.ipynb #block_mask
 def _block_mask(keep, child, parent, w):
     "Weight mask of `w`'s shape from the block pattern [K, G]."
     return keep[child][:, parent].view(w.shape[0], -1, *[1]*(w.ndim-2)).expand(w.shape).clone()
@@ -363,6 +373,7 @@ def to_dict(self:Graph)->dict:
     mixed = {k:v.tolist() for k,v in self.mixed.items()}
     return dict(layers=self.layers, sources=src, outputs=self.outputs, fixed=self.fixed, mixed=mixed, **slots)
 
+# %% ../nbs/03_graph.ipynb #from_dict
 @patch(cls_method=True)
 def from_dict(cls:Graph, d:dict # what `to_dict` gave
              )->Graph:
@@ -384,6 +395,7 @@ def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get
         if n in params: torch_prune.custom_from_mask(model.get_submodule(mod), p, m)
     return model
 
+# %% ../nbs/03_graph.ipynb #from_torch_prune
 @patch(cls_method=True)
 def from_torch_prune(cls:Mask, model:nn.Module # pruned with torch.nn.utils.prune
                     )->Mask:

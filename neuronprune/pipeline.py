@@ -50,6 +50,7 @@ def weights_at(learn, # a `Learner` made by `learner`
         learn.model.load_state_dict(own)
         learn.opt, learn.rewind.done = opt, done
 
+# %% ../nbs/20_pipeline.ipynb #score_with
 def score_with(learn,      # a `Learner`
                m:Method,   # registered method
                *, at='trained', # moment of the weights
@@ -81,6 +82,7 @@ class Result:
     def __repr__(self): return f"Result({self.mask!r}, {self.report!r})"
     def _repr_html_(self): return self.report._repr_html_()
 
+# %% ../nbs/20_pipeline.ipynb #save
 @patch
 def save(self:Result, folder # made if missing
         ):
@@ -101,6 +103,7 @@ def mask_and(new, old):
     res = new & old; res.meta = new.meta
     return res
 
+# %% ../nbs/20_pipeline.ipynb #inputs
 def _inputs(learn):
     "A batch of inputs on the model's device."
     b = next(iter(learn.dls.train), None)
@@ -122,6 +125,7 @@ def _check_moment(name, value, learn, allowed):
     else: check_int(name, value, 0)
     if value not in ('trained', 'none'): _state(learn, value)
 
+# %% ../nbs/20_pipeline.ipynb #check_run
 def _check_run(learn, sparsity, threshold, rounds, schedule, epochs, lr, at, rewind, fit_args):
     "Raises for anything that would stop `prune` half-way."
     if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")

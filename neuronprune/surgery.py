@@ -27,6 +27,7 @@ def _scale(model, mask):
             w.mul_(s.view(-1, *[1]*(w.ndim-1)))
             if m.bias is not None: m.bias.mul_(s)
 
+# %% ../nbs/06_surgery.ipynb #apply-2
 @torch.no_grad()
 def apply(model:nn.Module, # changed in place
           mask:Mask        # any unit
@@ -56,6 +57,7 @@ def dead_channels(model:nn.Module, # the dense or masked model
         if not any(v.any() for v in new.values()): return dead
         for p,v in new.items(): dead[p] |= v
 
+# %% ../nbs/06_surgery.ipynb #gone
 def _gone(dead, g):
     "Numbers of the bundles that disappear; every layer keeps at least one."
     ids = torch.cat(list(g.out_slots.values())); n = int(ids.max())+1
@@ -94,6 +96,7 @@ def _cut(m, out, inp):
         if out is not None: getattr(tp, f'prune_{kind}_out_channels')(m, gone(out, m.weight.shape[0]))
         if inp is not None: getattr(tp, f'prune_{kind}_in_channels')(m, gone(inp, m.weight.shape[1]))
 
+# %% ../nbs/06_surgery.ipynb #cut_all
 def _cut_all(model, cuts):
     for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
     return model
@@ -108,6 +111,7 @@ def difference(a:nn.Module, # reference
     with as_found(a, train=False), as_found(b, train=False): ya, yb = a(xb), b(xb)
     return ((ya-yb).abs().max() / ya.abs().max().clamp(min=1e-12)).item()
 
+# %% ../nbs/06_surgery.ipynb #shrink-2
 def shrink(model:nn.Module, # dense or masked; not changed
            mask:Mask,       # what to drop
            xb:torch.Tensor, # a batch of inputs for the check
@@ -134,6 +138,7 @@ def save(model:nn.Module, # pruned or not
     except TypeError: spec = None
     save_tensors(path, model.state_dict(), dict(kind='model', spec=spec))
 
+# %% ../nbs/06_surgery.ipynb #rebuild
 def _rebuild(spec, path):
     "An unpruned network of the zoo from its spec."
     if spec is None: raise ValueError(f"path={str(path)!r}: the file holds no recipe of the zoo; expected model=, an unpruned instance")
