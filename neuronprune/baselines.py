@@ -10,10 +10,10 @@ import math, time
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from fastai.callback.core import Callback
-from fastprogress import progress_bar
 from .core import (Scores, as_found, check_batch, check_choice, check_fraction, check_int, generator,
                               layers, method)
+from fastai.callback.core import Callback
+from fastprogress import progress_bar
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate, ratios

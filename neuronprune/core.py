@@ -8,7 +8,7 @@ __all__ = ['PRUNABLE', 'UNITS', 'check_fraction', 'check_int', 'check_choice', '
            'Mask', 'replacing', 'save_tensors', 'load_tensors', 'Method', 'method', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
-import importlib, json, math, os, random, difflib
+import importlib, json, math, os, random, difflib, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,9 @@ from torch import nn
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+# %% ../nbs/00_core.ipynb #warnings-filterwarnings-ignore
+warnings.filterwarnings('ignore', message='.*torch.jit.script.*deprecated', category=FutureWarning)
 
 # %% ../nbs/00_core.ipynb #check_fraction
 def check_fraction(name:str,      # argument name, for the message

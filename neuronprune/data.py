@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
+from .core import check_batch, check_choice, check_fraction, check_int, generator, seed_everything
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
@@ -26,7 +27,6 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader as TorchLoader
 from torchvision import datasets as tv
 from torchvision.transforms import functional as tvf
-from .core import check_batch, check_choice, check_fraction, check_int, generator, seed_everything
 
 # %% ../nbs/01_data.ipynb #stratified
 def stratified(y:torch.Tensor, # integer labels [n]

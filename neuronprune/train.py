@@ -17,6 +17,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
+from .core import as_found, check_choice, check_fraction, check_int, check_type, layers, seed_everything, Mask, Scores
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -24,7 +25,6 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from .core import as_found, check_choice, check_fraction, check_int, check_type, layers, seed_everything, Mask, Scores
 import neuronprune.graph # gives masks their expand
 
 # %% ../nbs/05_train.ipynb #opt
