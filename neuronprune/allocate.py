@@ -154,10 +154,11 @@ def _rest_of_ties(scores, units):
     "Masks of removable layers without scores that are tied to layers with scores."
     g = scores.graph
     if scores.unit != 'channel' or g is None: return {}
-    outs = [k for k in units if not k.endswith(':in')]
-    gone = torch.cat([g.out_slots[k][~units[k]] for k in outs]) if outs else torch.empty(0)
-    rest = {n:~torch.isin(g.out_slots[n], gone) for n in g.removable if n not in units}
-    return {n:v for n,v in rest.items() if not v.all()}
+    outs = {k:g.out_slots[k] for k in units if not k.endswith(':in')}
+    if not outs: return {}
+    scored, gone = torch.cat(list(outs.values())), torch.cat([o[~units[k]] for k,o in outs.items()])
+    rest = [n for n in g.removable if n not in units and torch.isin(g.out_slots[n], scored).any()]
+    return {n:~torch.isin(g.out_slots[n], gone) for n in rest}
 
 # %% ../nbs/04_allocate.ipynb #parts
 def _parts(ids, n, scope):

@@ -210,3 +210,13 @@ def test_ratios_rise_to_the_end(s, n, schedule):
 @pytest.mark.parametrize('call', [lambda: ratios(90, 3), lambda: ratios(.5, 0), lambda: ratios(.5, 2, 'exp'), lambda: ratios(.5, 2.5)])
 def test_ratios_check(call):
     with pytest.raises((ValueError, TypeError)): call()
+
+def test_a_tie_with_unscored_members_has_the_same_layers_at_every_sparsity():
+    class Residual(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.c = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        def forward(self, x): h = self.a(x).relu(); return self.c((self.b(h) + h).relu())
+    g = trace(Residual(), torch.rand(1, 3))
+    sc = Scores({'b': torch.arange(6.)}, 'channel', graph=g)
+    little, much = allocate(sc, 0.), allocate(sc, .5)
+    assert list(little) == list(much) == ['b', 'a'] and torch.equal(much['a'], much['b']) and little['a'].all()
+    assert (little & much).counts() == much.counts() == (3, 6)
