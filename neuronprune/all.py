@@ -9,10 +9,10 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
            'PruneCallback', 'Rewind', 'rewind_to', 'rebind', 'apply', 'shrink', 'save', 'load', 'plan', 'difference',
            'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published', 'count_params',
            'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'prune', 'dense', 'Result', 'run_all', 'grid',
-           'load_grid', 'gather', 'baselines', 'mint']
+           'load_grid', 'gather', 'baselines', 'mip', 'mint']
 
-# %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
-from . import core, data, models, graph, allocate, train, surgery, report, pipeline, batch, baselines, mint
+# %% ../nbs/24_all.ipynb #from-neuronprune-import-core-data
+from . import core, data, models, graph, allocate, train, surgery, report, pipeline, batch, baselines, mip, mint
 from .core import Scores, Mask, Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
 from .data import get_dls, calib_batch, datasets, preset
 from .models import build, models, min_size
@@ -24,9 +24,9 @@ from .report import Report, compare, plot_compare, verdict, differs, published, 
 from .pipeline import prune, dense, Result
 from .batch import run_all, grid, load_grid, gather
 
-# %% ../nbs/24_all.ipynb #all-scores-mask-method-unsupp
+# %% ../nbs/24_all.ipynb #all-scores-mask-method-unsupportedlayere
 _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',
          'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate', 'ratios',
          'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback', 'PruneCallback', 'Rewind', 'rewind_to', 'rebind',
          'apply', 'shrink', 'save', 'load', 'plan', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published',
-         'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'prune', 'dense', 'Result', 'run_all', 'grid', 'load_grid', 'gather', 'baselines', 'mint']
+         'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'prune', 'dense', 'Result', 'run_all', 'grid', 'load_grid', 'gather', 'baselines', 'mip', 'mint']

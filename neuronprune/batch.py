@@ -19,10 +19,10 @@ from .pipeline import _digest, split_args
 from .train import OPTS
 from .report import Report
 
-# %% ../nbs/22_batch.ipynb #complete
+# %% ../nbs/22_batch.ipynb #complete-2
 PARAMETERS = dict(method='mint', dataset='digits', model=None, size=None, unit=None, sparsity=.5, threshold=None, scope=None, of=None, at=None,
                   rewind=None, epochs=10, fine_tune_epochs=5, rounds=1, opt='sgd', lr=.1, batch_size=64, seed=0, out='runs', data_root=None,
-                  weights=None, method_args={}, opt_args={}, fit_args={}, n_train=None, augment=None)
+                  weights=None, method_args={}, opt_args={}, fit_args={}, n_train=None, augment=None, normalize=None, valid_pct=None, init=None)
 
 NORMED = 'vgg7_bn' # the network of methods that read batch norms
 
@@ -38,9 +38,11 @@ def complete(params:dict # some of `PARAMETERS`
 def check_values(p:dict # complete parameters
                 )->dict:
     "`p`; `ValueError` or `TypeError` for a value that would stop the run later."
-    if p['sparsity'] is not None: check_fraction('sparsity', p['sparsity'])
+    for k in ('sparsity', 'valid_pct'):
+        if p[k] is not None: check_fraction(k, p[k])
     for k,lo in dict(epochs=0, fine_tune_epochs=0, rounds=1, batch_size=1, seed=None).items(): check_int(k, p[k], lo)
-    for k,allowed in dict(unit=UNITS, scope=('global', 'layer'), of=('units', 'params', 'macs'), model=models(), opt=OPTS).items():
+    for k,allowed in dict(unit=UNITS, scope=('global', 'layer'), of=('units', 'params', 'macs'), model=models(), opt=OPTS,
+                          normalize=('unit', 'standard', 'imagenet'), init=('kaiming', 'mip')).items():
         if p[k] is not None: check_choice(k, p[k], allowed)
     for k in ('method_args', 'opt_args', 'fit_args'): check_type(k, p[k], dict)
     split_args(methods()[p['method']], p['method_args'])

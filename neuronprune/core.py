@@ -405,9 +405,9 @@ def load(cls:Units, path):
     return cls({k:units[k] for k in h['keys']}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child},
                meta=h['meta'], **extra, **h['own'])
 
-# %% ../nbs/00_core.ipynb #modules-dict-random-baselines
+# %% ../nbs/00_core.ipynb #modules-dict-random-baselines-magnitude
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',
-                taylor='baselines', slimming='baselines', fpgm='baselines', mint='mint')
+                taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint')
 _registry = {}
 
 # %% ../nbs/00_core.ipynb #method

@@ -189,22 +189,22 @@ def channel_table(res:Result,         # from `prune`
     for r in rows if as_channels else (): r['left_as_channels'] = int(as_channels.get(r['layer'], torch.ones(r['channels'])).sum())
     return pd.DataFrame(rows)
 
-# %% ../nbs/20_pipeline.ipynb #digest
+# %% ../nbs/20_pipeline.ipynb #digest-2
 def _digest(d): return hashlib.sha256(json.dumps(d, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def dense(dls,            # from `get_dls`
           model:str,      # a name of the zoo
           epochs:int,     # training epochs
-          *, opt='sgd', lr:float=None, seed:int=0, weights:str=None, # as for `learner`, `build`
+          *, opt='sgd', lr:float=None, seed:int=0, weights:str=None, init:str=None, # as for `learner`, `build`
           opt_args:dict=None, # further arguments of `learner`, such as wd and nesterov
           out=None,       # folder; the network is cached in out/dense
           progress:bool=False, **fit_args # arguments of `fit`
          ):
     "A `Learner` with the trained dense network and a fresh optimiser, from the cache under `out` if it is there."
-    net = build(model, dls.c_in, dls.n_out, dls.size, seed=seed, weights=weights)
+    net = build(model, dls.c_in, dls.n_out, dls.size, seed=seed, weights=weights, init=init)
     learn = learner(net, dls, opt=opt, lr=lr, seed=seed, **(opt_args or {}))
     key = _digest(dict(data=dls.record, bs=dls.train.bs, model=learn.model.spec, weights=weights, epochs=epochs, opt=opt, lr=learn.lr,
-                       opt_args=opt_args or {}, seed=seed, fit=fit_args))
+                       opt_args=opt_args or {}, seed=seed, fit=fit_args, **({} if init is None else dict(init=init))))
     path = None if out is None else Path(out)/'dense'/f'{key}.safetensors'
     if path is not None and path.exists():
         state, h = load_tensors(path)

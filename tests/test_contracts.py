@@ -32,7 +32,7 @@ def network(name):
 def call(name, model, dls, **kw):
     "The method with small sizes where it has them, and the initial weights where it wants them."
     fn = methods()[name].fn; own = inspect.signature(fn).parameters
-    small = dict(n_per_class=8) if 'n_per_class' in own else dict(n=64) if 'n' in own else {}
+    small = dict(n_per_class=1 if name == 'mip' else 8) if 'n_per_class' in own else dict(n=64) if 'n' in own else {}
     small |= dict(n_groups=(4, 4)) if 'n_groups' in own else {}
     if 'init' in own and isinstance(model, nn.Module): small |= dict(init={k:v + .01*torch.randn(v.shape, generator=core.generator(5)) if v.is_floating_point() else v for k,v in model.state_dict().items()})
     return methods()[name](model, dls, **({k:v for k,v in dict(seed=0).items() if k in own} | small | kw))
