@@ -53,7 +53,7 @@ def main():
     print(f"{platform.machine()}, {os.cpu_count()} cores, {a.threads} threads, torch {torch.__version__}; "
           f"{'images of ' + os.path.basename(os.path.normpath(a.data)) if a.data else 'smoothed noise'}, {len(batch[1])} images, "
           + (f'greedy training {a.epochs} epochs on {a.n_train} images' if a.epochs else 'fresh weights and heads'))
-    print(f"{'model':10}{'aux':>4}{'dials':>7}{'rows':>9}{'gates':>6}{'build s':>9}{'solve s':>9}{'wall s':>8}{'CPU s':>8}{'<0.3':>6}{'dead':>6}{'MiB':>7}  status")
+    print(f"{'model':10}{'aux':>4}{'scores':>7}{'rows':>9}{'gates':>6}{'build s':>9}{'solve s':>9}{'wall s':>8}{'CPU s':>8}{'<0.3':>6}{'dead':>6}{'MiB':>7}  status")
     for name in a.models:
         net = build(name, 3, 10, 32, seed=a.seed)
         if a.epochs: learn, heads = fit_greedy(net, dls, a.epochs, a.lr, seed=a.seed)

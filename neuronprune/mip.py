@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SUPPORTED', 'KIND', 'SLACK', 'SELECT', 'VARIANTS', 'modules_in_order', 'Step', 'chain', 'linear_part', 'run',
            'interval', 'Problem', 'ClassBalanceError', 'problem', 'Build', 'add_rows', 'emit', 'add_gate',
-           'scale_by_scores', 'pass_relu', 'pass_max', 'reduce', 'choose', 'dead_on_batch', 'cut', 'score']
+           'scale_by_scores', 'pass_relu', 'pass_max', 'reduce', 'choose', 'dead_on_batch', 'cut', 'score',
+           'SolverNotSuitableError', 'NoIncumbentError']
 
-# %% ../nbs/11_mip.ipynb #import-copy-math-time-warnings
+# %% ../nbs/11_mip.ipynb #import-copy-math-time-warnings-2
 import copy, math, time, warnings
 from dataclasses import dataclass
 from numbers import Real
@@ -20,7 +21,10 @@ from .core import (PRUNABLE, Mask, Scores, UnsupportedLayerError, as_found, chec
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
-from .mip_solve import Gate, Program, complete, solve
+from .mip_solve import Gate, NoIncumbentError, Program, SolverNotSuitableError, complete, solve
+
+# %% ../nbs/11_mip.ipynb #all-solvernotsuitableerror-noincumbenter
+_all_ = ['SolverNotSuitableError', 'NoIncumbentError']
 
 # %% ../nbs/11_mip.ipynb #refuse
 SUPPORTED = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d,
@@ -337,9 +341,11 @@ def _walk(b, p, i, own):
                 E, cols = scale_by_scores(E, _through(o, l[None], u[None])[1][0], len(cols)), np.append(cols, s)
     return cols, E
 
-# %% ../nbs/11_mip.ipynb #matrix
+# %% ../nbs/11_mip.ipynb #matrix-2
 def _matrix(parts, n_cols):
-    "Dense [rows, n_cols] from (columns, block) pairs."
+    "Dense [rows, n_cols] from (columns, block) pairs; `ValueError` where that would not fit."
+    n = sum(len(g) for _,g in parts)
+    if n*n_cols > 1e9: raise ValueError(f"model: {n:,} rows in {n_cols:,} columns need {8e-9*n*n_cols:.0f} GB; use fewer images, start= a later layer, or variant='greedy'")
     G = np.zeros((sum(len(g) for _,g in parts), n_cols)); r = 0
     for cols,g in parts: G[r:r+len(g), cols] = g; r += len(g)
     return G
@@ -454,11 +460,12 @@ def _backward(make, model, graph, names, threshold, solved, bar):
         if r.status != 'optimal': break
     return units, _summary(metas), ps
 
-# %% ../nbs/11_mip.ipynb #greedy
-def _greedy(*args):
-    "One program per block; the module is loaded when it is needed."
-    from neuronprune.mip_greedy import solve_blocks
-    return solve_blocks(*args)
+# %% ../nbs/11_mip.ipynb #greedy-2
+def _greedy(model, dls, heads, head_epochs, seed, *args):
+    "One program per block, with heads trained here if none are given; the module is loaded when it is needed."
+    from neuronprune.mip_greedy import fit_heads, solve_blocks
+    if heads is None and dls is not None: heads = fit_heads(model, dls, head_epochs, seed=seed)
+    return solve_blocks(model, heads, *args)
 
 # %% ../nbs/11_mip.ipynb #n_per_class
 def _n_per_class(n): return 1 if n is None else check_int('n_per_class', n, 1)
@@ -511,7 +518,7 @@ def _as_scores(units, model, graph, meta, secs):
     return Scores({k:v.float() for k,v in units.items()}, 'channel', method='mip', graph=graph, secs=secs, meta=meta,
                   cost={k:found[k].weight[0].numel() for k in units}, skipped={k:graph.fixed.get(k, 'not chosen') for k in found if k not in units})
 
-# %% ../nbs/11_mip.ipynb #score
+# %% ../nbs/11_mip.ipynb #score-2
 @method('mip', unit='channel', needs=('data', 'labels'), at='trained', rewind='none', allocate=cut,
         paper='ElAraby, Wolf & Carvalho, CPAIOR 2023')
 def score(model:nn.Module, # trained chain network; left as found
@@ -528,7 +535,7 @@ def score(model:nn.Module, # trained chain network; left as found
           gap:float=1e-6, time_limit:float=None, # stop at this distance from the lower bound, or after so many seconds per program, with the best so far
           threads:int=1, n_jobs:int=1, # of the solver; programs solved at a time, variant='sequential'
           step_threshold:float=.1, # pruning between the steps of variant='backward'
-          heads=None, score_aux:bool=True, # of variant='greedy', see `mip_greedy`
+          heads=None, head_epochs:int=1, score_aux:bool=True, # of variant='greedy', see `mip_greedy`; heads=None trains them here
           allow_imbalance:bool=False, # may classes be missing or unequal?
           seed:int=0, progress:bool=False # of the images; show a bar?
          )->Scores:
@@ -546,7 +553,7 @@ def score(model:nn.Module, # trained chain network; left as found
     whole, correct, record = make(), _warn_if_poor(model, xb, yb), dict(given, variant=variant, relaxed=relaxed, backend=backend, select=select, split=split, seed=seed)
     run = dict(joint=lambda: _joint(whole, solved), sequential=lambda: _sequential(make, xb, yb, solved, n_jobs, bar),
                backward=lambda: _backward(make, model, graph, list(whole.layers), step_threshold, solved, bar),
-               greedy=lambda: _greedy(model, heads, xb, yb, record, solved, score_aux, bar))
+               greedy=lambda: _greedy(model, dls, heads, check_int('head_epochs', head_epochs, 1), seed, xb, yb, record, solved, score_aux, bar))
     units, meta, programs = run[variant]()
     meta.update(record, n=len(xb), n_per_class=int(yb.bincount().max()), n_correct=correct, programs=len(programs),
                 n_dead_on_batch={k:int(v.sum()) for k,v in dead_on_batch(whole).items() if k in units})

@@ -155,14 +155,14 @@ def fit_heads(model:nn.Module, # trained chain; left as found
         fit(_greedy_learner(model, heads, dls, lr, seed, frozen=True), epochs, progress=progress, **fit_args)
     return heads.eval()
 
-# %% ../nbs/11c_mip_greedy.ipynb #undecided
+# %% ../nbs/11c_mip_greedy.ipynb #undecided-2
 def _undecided(steps, boxes):
     "Number of ReLUs that may be on or off."
     return sum(int(((l < 0) & (u > 0)).sum()) for o,(l,u) in zip(steps, boxes) if o.kind == 'relu')
 
 def _shrunk(steps, x, l, u, max_gates):
     "(bounds of all steps, t)"
-    for k in range(13):
+    for k in range(41):
         t = 10.**-k; boxes = interval(steps, x-t*(x-l), x+t*(u-x))
         if max_gates is None or _undecided(steps, boxes) <= max_gates: break
     return boxes, t

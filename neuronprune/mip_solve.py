@@ -255,12 +255,20 @@ def _longest(x, dx):
     neg = dx < 0
     return (x[neg]/-dx[neg]).min(initial=np.inf)
 
-# %% ../nbs/11a_mip_solve.ipynb #step
+# %% ../nbs/11a_mip_solve.ipynb #factor
+def _factor(q, w, pr):
+    "Cholesky factor of the Newton matrix, its diagonal enlarged as little as it takes; None if nothing helps."
+    for more in (0, 1e-11, 1e-9):
+        M = _hessian(q, w, pr); M[np.diag_indices(len(M))] *= 1+more
+        try: return cho_factor(M, lower=True, overwrite_a=True, check_finite=False)
+        except np.linalg.LinAlgError: pass
+
+# %% ../nbs/11a_mip_solve.ipynb #step-2
 def _step(q, fin, v, p, d, rp, rd, pr):
     "Columns, slacks and duals after one predictor-corrector step; None if the system cannot be solved."
     R, mu = len(q.A), (p*d).sum()/fin.sum()
-    try: F = cho_factor(_hessian(q, (d/p).sum(0), pr), lower=True, overwrite_a=True, check_finite=False)
-    except np.linalg.LinAlgError: return None
+    F = _factor(q, (d/p).sum(0), pr)
+    if F is None: return None
     def newton(rc):
         k = (_SIGN*np.where(fin, (rc - d*rp)/p, 0)).sum(0)
         dv = cho_solve(F, q.A.T@k[:R] + k[R:] - rd, check_finite=False)
@@ -270,11 +278,11 @@ def _step(q, fin, v, p, d, rp, rd, pr):
     ap, ad = min(1, _longest(p, dp)), min(1, _longest(d, dd))
     sigma = (((p+ap*dp)*(d+ad*dd)*fin).sum()/fin.sum()/mu)**3
     dv, dp, dd = newton(np.where(fin, sigma*mu - p*d - np.clip(dp*dd, -10*mu, 10*mu), 0))
-    eta = max(.995, 1-mu); ap, ad = min(1, eta*_longest(p, dp)), min(1, eta*_longest(d, dd))
+    eta = np.clip(1-mu, .995, .9999); ap, ad = min(1, eta*_longest(p, dp)), min(1, eta*_longest(d, dd))
     if pr is not None: ap = ad = min(ap, ad) # the gradient depends on v, so the two cannot move apart
     return (v+ap*dv, p+ap*dp, d+ad*dd) if np.isfinite(dv).all() else None
 
-# %% ../nbs/11a_mip_solve.ipynb #interior-2
+# %% ../nbs/11a_mip_solve.ipynb #interior
 def interior(q:Convex,      # the relaxation, all columns bounded
              tol:float=1e-9, # on the sum of p d, and on every residual
              max_iter:int=100, # steps
@@ -285,16 +293,18 @@ def interior(q:Convex,      # the relaxation, all columns bounded
     "(columns [N], duals of the rows [R], converged?) by a primal-dual path-following method (Mehrotra 1992)."
     q, cs, rs = _scaled(q); R = len(q.A); b, fin = _limits(q)
     if start is not None: start = start[0]/cs, start[1]*rs, start[2]*cs
-    v, p, d = _begin(q, b, fin, cs, start, mu)
+    v, p, d = _begin(q, b, fin, cs, start, mu); best = math.inf, v, None, 0
     with np.errstate(all='ignore'):
         for i in range(max_iter+1):
             _, g, pr = value(q, v); e = (_SIGN*d).sum(0)
             rp, rd = np.where(fin, _SIGN*np.r_[q.A@v, v] - b - p, 0), g - q.A.T@e[:R] - e[R:]
             off = max((p*d).sum(), np.abs(rp).max(), np.abs(rd).max())
-            if off <= tol or i == max_iter or time.perf_counter() > deadline: break
+            if off < best[0]: best = off, v, e, i
+            if off <= tol or i in (max_iter, best[3]+8) or time.perf_counter() > deadline: break # eight steps without progress: rounding
             step = _step(q, fin, v, p, d, rp, rd, pr)
             if step is None: break
             v, p, d = step
+    off, v, e, _ = best
     return v*cs, e[:R]/rs, bool(off <= max(tol, 5e-7)) # a degenerate optimum can be no closer in double precision
 
 # %% ../nbs/11a_mip_solve.ipynb #sub

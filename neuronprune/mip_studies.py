@@ -40,7 +40,7 @@ def _lowest(rank, n, name, graph):
     for k,v in rank.items(): keep[k][v.argsort(stable=True)[:n[k]]] = False
     return Mask(keep, 'channel', graph=graph, meta=dict(method=name))
 
-# %% ../nbs/11d_mip_studies.ipynb #controls-2
+# %% ../nbs/11d_mip_studies.ipynb #controls
 def controls(model,         # the dense network the scores belong to
              scores:Scores, # from `mip.score`
              p,             # `Problem` of the same model and images
@@ -51,7 +51,7 @@ def controls(model,         # the dense network the scores belong to
     if p.sound: raise ValueError("p: has sound bounds, which do not tell who is dead; expected problem(…, bounds='dense')")
     for k in scores:
         if k not in p.layers or p.layers[k][0] != len(scores[k]):
-            raise ValueError(f"p: has no {len(scores[k])} dials for layer {k!r}; expected problem(model, xb, yb) of the model that was scored")
+            raise ValueError(f"p: has no {len(scores[k])} scores for layer {k!r}; expected problem(model, xb, yb) of the model that was scored")
     mask, g, ws, graph = cut(scores, **cut_args), generator(seed), layers(model), scores.graph
     peak = {k:v for k,v in peaks(p).items() if k in scores}
     n, dead = {k:int((~v).sum()) for k,v in mask.items()}, {k:int((v <= 0).sum()) for k,v in peak.items()}

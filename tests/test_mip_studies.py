@@ -83,7 +83,7 @@ def test_critical_breaks_ties_by_index(learn, found):
 
 def test_controls_refuse_another_problem(learn, found):
     (xb, yb), sc, p = found; net = build('fc3', 1, 10, 8, seed=0)
-    with pytest.raises(ValueError, match="no 50 dials for layer 'fc1'"): controls(learn.model, sc, problem(net, xb, yb), threshold=.5)
+    with pytest.raises(ValueError, match="no 50 scores for layer 'fc1'"): controls(learn.model, sc, problem(net, xb, yb), threshold=.5)
     with pytest.raises(ValueError, match='sound bounds'): controls(learn.model, sc, problem(learn.model, xb, yb, bounds='sound'), threshold=.5)
     with pytest.raises(ValueError, match='exactly one'): controls(learn.model, sc, p)
 
