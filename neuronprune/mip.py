@@ -69,13 +69,13 @@ class Step:
     b:torch.Tensor=None # bias [channels]
     m:nn.Module=None    # the module, for geometry
 
-# %% ../nbs/11_mip.ipynb #norm
+# %% ../nbs/11_mip.ipynb #norm-2
 def _norm(m):
     "Factor and shift of a batch norm in evaluation mode."
     if m.running_mean is None: raise UnsupportedLayerError("batch norm without running statistics (track_running_stats=False) is not affine")
     k = (m.running_var.double() + m.eps)**-.5
-    if m.affine: k = k*m.weight.double()
-    return k, (m.bias.double() if m.affine else 0) - m.running_mean.double()*k
+    if m.affine: k = k*m.weight.detach().double()
+    return k, (m.bias.detach().double() if m.affine else 0) - m.running_mean.double()*k
 
 def _scaled(w, k): return w*k.view(-1, *[1]*(w.ndim-1))
 
@@ -270,16 +270,16 @@ def add_gate(b:Build, cols, pieces, M, l, u):
     b.n_rows += 2*A; b.gates.append((new, cols[:-1], pieces.cpu().numpy(), rows))
     return new
 
-# %% ../nbs/11_mip.ipynb #scale_by_scores-2
+# %% ../nbs/11_mip.ipynb #scale_by_scores
 def scale_by_scores(E, U, n_cols):
-    "The stack of E - (1-s) U: as many new slices as channels, U [C, ...] in each channel's own."
-    H = torch.cat([E[:-1], E.new_zeros(len(U), *U.shape), (E[-1]-U)[None]])
-    j = torch.arange(len(U)); H[n_cols+j, j] = U[j]
+    "The stack of E - (1-s) U: as many new slices as channels, U [n, C, ...] in each channel's own."
+    C = U.shape[1]; H = torch.cat([E[:-1], E.new_zeros(C, *U.shape), (E[-1]-U)[None]])
+    j = torch.arange(C); H[n_cols+j, :, j] = U.transpose(0, 1)
     return H
 
-# %% ../nbs/11_mip.ipynb #pass_relu
+# %% ../nbs/11_mip.ipynb #pass_relu-2
 def pass_relu(b:Build, cols, E, l, u, own=None, sound=False):
-    "(columns, stack) behind a ReLU with bounds l, u [C, ...]; `own`: columns of the scores, if the layer has any."
+    "(columns, stack) behind a ReLU with bounds l, u [n, C, ...]; `own`: columns of the scores, if the layer has any."
     U, H, new = u.clamp(min=0), E, cols
     if own is not None: H, new = scale_by_scores(E, U, len(cols)), np.append(cols, own)
     l_h = l-U if sound and own is not None else l
@@ -306,39 +306,39 @@ def _windows(x, m):
     o = F.unfold(x.reshape(-1, *x.shape[-3:]), m.kernel_size, m.dilation, m.padding, m.stride)
     return o.view(*x.shape[:-2], -1, o.shape[-1])
 
-# %% ../nbs/11_mip.ipynb #pass_max
+# %% ../nbs/11_mip.ipynb #pass_max-2
 def pass_max(b:Build, cols, E, l, u, m):
-    "(columns, stack) behind a max pool with input bounds l, u [C, H, W]."
-    W, ok = _windows(E, m), _windows(torch.ones_like(l)[None], m)[0] > 0 # padding never wins
-    lw, uw = (_windows(o[None], m)[0].masked_fill(~ok, -torch.inf) for o in (l, u))
-    top = torch.cat([uw, torch.full_like(uw[:,:1], -torch.inf)], 1).topk(2, 1).values
-    M = top[:,:1].expand_as(uw).scatter(1, uw.argmax(1, keepdim=True), top[:,1:]) - lw # the others' largest u, minus l
-    low, high, best = lw.amax(1), uw.amax(1), torch.where(ok, lw+uw, -torch.inf).argmax(1, keepdim=True)
-    B = W.gather(2, best[None].expand(len(E), -1, -1, -1))
-    won = ((b.range(cols, B-W)[0] >= -1e-12) | ~ok | (uw < low[:,None])).all(1)
-    rest = (won[:,None] & ok).scatter(1, best, False)
+    "(columns, stack) behind a max pool with input bounds l, u [n, C, H, W]; windows are [n, C, positions, windows]."
+    W, ok = _windows(E, m), _windows(torch.ones_like(l), m) > 0 # padding never wins
+    lw, uw = (_windows(o, m).masked_fill(~ok, -torch.inf) for o in (l, u))
+    top = torch.cat([uw, torch.full_like(uw[:,:,:1], -torch.inf)], 2).topk(2, 2).values
+    M = top[:,:,:1].expand_as(uw).scatter(2, uw.argmax(2, keepdim=True), top[:,:,1:]) - lw # the others' largest u, minus l
+    low, high, best = lw.amax(2), uw.amax(2), torch.where(ok, lw+uw, -torch.inf).argmax(2, keepdim=True)
+    B = W.gather(3, best[None].expand(len(E), -1, -1, -1, -1))
+    won = ((b.range(cols, B-W)[0] >= -1e-12) | ~ok | (uw < low[:,:,None])).all(2)
+    rest = (won[:,:,None] & ok).scatter(2, best, False)
     emit(b, cols, (B-W)[:,rest], torch.zeros_like(M[rest]), M[rest])
-    emit(b, cols, B[:,:,0][:,won], low[won], high[won])
-    res, gates = B[:,:,0]*won, []
-    for c,w in (~won).nonzero().tolist():
-        a = ok[c,:,w]
-        gates.append(((c, w), add_gate(b, cols, W[:,c,a,w].T, M[c,a,w], low[c,w].item(), high[c,w].item())))
+    emit(b, cols, B[:,:,:,0][:,won], low[won], high[won])
+    res, gates = B[:,:,:,0]*won, []
+    for i,c,w in (~won).nonzero().tolist():
+        a = ok[i,c,:,w]
+        gates.append(((i, c, w), add_gate(b, cols, W[:,i,c,a,w].T, M[i,c,a,w], low[i,c,w].item(), high[i,c,w].item())))
     cols, res = _with_gates(cols, res, gates)
-    return cols, res.view(len(res), *m(u[None])[0].shape)
+    return cols, res.view(len(res), *m(u).shape)
 
-# %% ../nbs/11_mip.ipynb #walk-2
+# %% ../nbs/11_mip.ipynb #walk
 def _walk(b, p, i, own):
-    "(columns, logits [S+1, K]) of image i."
+    "(columns, logits [S+1, n, K]) of the images in slice i."
     cols, E = np.zeros(0, int), p.x[i][None]
     for t,o in enumerate(p.steps):
         (l, u), s = (v[i] for v in p.bounds[t]), own.get(o.name)
         if o.kind == 'relu': cols, E = pass_relu(b, cols, E, l, u, own.get(p.steps[t-1].name) if t else None, p.sound)
         elif o.kind == 'max': cols, E = pass_max(b, cols, E, l, u, o.m)
         else:
-            E = linear_part(o, E)
-            if o.b is not None: E[-1] += o.b.view(-1, *[1]*(E.ndim-2))
+            E = linear_part(o, E.flatten(0, 1)).unflatten(0, E.shape[:2])
+            if o.b is not None: E[-1] += o.b.view(-1, *[1]*(E.ndim-3))
             if s is not None and p.steps[t+1].kind != 'relu':
-                E, cols = scale_by_scores(E, _through(o, l[None], u[None])[1][0], len(cols)), np.append(cols, s)
+                E, cols = scale_by_scores(E, _through(o, l, u)[1], len(cols)), np.append(cols, s)
     return cols, E
 
 # %% ../nbs/11_mip.ipynb #matrix-2
@@ -350,19 +350,25 @@ def _matrix(parts, n_cols):
     for cols,g in parts: G[r:r+len(g), cols] = g; r += len(g)
     return G
 
-# %% ../nbs/11_mip.ipynb #reduce-2
+# %% ../nbs/11_mip.ipynb #parts
+def _parts(p, n_scores, max_bytes=2**26):
+    "Slices of the images, small enough for their stacks."
+    k = max(1, max_bytes//(8*(n_scores+1)*max(l[0].numel() for l,_ in p.bounds)))
+    return [slice(i, i+k) for i in range(0, len(p.x), k)]
+
+# %% ../nbs/11_mip.ipynb #reduce
 def reduce(p:Problem # from `problem`
           )->Program:
     "The same program in the scores and the outputs of undecided gates; raises `ValueError` if it is not the network at s = 1."
     start = time.perf_counter(); stops = np.cumsum([n for n,_ in p.layers.values()])
     place = {k:slice(int(e)-n, int(e)) for (k,(n,_)),e in zip(p.layers.items(), stops)}
     b, own = Build(int(stops[-1])), {k:np.arange(o.start, o.stop) for k,o in place.items()}
-    with torch.no_grad(): out = [_walk(b, p, i, own) for i in range(len(p.x))]
+    with torch.no_grad(): out = [(c, e[:,i].cpu().numpy()) for part in _parts(p, len(b.lx)) for c,e in [_walk(b, p, part, own)] for i in range(e.shape[1])]
     C, rows = len(b.lx), lambda k: np.concatenate([o[k] for o in b.parts] or [np.zeros(0)])
-    Z = np.stack([_matrix([(c, e[:-1].T.cpu().numpy())], C) for c,e in out])
+    Z = np.stack([_matrix([(c, e[:-1].T)], C) for c,e in out])
     full = lambda cols, o: np.c_[_matrix([(cols, o[:,:-1])], C), o[:,-1]]
     gates = [Gate(h, full(cols, o), r) for h,cols,o,r in b.gates]
-    res = Program(_matrix([o[:2] for o in b.parts], C), rows(2), rows(3), Z, np.stack([e[-1].cpu().numpy() for _,e in out]), p.y.cpu().numpy(),
+    res = Program(_matrix([o[:2] for o in b.parts], C), rows(2), rows(3), Z, np.stack([e[-1] for _,e in out]), p.y.cpu().numpy(),
                   {k:(place[k], d) for k,(_,d) in p.layers.items()}, b.lx, b.ux, gates, p.lam, p.loss, b.n_rows, time.perf_counter()-start)
     one, z = complete(res, np.ones(res.n_s)), run(p.steps, p.x).cpu().numpy()
     off = np.abs(res.Z@one + res.z0 - z).max()
