@@ -23,23 +23,23 @@ def matrix(o,            # linear `Step`
     units = torch.eye(int(np.prod(shape))).to(like).view(-1, *shape)
     return sp.vstack([sp.csr_matrix(linear_part(o, e).flatten(1).cpu().numpy()) for e in units.split(256)]).tocsr()
 
-# %% ../nbs/11b_mip_cvxpy.ipynb #shift
+# %% ../nbs/11b_mip_cvxpy.ipynb #shift-2
 def _shift(s, U):
-    "(1 - s) U for dials s [units] and bounds U [n, units * positions]."
+    "(1 - s) U for scores s [units] and bounds U [n, units * positions]."
     n, width = U.shape
     at = sp.kron(sp.eye(s.size), np.ones((1, width//s.size)))
     return cp.multiply(np.ones((n, 1))@cp.reshape(1 - s@at, (1, width), order='C'), U)
 
 def _bounds(pair): return [o.flatten(1).cpu().numpy() for o in pair]
 
-# %% ../nbs/11b_mip_cvxpy.ipynb #gate
+# %% ../nbs/11b_mip_cvxpy.ipynb #gate-2
 def _gate(shape, relaxed):
     "Gates [n, ...] and what keeps them in [0, 1]."
     v = cp.Variable(shape, boolean=not relaxed)
     return v, [v >= 0, v <= 1] if relaxed else []
 
 def relu(a, l, u,       # expression [n, width] and its bounds
-         shift=0,       # (1 - s) U if the layer has dials
+         shift=0,       # (1 - s) U if the layer has scores
          relaxed=False  # gates in [0, 1]?
         )->tuple:
     "(output h, constraints)"
@@ -64,8 +64,8 @@ def max_pool(h, pair, m, relaxed=False # expression [n, C*H*W], its bounds [n, C
     low = np.where(place >= 0, l[:,place], -np.inf).max(2)
     return out, rows + [out@of_m >= of_h, out@of_m <= of_h + cp.multiply(1-q, M), q@of_m.T == 1, out >= low, out <= uw.max(2)]
 
-# %% ../nbs/11b_mip_cvxpy.ipynb #sparsity
-def sparsity(s, layers # dials by layer, `Problem.layers`
+# %% ../nbs/11b_mip_cvxpy.ipynb #sparsity-2
+def sparsity(s, layers # scores by layer, `Problem.layers`
             )->tuple:
     "(sum of the L-1 largest q_k, constraints)"
     q = [(cp.sum(s[k]) - 2*n)/d for k,(n,d) in layers.items()]; L = len(q)
@@ -80,7 +80,7 @@ def loss(z, y, kind # logits [n, K], labels, 'ce' or 'margin'
     top = cp.log_sum_exp(z, axis=1) if kind == 'ce' else cp.max(z + 1 - own, axis=1)
     return (cp.sum(top) - cp.sum(cp.multiply(own, z)))/len(y)
 
-# %% ../nbs/11b_mip_cvxpy.ipynb #affine
+# %% ../nbs/11b_mip_cvxpy.ipynb #affine-2
 def _affine(p, t, h, s):
     "Output of linear step t."
     o = p.steps[t]; a = h@matrix(o, p.bounds[t][0].shape[1:], p.x)
@@ -98,16 +98,16 @@ def model(p:Problem,          # from `mip.problem`
           relaxed:bool=False, # gates in [0, 1]?
           pixels:bool=False   # a variable per pixel, as published?
          )->tuple:
-    "(cvxpy problem, dials by layer, logits [n, K])"
+    "(cvxpy problem, scores by layer, logits [n, K])"
     h, rows = p.x.flatten(1).cpu().numpy(), []
     if pixels: h = cp.Variable(h.shape); rows = [h == p.x.flatten(1).cpu().numpy()]
     s = {k:cp.Variable(n) for k,(n,_) in p.layers.items()}
     for k in s: rows += [s[k] >= 0, s[k] <= 1]
     for t,o in enumerate(p.steps):
         if o.kind == 'relu':
-            (l, u), dials = _bounds(p.bounds[t]), s.get(p.steps[t-1].name) if t else None; U = np.maximum(u, 0)
-            shift = 0 if dials is None else _shift(dials, U)
-            h, new = relu(h, l - U*(p.sound and dials is not None), u, shift, relaxed)
+            (l, u), scores = _bounds(p.bounds[t]), s.get(p.steps[t-1].name) if t else None; U = np.maximum(u, 0)
+            shift = 0 if scores is None else _shift(scores, U)
+            h, new = relu(h, l - U*(p.sound and scores is not None), u, shift, relaxed)
         elif o.kind == 'max': h, new = max_pool(h, p.bounds[t], o.m, relaxed)
         else: h, new = _affine(p, t, h, s), []
         rows += new

@@ -205,12 +205,12 @@ def _dials(own, head, chosen, score_aux):
     keep = [o.name for o in affine if any(o is p for p in own) and (chosen is None or o.name in chosen)]
     return {o.name:(len(o.w), len(o.w)*math.prod(o.w.shape[2:])) for o in affine if o.name in keep or (score_aux and any(o is p for p in head))}, keep
 
-# %% ../nbs/11c_mip_greedy.ipynb #block_problems
+# %% ../nbs/11c_mip_greedy.ipynb #block_problems-2
 def block_problems(model:nn.Module,  # trained chain; left as found
                    heads,            # one for each block but the last; left as found
                    xb:torch.Tensor, yb:torch.Tensor, # images [n, ...] and labels [n]
                    *, lam:float=5., loss:str='ce', bounds:str='dense', eps:float=1e-5, layers=None, # as for `problem`
-                   score_aux:bool=True, # dials for the heads too?
+                   score_aux:bool=True, # scores for the heads too?
                    max_gates:int=20  # shrink the box of a block with more undecided ReLUs, None = never
                   ):
     "Yields (`Problem`, layers whose scores are kept, t) block by block."
@@ -225,14 +225,14 @@ def block_problems(model:nn.Module,  # trained chain; left as found
         b, t = (interval(own+head, x, x, scored), 1.) if sound else _shrunk(own+head, x, *boxes[i], max_gates)
         yield Problem(own+head, x, yb, b, scored, sound, lam, loss), keep, t
 
-# %% ../nbs/11c_mip_greedy.ipynb #solve_blocks
+# %% ../nbs/11c_mip_greedy.ipynb #solve_blocks-2
 def solve_blocks(model:nn.Module, heads, xb, yb, # as for `block_problems`
                  record:dict, # lam, loss, bounds, eps, layers of the programs
                  solved,      # `Problem` -> (`Solution`, notes)
-                 score_aux:bool=True, # dials for the heads too?
+                 score_aux:bool=True, # scores for the heads too?
                  bar=lambda o, n: o # progress bar over n things
                 )->tuple:
-    "(layer -> dials [channels], notes, `Problem`s) of all blocks, in running order."
+    "(layer -> scores [channels], notes, `Problem`s) of all blocks, in running order."
     if record.get('start') is not None: raise ValueError(f"start={record['start']!r}: variant='greedy' starts at every convolution; choose layers with layers=")
     kw = {k:record[k] for k in ('lam', 'loss', 'bounds', 'eps', 'layers') if k in record}
     units, price, metas, ps = {}, {}, [], []

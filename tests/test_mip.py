@@ -66,7 +66,7 @@ def toy(seed, widths=(4, 6, 5, 3), n=3, **kw):
 def logits(q, s): return q.Z@complete(q, s) + q.z0
 def close(a, b, tol=2e-6): assert abs(a-b) <= tol*max(1, abs(a)), (a, b)
 
-# ---- (1) all dials at 1: the network
+# ---- (1) all scores at 1: the network
 
 @pytest.mark.parametrize('bounds', ['dense', 'sound'])
 @pytest.mark.parametrize('name', NETS)
@@ -100,7 +100,7 @@ def test_float32_and_training_mode_are_handled():
     assert net.training and all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and next(net.parameters()).dtype == torch.float32
     assert np.abs(logits(q, np.ones(q.n_s)) - net.eval()(x).detach().numpy()).max() < 1e-5
 
-# ---- (2) other dials, sound bounds: the network with shifted pre-activations
+# ---- (2) other scores, sound bounds: the network with shifted pre-activations
 
 def walk(p, s):
     "What every step gives, run by hand with a - (1-s) max(u, 0), or with the unclipped u where no ReLU follows."
@@ -117,7 +117,7 @@ def walk(p, s):
 def shifted(p, s): return list(walk(p, s))[-1].numpy()
 
 @pytest.mark.parametrize('name', NETS)
-def test_fixed_dials_shift_the_network(name):
+def test_fixed_scores_shift_the_network(name):
     for seed in range(3):
         _, _, p = case(name, seed, bounds='sound', loss='margin'); q = reduce(p); rng = np.random.default_rng(seed)
         for s in (rng.random(q.n_s), rng.integers(0, 2, q.n_s).astype(float), np.zeros(q.n_s)):
@@ -126,10 +126,10 @@ def test_fixed_dials_shift_the_network(name):
             assert np.abs(q.Z@x + q.z0 - shifted(p, s)).max() < 1e-6
 
 @pytest.mark.parametrize('name', ['fc', 'max_pool', 'pool_relu', 'linear_linear'])
-def test_fixed_dials_in_the_plain_model(name):
+def test_fixed_scores_in_the_plain_model(name):
     _, _, p = case(name, 1, n=2, bounds='sound', loss='margin'); s = np.random.default_rng(0).random(sum(n for n,_ in p.layers.values()))
-    prob, dials, z = model(p); parts = np.split(s, np.cumsum([n for n,_ in p.layers.values()])[:-1])
-    cp.Problem(cp.Minimize(0), prob.constraints + [dials[k] == v for k,v in zip(p.layers, parts)]).solve(solver='HIGHS')
+    prob, scores, z = model(p); parts = np.split(s, np.cumsum([n for n,_ in p.layers.values()])[:-1])
+    cp.Problem(cp.Minimize(0), prob.constraints + [scores[k] == v for k,v in zip(p.layers, parts)]).solve(solver='HIGHS')
     assert np.abs(z.value - shifted(p, s)).max() < 1e-6
 
 def masked(net, p, s):
