@@ -1,6 +1,6 @@
 """Seconds to score VGG-7 and VGG-16 block by block (`mip`, variant='greedy') on ten 32-pixel images, one per class.
 
-    python benchmarks/mip_greedy.py --models vgg7_bn vgg16_dgl --threads 2
+    python benchmarks/mip_greedy.py --models vgg7_256 vgg16_dgl --threads 2
 
 Without `--data` the images are smoothed noise around ten templates. The heads are fresh or trained for `--epochs` on
 `--n-train` images; the time is for scoring alone, heads given. `--data` is a folder of images with train/ and test/.
@@ -9,7 +9,7 @@ import argparse, os, platform, resource, sys, time, warnings
 
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', nargs='+', default=['vgg7_bn'], help='names of the zoo')
+    p.add_argument('--models', nargs='+', default=['vgg7_256', 'vgg7_bn', 'vgg16_dgl'], help='names of the zoo; vgg7_256 is VGG-7 with half the widths, 64 to 256')
     p.add_argument('--aux', nargs='+', type=int, choices=(0, 1), default=[0, 1], help='score_aux; VGG-16 is scored with 0 only')
     p.add_argument('--data', help='image folder such as CIFAR-10 with train/ and test/')
     p.add_argument('--n-train', type=int, default=1000, help='training images')
@@ -32,6 +32,14 @@ def noise(n_train, seed, bs=50):
     dls.n_out, dls.c_in, dls.size = 10, 3, 32
     return dls
 
+def network(name, seed):
+    from torch import nn
+    from neuronprune.core import seed_everything
+    from neuronprune.models import VGG, build, vgg
+    if name != 'vgg7_256': return build(name, 3, 10, 32, seed=seed)
+    VGG[name] = (64, 'M', 128, 128, 'M', 256, 256, 'M')
+    with seed_everything(seed): return vgg(name, 3, 10, 32, head=(512, 256), pool=nn.AvgPool2d, out_side=2)
+
 def one_per_class(dls):
     import torch
     x, y = (torch.cat(o) for o in zip(*((b[0], b[1]) for b in dls.valid)))
@@ -46,7 +54,6 @@ def main():
     from neuronprune.data import get_dls
     from neuronprune.mip import score
     from neuronprune.mip_greedy import Greedy, build_heads, fit_greedy
-    from neuronprune.models import build
     torch.set_num_threads(a.threads)
     dls = get_dls(a.data, size=32, n_train=a.n_train, seed=a.seed) if a.data else noise(a.n_train, a.seed)
     batch = one_per_class(dls)
@@ -55,7 +62,7 @@ def main():
           + (f'greedy training {a.epochs} epochs on {a.n_train} images' if a.epochs else 'fresh weights and heads'))
     print(f"{'model':10}{'aux':>4}{'scores':>7}{'rows':>9}{'gates':>6}{'build s':>9}{'solve s':>9}{'wall s':>8}{'CPU s':>8}{'<0.3':>6}{'dead':>6}{'MiB':>7}  status")
     for name in a.models:
-        net = build(name, 3, 10, 32, seed=a.seed)
+        net = network(name, a.seed)
         if a.epochs: learn, heads = fit_greedy(net, dls, a.epochs, a.lr, seed=a.seed)
         else:
             heads = build_heads(net, batch[0], seed=a.seed); g = Greedy(net, heads).train()

@@ -3,7 +3,7 @@ import os
 os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
 import argparse, math, platform, time
 from importlib.metadata import version
-import pandas as pd, torch
+import cvxpy as cp, pandas as pd, torch
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.mip import problem, reduce
 from neuronprune.mip_cvxpy import solve_cvxpy
@@ -11,9 +11,9 @@ from neuronprune.mip_solve import NoIncumbentError, solve, sweep
 from neuronprune.models import build, mlp
 from neuronprune.train import evaluate, fit, learner
 
-WIDTHS = {'fc2':(50, 20), 'fc3':(300, 100), 'fc4':(200, 100, 100)}
-PLAIN = [('fc2', 'margin', 'GLPK_MI', False, True), ('fc2', 'margin', 'GLPK_MI', False, False), ('fc2', 'margin', 'HIGHS', False, True), ('fc2', 'margin', 'HIGHS', False, False),
-         ('fc2', 'ce', 'CLARABEL', True, True), ('fc2', 'ce', 'CLARABEL', True, False), ('fc3', 'margin', 'HIGHS', False, True), ('fc3', 'margin', 'HIGHS', False, False),
+WIDTHS = {'fc_baseline':(50, 20), 'fc3':(300, 100), 'fc4':(200, 100, 100)}
+PLAIN = [('fc_baseline', 'margin', 'GLPK_MI', False, True), ('fc_baseline', 'margin', 'GLPK_MI', False, False), ('fc_baseline', 'margin', 'HIGHS', False, True), ('fc_baseline', 'margin', 'HIGHS', False, False),
+         ('fc_baseline', 'ce', 'CLARABEL', True, True), ('fc_baseline', 'ce', 'CLARABEL', True, False), ('fc_baseline', 'ce', 'ECOS', True, True), ('fc3', 'margin', 'HIGHS', False, True), ('fc3', 'margin', 'HIGHS', False, False),
          ('fc3', 'ce', 'CLARABEL', True, False), ('fc3', 'margin', 'GLPK_MI', False, False)] # net, loss, solver, relaxed, pixels as variables
 
 def trained(name, dls, size, epochs):
@@ -73,9 +73,9 @@ def main():
     x50 = calib_batch(dls, n_per_class=5)
     for kind in ('margin', 'ce'):
         q, r, tb, ts = ours(problem(progs['fc3'], *x50, loss=kind), 1); rows.append(line('fc3', kind, 'reduced, 50 images', r, tb+ts, build_s=tb, solve_s=ts, gap=float(r.gap)))
-    for name,kind,solver,relaxed,pixels in () if a.skip_slow else PLAIN:
+    for name,kind,solver,relaxed,pixels in () if a.skip_slow else [o for o in PLAIN if o[2] in cp.installed_solvers()]:
         p = problem(progs[name], xb, yb, loss=kind)
-        r, secs, _ = timed(lambda: solve_cvxpy(p, solver, relaxed=relaxed, pixels=pixels, time_limit=a.limit))
+        r, secs, _ = timed(lambda: solve_cvxpy(p, solver, relaxed=relaxed, pixels=pixels, time_limit=None if solver == 'ECOS' else a.limit))
         rows.append(line(name, kind, f"cvxpy+{solver}{', relaxed' if relaxed else ''}{', pixels' if pixels else ''}", r, secs, base=base[name,kind]))
     print(pd.DataFrame(rows).drop(columns=['build_s', 'solve_s', 'rows', 'scores', 'gates', 'accuracy', 'gap']).to_string(index=False, float_format=lambda o: f'{o:.5g}', na_rep=''))
 

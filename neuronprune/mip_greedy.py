@@ -6,14 +6,14 @@
 __all__ = ['Block', 'NORMS', 'SGD', 'HOW', 'blocks', 'run_block', 'auxiliary_head', 'build_heads', 'Greedy', 'greedy_loss',
            'fit_greedy', 'fit_heads', 'block_steps', 'block_problems', 'solve_blocks']
 
-# %% ../nbs/11c_mip_greedy.ipynb #import-math-from-collections-import
+# %% ../nbs/11c_mip_greedy.ipynb #import-math-from-collections-import-2
 import math
 from collections import OrderedDict, namedtuple
 from itertools import zip_longest
 import torch, torch.nn.functional as F
 from torch import nn
 from .core import as_found, check_int, check_type, seed_everything
-from .mip import Problem, _split, _summary, chain, interval, modules_in_order, run
+from .mip import Problem, _split, _summary, chain, f64, interval, modules_in_order, run
 from .train import fit, learner
 
 # %% ../nbs/11c_mip_greedy.ipynb #end
