@@ -323,11 +323,11 @@ class Point:
     g:np.ndarray # reduced costs of the columns [N]
     ok:bool      # converged, with all rows and columns looked at?
 
-# %% ../nbs/11a_mip_solve.ipynb #likely
+# %% ../nbs/11a_mip_solve.ipynb #likely-2
 def _likely(q, near):
     "(rows to begin with, -1 / 0 / 1 for columns that rest at the lower bound / are free / rest at the upper)."
     R, N = q.A.shape
-    if near is None: return np.arange(R) < N if R > 8*N else np.ones(R, bool), np.zeros(N, int)
+    if near is None: return np.arange(R) < N if R > 16*N else np.ones(R, bool), np.zeros(N, int)
     up, down = (near.v >= q.uv-1e-6) & (near.g < -1e-5), (near.v <= q.lv+1e-6) & (near.g > 1e-5)
     return np.abs(near.y) > 1e-9, up.astype(int) - down
 
