@@ -82,7 +82,7 @@ def check_finite(name:str, # argument name
     if bad: raise ValueError(f"{name}: {bad} of {x.numel()} entries are NaN or infinite; expected finite numbers")
     return x
 
-# %% ../nbs/00_core.ipynb #check_batch
+# %% ../nbs/00_core.ipynb #check_batch-2
 def check_batch(xb:torch.Tensor,      # inputs [n, ...]
                 yb:torch.Tensor=None, # integer labels [n]
                 n_out:int=None        # number of classes
@@ -92,6 +92,7 @@ def check_batch(xb:torch.Tensor,      # inputs [n, ...]
     if len(xb) == 0: raise ValueError("xb: the batch is empty; expected at least one example")
     check_finite('xb', xb)
     if yb is None: return
+    if yb.ndim != 1: raise ValueError(f"yb: shape {tuple(yb.shape)}; expected one integer class label per input, [n]")
     if len(yb) != len(xb): raise ValueError(f"yb: {len(yb)} labels for {len(xb)} inputs; expected one label per input")
     if yb.is_floating_point() or yb.dtype == torch.bool: raise ValueError(f"yb: dtype {yb.dtype}; expected integer class labels")
     if yb.min() < 0 or (n_out is not None and yb.max() >= n_out):

@@ -26,7 +26,7 @@ from .mip_solve import Gate, NoIncumbentError, Program, SolverNotSuitableError, 
 # %% ../nbs/11_mip.ipynb #all-solvernotsuitableerror-noincumbenter
 _all_ = ['SolverNotSuitableError', 'NoIncumbentError']
 
-# %% ../nbs/11_mip.ipynb #refuse
+# %% ../nbs/11_mip.ipynb #refuse-2
 SUPPORTED = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d,
              nn.Flatten, nn.Dropout, nn.Dropout2d, nn.Identity)
 
@@ -39,9 +39,9 @@ def _as_module(name, node):
     f, rest = node.target, [o for o in node.args[1:] if not isinstance(o, fx.Node)]
     if f in (F.relu, torch.relu, 'relu'): return nn.ReLU()
     if f in (torch.flatten, 'flatten') and (rest or [node.kwargs.get('start_dim')])[0] == 1: return nn.Flatten()
-    raise _refuse(name, getattr(f, '__name__', f))
+    raise _refuse(name, f"the function {getattr(f, '__name__', f)}", 'is not supported as a function (its layer may be)')
 
-# %% ../nbs/11_mip.ipynb #modules_in_order
+# %% ../nbs/11_mip.ipynb #modules_in_order-2
 def modules_in_order(model:nn.Module # any model
                     )->list:
     "[(path, layer)] in running order; `UnsupportedLayerError` unless each step reads only the step before it."
@@ -56,6 +56,8 @@ def modules_in_order(model:nn.Module # any model
             raise _refuse(name, f"reads {', '.join(map(str, o.all_input_nodes)) or 'no layer'}", f'instead of {prev} alone: branches and sums are not supported')
         m = model.get_submodule(name) if o.op == 'call_module' else _as_module(name, o)
         if not isinstance(m, SUPPORTED): raise _refuse(name, type(m).__name__)
+        if getattr(m, 'return_indices', False): raise _refuse(name, 'return_indices=True')
+        if name in dict(res) and list(m.parameters()): raise _refuse(name, 'a layer that runs twice')
         res.append((name, m)); prev = o
     return res
 
@@ -182,12 +184,14 @@ def _positive(name, value):
     if not (value > 0 and math.isfinite(value)): raise ValueError(f"{name}={value}: expected a number above 0")
     return float(value)
 
-# %% ../nbs/11_mip.ipynb #scored
+# %% ../nbs/11_mip.ipynb #scored-2
 def _scored(steps, chosen):
     "Scored layer -> (units, D); the last layer gives the logits and is never scored."
     res = {o.name:(len(o.w), len(o.w)*math.prod(o.w.shape[2:])) for o in steps if o.kind in ('linear', 'conv')}
+    if not res: raise ValueError("start: no linear or convolution layer comes after it; expected an earlier step")
     *names, last = res
-    if not names: raise ValueError(f"model: {last!r} is its only layer; expected a hidden layer to score")
+    if not names: raise ValueError(f"model: {last!r} is its only layer; expected a hidden layer to score; if start= was given, one that comes earlier")
+    if chosen is not None and not chosen: raise ValueError(f"layers={chosen!r}: no layer chosen; expected some of {names}, or None for all")
     for n in chosen or ():
         if n == last: raise ValueError(f"layers: {n!r} gives the logits and has no score; expected some of {names}")
         check_choice('layers', n, names)
@@ -405,13 +409,14 @@ def _rate(select, p, y):
     p = p.gather(1, y[:,None])
     return (p/(1-p+.1)).mean().item()*(1 if select == 'confident' else -1)
 
-# %% ../nbs/11_mip.ipynb #dead_on_batch
+# %% ../nbs/11_mip.ipynb #dead_on_batch-2
 def dead_on_batch(p:Problem # from `problem`
                  )->dict:
     "Layer -> bool [units]: inactive on all images, at every position."
     res = {}
-    for t,o in enumerate(p.steps):
-        if o.name in p.layers: res[o.name] = (p.bounds[t+1][1].flatten(2) if p.bounds[t+1][1].ndim > 2 else p.bounds[t+1][1][...,None]).amax((0, 2)).cpu() <= 0
+    boxes = interval(p.steps, p.x, p.x) if p.sound else p.bounds # sound bounds say what may happen, not what does
+    for o,(_,u) in zip(p.steps, boxes[1:]):
+        if o.name in p.layers: res[o.name] = u.transpose(0, 1).flatten(1).amax(1).cpu() <= 0
     return res
 
 # %% ../nbs/11_mip.ipynb #sizes
@@ -421,7 +426,7 @@ def _sizes(q, r):
     if r.point is not None and r.point.g is not None: res['price'] = {k:(-r.point.g[o]).tolist() for k,(o,_) in q.layers.items()}
     return res
 
-# %% ../nbs/11_mip.ipynb #solve_any
+# %% ../nbs/11_mip.ipynb #solve_any-2
 def _solve_any(p, backend, solver, opts):
     "(`Solution` of one problem by either back-end, what to note about it)."
     begin = time.perf_counter()
@@ -429,7 +434,7 @@ def _solve_any(p, backend, solver, opts):
     else:
         from neuronprune.mip_cvxpy import solve_cvxpy
         r, more = solve_cvxpy(p, solver, **{k:v for k,v in opts.items() if k != 'engine'}), dict(solver=solver)
-    return r, dict(status=r.status, objective=r.objective, bound=r.bound, gap=r.gap, n_solved=r.n_solved,
+    return r, dict(status=r.status, objective=float(r.objective), bound=float(r.bound), gap=float(r.gap), n_solved=r.n_solved,
                    solve_secs=time.perf_counter()-begin-more.get('build_secs', 0), **more)
 
 # %% ../nbs/11_mip.ipynb #summary
@@ -448,17 +453,21 @@ def _joint(whole, solved):
     r, note = solved(whole)
     return _split(whole, r.s), note, [whole]
 
-# %% ../nbs/11_mip.ipynb #sequential
+# %% ../nbs/11_mip.ipynb #sequential-2
 def _sequential(make, xb, yb, solved, n_jobs, bar):
     "One program per class; scores are averaged."
     ps = [make(xb[yb == k], yb[yb == k], allow_imbalance=True) for k in yb.unique().tolist()]
-    rs = list(bar(Parallel(n_jobs=n_jobs, return_as='generator')(delayed(solved)(p) for p in ps), len(ps)))
+    rs = []
+    for r in bar(Parallel(n_jobs=n_jobs, return_as='generator')(delayed(solved)(p) for p in ps), len(ps)):
+        rs.append(r)
+        if r[0].status == 'interrupted': break
     parts = [_split(p, r.s) for p,(r,_) in zip(ps, rs)]
-    return {k:torch.stack([o[k] for o in parts]).mean(0) for k in parts[0]}, _summary([m for _,m in rs]), ps
+    return {k:torch.stack([o[k] for o in parts]).mean(0) for k in parts[0]}, _summary([m for _,m in rs]), ps[:len(rs)]
 
-# %% ../nbs/11_mip.ipynb #backward
+# %% ../nbs/11_mip.ipynb #backward-2
 def _backward(make, model, graph, names, threshold, solved, bar):
     "Two layers at a time from the end; what was scored is pruned before the next step."
+    if not 0 < _positive('step_threshold', threshold) <= 1: raise ValueError(f"step_threshold={threshold}: expected a number in (0, 1]")
     model, units, metas, ps = copy.deepcopy(model), {}, [], []
     cuts = list(range(len(names), 0, -2))
     for e in bar(cuts, len(cuts)):
@@ -486,13 +495,14 @@ def _warn_if_poor(model, xb, yb):
     if k < len(yb)/2: warnings.warn(f"mip: the network classifies {k} of the {len(yb)} chosen images correctly; scores of a poor network mean little")
     return k
 
-# %% ../nbs/11_mip.ipynb #check_options-2
+# %% ../nbs/11_mip.ipynb #check_options
 VARIANTS = ('joint', 'sequential', 'backward', 'greedy')
 
 def _check_options(model, variant, bounds, relaxed, backend, solver, select):
     check_type('model', model, nn.Module); layers(model)
     check_choice('variant', variant, VARIANTS); check_choice('backend', backend, ('fast', 'cvxpy')); check_choice('select', select, SELECT)
     if solver is not None and backend == 'fast': raise ValueError(f"solver={solver!r}: only backend='cvxpy' takes a solver; the fast back-end has engine=")
+    if not isinstance(relaxed, bool): raise TypeError(f"relaxed={relaxed!r}: expected True or False")
     if relaxed and bounds == 'sound':
         raise ValueError("relaxed=True with bounds='sound': the relaxed gates allow s = 0 with any output, the answer would be all zero; use relaxed=False")
 
@@ -507,7 +517,7 @@ def _ranked(scores):
     units = {k:(v.double()*1000).round()/1000 + t/2000 for (k,v),t in zip(scores.items(), parts)}
     return Scores(units, 'channel', method=scores.method, graph=scores.graph, cost=scores.cost)
 
-# %% ../nbs/11_mip.ipynb #cut-2
+# %% ../nbs/11_mip.ipynb #cut
 def cut(scores:Scores,       # from `score`
         sparsity:float=None, # fraction of the candidates to remove; or
         *, threshold=None,   # remove s < threshold, in (0, 1], or below each layer's 'mean'
@@ -519,7 +529,7 @@ def cut(scores:Scores,       # from `score`
         low = [k for k,v in scores.items() if v.max() < threshold]
         if low: warnings.warn(f"mip: all scores of {', '.join(low)} are below {threshold}; the largest {min_keep} of each stay")
     if threshold == 'mean':
-        scores, threshold = Scores({k:v-v.mean() for k,v in scores.items()}, 'channel', method=scores.method, graph=scores.graph, cost=scores.cost), 0.
+        scores, threshold = Scores({k:v-v.mean()+1e-6 for k,v in scores.items()}, 'channel', method=scores.method, graph=scores.graph, cost=scores.cost), 0.
     return allocate(scores if threshold is not None else _ranked(scores), sparsity, threshold=threshold, scope=scope, of=of, caps=caps,
                     round_to=round_to, min_keep=min_keep, keep=keep, normalize=None)
 
@@ -529,7 +539,7 @@ def _as_scores(units, model, graph, meta, secs):
     return Scores({k:v.float() for k,v in units.items()}, 'channel', method='mip', graph=graph, secs=secs, meta=meta,
                   cost={k:found[k].weight[0].numel() for k in units}, skipped={k:graph.fixed.get(k, 'not chosen') for k in found if k not in units})
 
-# %% ../nbs/11_mip.ipynb #score
+# %% ../nbs/11_mip.ipynb #score-2
 @method('mip', unit='channel', needs=('data', 'labels'), at='trained', rewind='none', allocate=cut,
         paper='ElAraby, Wolf & Carvalho, CPAIOR 2023')
 def score(model:nn.Module, # trained chain network; left as found
@@ -553,9 +563,10 @@ def score(model:nn.Module, # trained chain network; left as found
     "Scores in [0, 1], float32 [channels] per layer; `meta` has status, gap, bound, sizes, seconds, dead units. Raises `UnsupportedLayerError`, `ClassBalanceError`, `NoIncumbentError`."
     _check_options(model, variant, bounds, relaxed, backend, solver, select)
     if dls is None and batch is None: raise ValueError("dls=None: mip looks at images; pass the DataLoaders of get_dls, or batch=(xb, yb)")
-    begin = time.perf_counter()
+    if batch is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2): raise TypeError(f"batch: expected a pair (xb, yb), got {type(batch).__name__}")
+    begin = time.perf_counter(); layers = [layers] if isinstance(layers, str) else layers
     xb, yb = choose(model, dls, _n_per_class(n_per_class), select, split=split, seed=seed) if batch is None else batch
-    check_batch(xb, yb); dev = next(model.parameters()).device; xb, yb = xb.to(dev), yb.to(dev)
+    check_batch(xb, yb); w = next(model.parameters()); xb, yb = xb.to(w.device, w.dtype), yb.to(w.device)
     if graph is None: graph = trace(model, xb[:2])
     given = dict(lam=lam, loss=loss, bounds=bounds, eps=eps, layers=layers, start=start, allow_imbalance=allow_imbalance)
     make = lambda xb=xb, yb=yb, model=model, **kw: problem(model, xb, yb, **{**given, **kw})

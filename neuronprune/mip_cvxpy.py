@@ -131,13 +131,13 @@ def solvers()->pd.DataFrame:
     have = cp.installed_solvers()
     return pd.DataFrame({k:dict(installed=k in have, **{name:_can(k, *o) for name,o in kinds.items()}) for k in PACKAGE}).T
 
-# %% ../nbs/11b_mip_cvxpy.ipynb #check_solver-2
+# %% ../nbs/11b_mip_cvxpy.ipynb #check_solver
 def _check_solver(solver, loss, relaxed):
     check_choice('solver', solver, PACKAGE)
     if not _can(solver, loss, relaxed):
         kind = f"{'' if relaxed else 'mixed-integer '}{'linear' if loss == 'margin' else 'exponential-cone'} programs"
         raise SolverNotSuitableError(f"solver={solver!r} does not take {kind}, which loss={loss!r} with {'relaxed' if relaxed else 'binary'} gates "
-                                     "needs; use backend='fast' (default), relaxed=True with CLARABEL, or loss='margin'")
+                                     f"needs; use backend='fast' (default), {'solver=None (HIGHS)' if loss == 'margin' else 'relaxed=True with CLARABEL, or loss=' + repr('margin')}")
     if solver not in cp.installed_solvers():
         raise ImportError(f"solver={solver!r} is not installed; pip install {PACKAGE[solver]}, or use one of {[k for k in PACKAGE if k in cp.installed_solvers()]}")
 

@@ -198,14 +198,14 @@ def block_steps(model:nn.Module, heads, # left as found
         res.append((i, steps[i:end], _head_steps(heads, m, steps[i].name, x, n_out)))
     return steps, res + [(at[-1], steps[at[-1]:], [])]
 
-# %% ../nbs/11c_mip_greedy.ipynb #dials
-def _dials(own, head, chosen, score_aux):
+# %% ../nbs/11c_mip_greedy.ipynb #with_scores
+def _with_scores(own, head, chosen, score_aux):
     "(scored layer -> (units, D), those whose scores are kept)"
     affine = [o for o in own+head if o.kind in ('linear', 'conv')][:-1]
     keep = [o.name for o in affine if any(o is p for p in own) and (chosen is None or o.name in chosen)]
     return {o.name:(len(o.w), len(o.w)*math.prod(o.w.shape[2:])) for o in affine if o.name in keep or (score_aux and any(o is p for p in head))}, keep
 
-# %% ../nbs/11c_mip_greedy.ipynb #block_problems-2
+# %% ../nbs/11c_mip_greedy.ipynb #block_problems
 def block_problems(model:nn.Module,  # trained chain; left as found
                    heads,            # one for each block but the last; left as found
                    xb:torch.Tensor, yb:torch.Tensor, # images [n, ...] and labels [n]
@@ -220,7 +220,7 @@ def block_problems(model:nn.Module,  # trained chain; left as found
     boxes = interval(steps, x-r, x+r)
     for i,own,head in parts:
         x, start = run(steps[start:i], x), i
-        scored, keep = _dials(own, head, layers, score_aux)
+        scored, keep = _with_scores(own, head, layers, score_aux)
         if not keep: continue
         b, t = (interval(own+head, x, x, scored), 1.) if sound else _shrunk(own+head, x, *boxes[i], max_gates)
         yield Problem(own+head, x, yb, b, scored, sound, lam, loss), keep, t

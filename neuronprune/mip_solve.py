@@ -571,7 +571,7 @@ def _check(p, gap, time_limit, engine, threads):
     if not (np.isfinite(p.lx).all() and np.isfinite(p.ux).all()):
         raise ValueError("lx, ux: some columns have infinite bounds; expected finite numbers")
 
-# %% ../nbs/11a_mip_solve.ipynb #solve-2
+# %% ../nbs/11a_mip_solve.ipynb #solve
 def solve(p:Program,     # the program
           *, relaxed:bool=False, # leave the gates relaxed
           gap:float=1e-6, # stop when the objective is this close to the bound
@@ -593,6 +593,7 @@ def solve(p:Program,     # the program
             if relaxed: S.x, S.best = x, value(S.q, point.v)[0]
             else: S.offer(complete(p, x[:p.n_s]))
         if not (relaxed or S.done() or point is None) and p.gates: S.polish(x, point)
+        if not (relaxed or S.done() or S.late()) and p.gates: S.polish(complete(p, np.ones(p.n_s))) # the network as it is
         if not (relaxed or S.done() or S.late()) and p.gates: S.tree()
     except KeyboardInterrupt: status = 'interrupted'
     if S.x is None: raise _no_incumbent(p, S.bound)

@@ -197,7 +197,7 @@ def verification(learn,    # a trained `Learner`; left as found
         rows += [_row(model, m, dl, xi, batch=i, rule=k, part=part) for k,m in masks.items() for part,dl in {'batch': [batch], **parts}.items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/11d_mip_studies.ipynb #mean
+# %% ../nbs/11d_mip_studies.ipynb #mean-2
 def _mean(v):
     "(mean, standard deviation, ends of the 95 % t interval) of the numbers v; None where one number is too few."
     m, sd = float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else math.nan
@@ -207,7 +207,10 @@ def _mean(v):
 def summary(df, by='rule', # rows of a study; columns that name the groups
             value:str='accuracy' # column to average
            )->pd.DataFrame:
-    "One row per group: repeats, mean, std, and the 95 % t interval lo, hi of the mean."
+    "One row per group (and part of the data, if the rows tell): repeats, mean, std, and the 95 % t interval lo, hi of the mean."
+    by = [by] if isinstance(by, str) else list(by)
+    if 'part' in df and 'part' not in by: by.append('part')
+    by = by if len(by) > 1 else by[0]
     return df.groupby(by, sort=False)[value].apply(lambda v: pd.Series([len(v), *_mean(v)], ['repeats', 'mean', 'std', 'lo', 'hi'])).unstack().astype({'repeats': int})
 
 def paired(df, a, b,     # rows of a study; two values of `by`
