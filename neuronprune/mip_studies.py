@@ -62,7 +62,7 @@ def controls(model,         # the dense network the scores belong to
     few = {k:min(dead[k], len(v)-1) for k,v in peak.items()}
     return {'mip': mask, **{k:_lowest(r, n, k, graph) for k,r in ranks.items()}, 'dead': _lowest(peak, few, 'dead', graph)}
 
-# %% ../nbs/11d_mip_studies.ipynb #paper_pct
+# %% ../nbs/11d_mip_studies.ipynb #paper_pct-2
 def paper_pct(mask:Mask, # channel or weight mask
               model      # the network it belongs to
              )->float:
@@ -71,6 +71,7 @@ def paper_pct(mask:Mask, # channel or weight mask
     per_unit = lambda k: ws[k].weight[0].numel() if mask.unit == 'channel' else 1
     return 100*sum(int((~v).sum())*per_unit(k) for k,v in mask.items())/count_params(model)
 
+# %% ../nbs/11d_mip_studies.ipynb #sizes
 def sizes(model,    # dense or masked
           mask,     # `Mask`, or None for the dense network
           xb        # inputs, for the check of the cut network
@@ -80,7 +81,7 @@ def sizes(model,    # dense or masked
     left = count_params(shrink(model, mask, xb))/count_params(model)
     return dict(units_pruned=sum(int((~v).sum()) for v in mask.values()), paper_pct=paper_pct(mask, model), params_pct=100*(1-left))
 
-# %% ../nbs/11d_mip_studies.ipynb #inputs-2
+# %% ../nbs/11d_mip_studies.ipynb #inputs
 def _inputs(dls): return calib_batch(dls, n=2)[0]
 def _test(dls): return dls.loaders[2] if len(dls.loaders) > 2 else dls.valid
 
@@ -89,6 +90,7 @@ def _row(model, mask, dl, xb, **labels):
     e = evaluate(model if mask is None else apply(copy.deepcopy(model), mask), dl)
     return dict(labels, k=e.k, n=e.n, accuracy=e.accuracy, lo=e.lo, hi=e.hi, loss=e.loss, **sizes(model, mask, xb))
 
+# %% ../nbs/11d_mip_studies.ipynb #one_shot
 def one_shot(learn,      # a trained `Learner`; left as found
              masks:dict, # name -> `Mask`, such as `controls` gives
              dl=None     # images to count on, None = test
@@ -111,7 +113,7 @@ def plot_study(df,        # rows with lo and hi, such as those of `one_shot`
     ax.set(xlabel=x.replace('_', ' '), ylabel='accuracy, %'); ax.legend(fontsize=7, ncol=2)
     plt.close(ax.figure); return ax.figure
 
-# %% ../nbs/11d_mip_studies.ipynb #twin-2
+# %% ../nbs/11d_mip_studies.ipynb #twin
 def _twin(learn, dls, start):
     "A new `Learner` with a copy of the network at `start` and the optimiser's recipe."
     model = copy.deepcopy(learn.model)
@@ -120,6 +122,7 @@ def _twin(learn, dls, start):
     new.opt_func, new.n_fits = learn.opt_func, learn.__dict__.get('n_fits', 0)
     return new
 
+# %% ../nbs/11d_mip_studies.ipynb #fine_tuned
 def fine_tuned(learn,      # a trained `Learner`; left as found
                masks:dict, # name -> `Mask`
                epochs:int=1, # with removed weights at zero
@@ -171,11 +174,12 @@ def lambda_sweep(learn,    # a trained `Learner`; left as found
         rows.append(_row(learn.model, mask, dl, xb, **part, rule='mip'))
     return pd.DataFrame(rows)
 
-# %% ../nbs/11d_mip_studies.ipynb #still
+# %% ../nbs/11d_mip_studies.ipynb #still-2
 def _still(dl):
     "The loader's images in order, un-augmented."
     return dl.new(shuffle=False, drop_last=False, prep=dl.prep.plain()) if isinstance(dl, ImageDL) else list(_batches(dl))
 
+# %% ../nbs/11d_mip_studies.ipynb #verification
 def verification(learn,    # a trained `Learner`; left as found
                  n_batches:int=25, # batches of images
                  threshold:float=.1, # units with lower scores are pruned
@@ -197,13 +201,14 @@ def verification(learn,    # a trained `Learner`; left as found
         rows += [_row(model, m, dl, xi, batch=i, rule=k, part=part) for k,m in masks.items() for part,dl in {'batch': [batch], **parts}.items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/11d_mip_studies.ipynb #mean-2
+# %% ../nbs/11d_mip_studies.ipynb #mean
 def _mean(v):
     "(mean, standard deviation, ends of the 95 % t interval) of the numbers v; None where one number is too few."
     m, sd = float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else math.nan
     half = stats.t.ppf(.975, len(v)-1)*sd/math.sqrt(len(v)) if len(v) > 1 else math.nan
     return m, sd, m-half, m+half
 
+# %% ../nbs/11d_mip_studies.ipynb #summary
 def summary(df, by='rule', # rows of a study; columns that name the groups
             value:str='accuracy' # column to average
            )->pd.DataFrame:
@@ -213,6 +218,7 @@ def summary(df, by='rule', # rows of a study; columns that name the groups
     by = by if len(by) > 1 else by[0]
     return df.groupby(by, sort=False)[value].apply(lambda v: pd.Series([len(v), *_mean(v)], ['repeats', 'mean', 'std', 'lo', 'hi'])).unstack().astype({'repeats': int})
 
+# %% ../nbs/11d_mip_studies.ipynb #paired
 def paired(df, a, b,     # rows of a study; two values of `by`
            *, on:str='batch', by:str='rule', # column of the pairs; column that tells the two apart
            value:str='accuracy' # column to compare
@@ -246,7 +252,7 @@ def compare_variants(learn,    # a trained `Learner`; left as found
             rows.append(_row(model, mask, dl, xi, repeat=i, variant=k))
     return pd.DataFrame(rows)
 
-# %% ../nbs/11d_mip_studies.ipynb #check_same
+# %% ../nbs/11d_mip_studies.ipynb #check_same-2
 def _check_same(learn, dls, masks):
     "Raises `ValueError` unless masks and data fit the learner's network."
     for k in ('c_in', 'n_out', 'size'):
@@ -258,6 +264,7 @@ def _check_same(learn, dls, masks):
             if k not in ws or len(ws[k].weight) != len(v):
                 raise ValueError(f"masks[{name!r}]: {len(v)} units in {k!r}, which the network does not have; expected masks of the same architecture")
 
+# %% ../nbs/11d_mip_studies.ipynb #transfer
 def transfer(learn,      # `Learner` of data set A, with its initial weights
              dls,        # DataLoaders of data set B
              masks:dict, # name -> `Mask`, found on A
