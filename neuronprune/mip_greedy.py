@@ -179,7 +179,7 @@ def _head_steps(heads, m, layer, h, n_out):
     if out.ndim != 2 or out.shape[1] != n_out: raise ValueError(f"heads[{m}]: outputs of shape {tuple(out.shape[1:])} for {n_out} classes; {HOW}")
     return steps
 
-# %% ../nbs/11c_mip_greedy.ipynb #block_steps-2
+# %% ../nbs/11c_mip_greedy.ipynb #block_steps
 @torch.no_grad()
 def block_steps(model:nn.Module, heads, # left as found
                 xb:torch.Tensor # images [n, ...]
@@ -191,7 +191,7 @@ def block_steps(model:nn.Module, heads, # left as found
     if len(heads) != len(bs)-1: raise ValueError(f"heads: {len(heads)} for {len(bs)} blocks; expected {len(bs)-1}, the last block needs none; {HOW}")
     with as_found(model, train=False): steps = chain(model)
     at = [i for i,o in enumerate(steps) if o.kind == 'conv']
-    x, res = xb[:1].double(), []
+    x, res = f64(xb[:1]), []
     n_out, start = run(steps, x).shape[1], 0
     for m,i in enumerate(at[:-1]):
         end = i+1 + (steps[i+1].kind == 'relu'); x = run(steps[start:end], x); start = end
@@ -205,7 +205,7 @@ def _with_scores(own, head, chosen, score_aux):
     keep = [o.name for o in affine if any(o is p for p in own) and (chosen is None or o.name in chosen)]
     return {o.name:(len(o.w), len(o.w)*math.prod(o.w.shape[2:])) for o in affine if o.name in keep or (score_aux and any(o is p for p in head))}, keep
 
-# %% ../nbs/11c_mip_greedy.ipynb #block_problems
+# %% ../nbs/11c_mip_greedy.ipynb #block_problems-2
 def block_problems(model:nn.Module,  # trained chain; left as found
                    heads,            # one for each block but the last; left as found
                    xb:torch.Tensor, yb:torch.Tensor, # images [n, ...] and labels [n]
@@ -215,7 +215,7 @@ def block_problems(model:nn.Module,  # trained chain; left as found
                   ):
     "Yields (`Problem`, layers whose scores are kept, t) block by block."
     steps, parts = block_steps(model, heads, xb)
-    x, sound, start = xb.as_subclass(torch.Tensor).double(), bounds == 'sound', 0
+    x, sound, start = f64(xb.as_subclass(torch.Tensor)), bounds == 'sound', 0
     r = 0 if sound else eps
     boxes = interval(steps, x-r, x+r)
     for i,own,head in parts:

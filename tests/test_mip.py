@@ -556,3 +556,37 @@ def test_masks_of_another_architecture(net, digits):
     for other in (mlp((20, 16), size=8), mlp((24,), size=8), build('lenet5', 1, 10, 32)):
         with pytest.raises((ValueError, KeyError)) as e: apply(other, mask)
         assert 'fc' in str(e.value) and len(str(e.value)) > 20
+
+# ---- found by a first reader
+
+def test_mean_threshold_keeps_a_plateau():
+    for v in (.1, .2, .9):
+        s = Scores({'fc1': torch.full((50,), v) + 1e-9*torch.randn(50, generator=torch.Generator().manual_seed(0)), 'fc2': torch.tensor([0., 1, 1, 1])}, 'channel')
+        m = cut(s, threshold='mean'); assert m['fc1'].all() and m['fc2'].tolist() == [False, True, True, True]
+
+def test_dead_units_do_not_depend_on_the_bounds():
+    for seed in range(5):
+        net, x, p = toy(seed); q = problem(net, x, torch.arange(3) % 3, bounds='sound', allow_imbalance=True)
+        assert all(torch.equal(v, dead_on_batch(q)[k]) for k,v in dead_on_batch(p).items())
+
+def test_interrupt_ends_the_sequence_of_programs(net, digits, monkeypatch):
+    import neuronprune.mip as mip
+    calls, own = [], mip.solve
+    def second_is_interrupted(*a, **kw): calls.append(1); r = own(*a, **kw); r.status = 'interrupted' if len(calls) == 2 else r.status; return r
+    monkeypatch.setattr(mip, 'solve', second_is_interrupted)
+    s = score(net, digits, variant='sequential'); assert len(calls) == 2 and s.meta['programs'] == 2 and s.meta['status'] == 'interrupted'
+
+def test_sound_search_leaves_the_network_as_it_is():
+    q = reduce(hard()); r = solve(q, time_limit=6); assert r.objective < objective(q, complete(q, np.ones(q.n_s))) - 1e-3
+
+def test_slips_of_type(net, digits):
+    xb, yb = choose(net, digits)
+    with pytest.raises(ValueError, match=r'layers=\[\]: no layer chosen'): score(net, digits, layers=[])
+    assert list(score(net, digits, layers='fc1')) == ['fc1']
+    with pytest.raises(TypeError, match=r'batch: expected a pair \(xb, yb\), got Tensor'): score(net, batch=xb)
+    with pytest.raises(ValueError, match=r'yb: shape \(10, 10\); expected one integer class label'): score(net, batch=(xb, F.one_hot(yb)))
+    with pytest.raises(TypeError, match='relaxed='): score(net, digits, relaxed='yes')
+    a, b = (score(net, batch=(o, yb)) for o in (xb, xb.double())); assert all(torch.allclose(v, b[k], atol=1e-4) for k,v in a.items())
+    twice = nn.Linear(4, 4)
+    with pytest.raises(UnsupportedLayerError, match='runs twice'): chain(nn.Sequential(twice, nn.ReLU(), twice, nn.ReLU(), nn.Linear(4, 2)))
+    with pytest.raises(UnsupportedLayerError, match='return_indices'): chain(nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, return_indices=True), nn.Flatten(), nn.Linear(8, 2)))

@@ -229,3 +229,7 @@ def test_incremental_narrows(dls):
 
 def test_callback_refuses_nonsense():
     with pytest.raises(ValueError, match='every=0'): ScoreCallback(0)
+
+def test_summary_keeps_the_parts_of_the_data_apart():
+    df = pd.DataFrame([dict(rule='mip', part=p, accuracy=a) for p,a in (('train', .9), ('train', .8), ('test', .7), ('test', .5))])
+    s = summary(df); assert s.repeats.tolist() == [2, 2] and s['mean'].tolist() == pytest.approx([.85, .6])
