@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['allocate', 'ratios']
 
-# %% ../nbs/04_allocate.ipynb #import-warnings
-import warnings
+# %% ../nbs/04_allocate.ipynb #import-math-warnings-from-fnma
+import math, warnings
 from fnmatch import fnmatch
+from fractions import Fraction
 from numbers import Real
 import numpy as np, torch
 from .core import *
@@ -54,6 +55,25 @@ def _unit_cost(scores, k, of):
     if of == 'macs' and info is None: raise ValueError(f"of='macs': {n!r} is not traced; expected scores with graph=trace(model, xb)")
     return np.broadcast_to(np.asarray(c, dtype=float), v.shape) * (info['positions'] if of == 'macs' else 1)
 
+# %% ../nbs/04_allocate.ipynb #layer-costs
+def _layer_costs(ids, scores, of):
+    "Key -> (atoms of the layer, what the layer pays for each)."
+    res = {}
+    for k,a in ids.items():
+        c = np.ones(len(a)) if of == 'units' else _unit_cost(scores, k, of).flatten()
+        if scores.unit == 'channel':
+            a, j = np.unique(a, return_inverse=True)
+            c = np.ones(len(a)) if of == 'units' else np.bincount(j, weights=c)
+        res[k] = a, c
+    return res
+
+def _total(paid, n, of):
+    "Cost of every atom over all layers that pay for it; with of='units' a tie is one unit."
+    if of == 'units': return np.ones(n)
+    res = np.zeros(n)
+    for a,c in paid.values(): res[a] += c
+    return res
+
 # %% ../nbs/04_allocate.ipynb #values
 def _values(scores, normalize):
     "Flat float64 scores per key, normalised; constant-zero layers stay zero."
@@ -61,27 +81,56 @@ def _values(scores, normalize):
     res = [v.flatten().double().numpy() for v in scores.values()]
     return [v/d if (d := f(v)) > 0 else v for v in res]
 
-# %% ../nbs/04_allocate.ipynb #protected
-def _protected(ids, order, scores, caps, keep, min_keep):
-    "Bool per atom: the best `min_keep` of each layer (of each child group for blocks), what caps leave, and spared layers."
-    rank = np.empty(len(order), dtype=np.int64); rank[order] = np.arange(len(order))
-    safe = np.zeros(len(order), dtype=bool)
-    def protect(a, n): safe[a if n >= len(a) else a[np.argpartition(rank[a], len(a)-n)[len(a)-n:]]] = True
+# %% ../nbs/04_allocate.ipynb #ranked
+def _ranked(scores, ids, n, normalize, reduce):
+    "(score of each atom, atoms from the first to go to the last)."
+    vals = _pool(ids, _values(scores, normalize), n, reduce)
+    if not scores.tiebreak: return vals, np.argsort(vals, kind='stable')
+    second = _pool(ids, [scores.tiebreak[k].flatten().double().numpy() for k in scores], n, reduce)
+    return vals, np.lexsort((second, vals))
+
+# %% ../nbs/04_allocate.ipynb #budget
+def _budget(cost, sparsity):
+    "The share `sparsity` of the total cost, exactly for whole numbers."
+    total = float(cost.sum())
+    exact = Fraction(str(sparsity))*Fraction(total)
+    return math.floor(exact) if (cost == np.floor(cost)).all() else float(exact)*(1+1e-12)
+
+def _n_within(cost, budget):
+    "How many atoms, from the first on, cost at most `budget` together."
+    return int(np.searchsorted(np.cumsum(cost), budget, side='right'))
+
+# %% ../nbs/04_allocate.ipynb #spared
+def _spared(ids, n, keep):
+    "Bool per atom: in a layer that `keep` spares?"
+    res = np.zeros(n, dtype=bool)
     for k,a in ids.items():
-        n = k.removesuffix(':in')
-        if any(fnmatch(n, p) for p in keep): protect(a, len(a)); continue
-        if scores.unit == 'channel': a = np.unique(a)
+        if any(fnmatch(k.removesuffix(':in'), p) for p in keep): res[a] = True
+    return res
+
+# %% ../nbs/04_allocate.ipynb #protected
+def _protected(spared, order, scores, ids, layer_costs, caps, min_keep):
+    "Bool per atom: spared, among the best `min_keep` of its layer (for blocks: of its child group), or left by the layer's cap."
+    rank = np.empty(len(order), dtype=np.int64); rank[order] = np.arange(len(order))
+    safe = spared.copy()
+    def protect(a, n): safe[a if n >= len(a) else a[np.argpartition(rank[a], len(a)-n)[len(a)-n:]]] = True
+    for k,(a,_) in layer_costs.items():
         for row in (a.reshape(scores[k].shape) if scores.unit == 'group' else [a]): protect(row, min_keep)
-        if n in caps: protect(a, kappa(len(a), caps[n]))
+    for k,(a,c) in layer_costs.items():
+        if (cap := caps.get(k.removesuffix(':in'), 1.)) == 1: continue
+        first = np.argsort(rank[a])
+        first = first[~safe[a[first]]]
+        safe[a[first[_n_within(c[first], _budget(c, cap)):]]] = True
     return safe
 
 # %% ../nbs/04_allocate.ipynb #remove
-def _remove(order, safe, cost, sparsity, of):
-    "Atoms removed out of those in `order`: the longest unprotected prefix within the budget."
-    free = order[~safe[order]]
-    if of == 'units': return free[:len(order)-kappa(len(order), sparsity)]
-    budget = cost[order].sum() * sparsity * (1+1e-12)
-    return free[:np.searchsorted(np.cumsum(cost[free]), budget, side='right')]
+def _remove(order, safe, cost, sparsity):
+    "(atoms removed out of those in `order`, is the request out of reach because of what is protected?)"
+    free, kept = order[~safe[order]], cost[order[safe[order]]]
+    budget = _budget(cost[order], sparsity)
+    n = _n_within(cost[free], budget)
+    left = budget - cost[free[:n]].sum()
+    return free[:n], n == len(free) and bool(((kept > 0) & (kept <= left)).any())
 
 # %% ../nbs/04_allocate.ipynb #round
 def _round(removed, ids, order, round_to):
@@ -97,54 +146,58 @@ def _round(removed, ids, order, round_to):
 
 # %% ../nbs/04_allocate.ipynb #setup
 def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
-    "Checked arguments: (normalisation, caps per layer, layers to spare)."
+    "Checked arguments: (normalisation, what is counted, caps per layer, layers to spare)."
     check_type('scores', scores, Scores)
     if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
     if sparsity is not None: check_fraction('sparsity', sparsity)
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not np.isfinite(threshold)):
         raise ValueError(f"threshold={threshold!r}: expected a finite number in the unit of the scores")
-    check_choice('scope', scope, ('global', 'layer')); check_choice('of', of, ('units', 'params', 'macs'))
+    check_choice('scope', scope, ('global', 'layer'))
+    if of is None: of = 'params' if scores.unit == 'group' else 'units'
+    check_choice('of', of, ('units', 'params', 'macs'))
     check_choice('normalize', normalize, ('auto', None, 'mean', 'max'))
     names, keep = [k.removesuffix(':in') for k in scores], (keep,) if isinstance(keep, str) else tuple(keep)
     for p in keep:
         if not any(fnmatch(n, p) for n in names): check_choice('keep', p, names)
     caps = caps if isinstance(caps, dict) else {} if caps is None else dict.fromkeys(names, caps)
-    for n,c in caps.items(): check_choice('caps', n, names); check_fraction(f'caps[{n!r}]', c)
+    for n,c in caps.items(): check_choice('caps', n, names); check_fraction(f'caps[{n!r}]', c, open_hi=False)
     auto = 'mean' if scores.unit == 'channel' and threshold is None else None
-    return auto if normalize == 'auto' else normalize, caps, keep
+    return auto if normalize == 'auto' else normalize, of, caps, keep
 
 # %% ../nbs/04_allocate.ipynb #allocate-2
 def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
              scope:str='global',  # one ranking over all layers, or the same fraction in each: 'global' | 'layer'
-             of:str='units',      # what the fraction counts: 'units' | 'params' | 'macs'
+             of:str=None,         # what the fraction counts: 'units' | 'params' | 'macs'; None = 'params' for blocks, else 'units'
              tied:bool=True,      # rank channels that can only go together as one
              reduce:str='mean',   # score of a tie from its members: 'mean' | 'sum' | 'max' | 'min'
-             caps=None,           # largest sparsity per layer, a fraction or {layer: fraction}
+             caps=None,           # largest sparsity per layer, counted as `of` says: a fraction in [0, 1] or {layer: fraction}; 1 = no cap
              round_to:int=1,      # keep a multiple of this many units per layer (budget from below)
              min_keep:int=1,      # units every layer keeps (blocks: per child group)
              keep=(),             # layers to spare, names or patterns
              normalize='auto'     # divide a layer's scores by their 'mean' or 'max'; 'auto' = 'mean' for channels
             )->Mask:
-    "The mask that removes the lowest scores within the budget; equal scores go in key order, first index first. `ValueError` on bad arguments, a warning when the budget is out of reach."
-    normalize, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
+    "The mask that removes the lowest scores within the budget; equal scores go by `tiebreak`, then in key order. `ValueError` on bad arguments, a warning when the budget is out of reach."
+    normalize, of, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
     check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
     check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
     ids, n = _slot_ids(scores, tied)
-    vals = _pool(ids, _values(scores, normalize), n, reduce)
-    cost = np.ones(n) if of == 'units' else _pool(ids, [_unit_cost(scores, k, of).flatten() for k in scores], n, 'sum')
-    order = np.argsort(vals, kind='stable')
-    safe, removed = _protected(ids, order, scores, caps, keep, min_keep), np.zeros(n, dtype=bool)
+    vals, order = _ranked(scores, ids, n, normalize, reduce)
+    paid, removed, short, spared = _layer_costs(ids, scores, of), np.zeros(n, dtype=bool), False, _spared(ids, n, keep)
+    safe, cost = _protected(spared, order, scores, ids, paid, caps, min_keep), _total(paid, n, of)
     if threshold is not None: removed[(vals < threshold) & ~safe] = True
     else:
-        for part in _parts(ids, n, scope): removed[_remove(order[part[order]], safe, cost, sparsity, of)] = True
+        for part in _parts(ids, n, scope):
+            gone, out = _remove(order[part[order]], safe, cost, sparsity)
+            removed[gone] = True
+            short |= out and (scope == 'global' or not spared[part].all()) # a layer spared on purpose is no surprise
     if round_to > 1: removed = _round(removed, ids, order, round_to)
     got = float(cost[removed].sum()/cost.sum())
-    if sparsity is not None and round_to == 1 and of == 'units' and scope == 'global' and removed.sum() < n-kappa(n, sparsity):
-        warnings.warn(f"allocate: sparsity {sparsity} is out of reach, {got:.4g} achieved; "
-                      f"min_keep, caps and keep protect {int(safe.sum())} of {n} units")
-    meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope, tied=tied)
+    if short: warnings.warn(f"allocate: sparsity {sparsity} of the {of} (scope={scope!r}) is out of reach, {got:.4g} achieved; "
+                            f"min_keep, caps and keep protect {int(safe.sum())} of {n} units")
+    meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope, tied=tied,
+                layers={k:float(c[removed[a]].sum()/c.sum()) for k,(a,c) in paid.items()})
     units = {k:torch.from_numpy(~removed[a]).view(scores[k].shape) for k,a in ids.items()}
     if tied: units.update(_rest_of_ties(scores, units))
     return Mask(units, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)

@@ -5,41 +5,75 @@
 # %% auto #0
 __all__ = ['random', 'magnitude', 'snip', 'lth', 'magsign', 'taylor', 'SlimmingCallback', 'slimming', 'fpgm']
 
-# %% ../nbs/10_baselines.ipynb #import-math-time
+# %% ../nbs/10_baselines.ipynb #import-math-time-import-torch
 import math, time
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from .core import (Scores, as_found, check_batch, check_choice, check_fraction, check_int, generator,
-                              layers, method)
+                              layers as all_layers, method)
 from fastai.callback.core import Callback
 from fastprogress import progress_bar
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate, ratios
+from .blocks import block_cost, block_labels, block_layers, block_mean
 
-# %% ../nbs/10_baselines.ipynb #wiring
-def _wiring(model, dls, graph):
+# %% ../nbs/10_baselines.ipynb #traced
+def _traced(model, dls, graph):
     "`graph`, or a trace of `model` with one image of `dls`; `ValueError` without both, or for another model's graph."
     if graph is None and dls is None:
-        raise ValueError("graph=None: channel scores need the network's wiring; "
+        raise ValueError("graph=None: channel and block scores need the network's wiring; "
                          "pass graph=trace(model, xb), or dls to trace with")
-    g, mods = trace(model, calib_batch(dls, n=1)[0]) if graph is None else graph, layers(model)
+    g, mods = trace(model, calib_batch(dls, n=1)[0]) if graph is None else graph, all_layers(model)
     bad = [k for k,l in g.layers.items() if k not in mods or len(mods[k].weight) != l['n_out']]
     if bad:
         raise ValueError(f"graph: its layer {bad[0]!r} does not fit the model; "
                          "expected graph=trace(model, xb) of this very model")
+    return g
+
+# %% ../nbs/10_baselines.ipynb #wiring
+def _wiring(model, dls, graph):
+    "The graph of a model some channels of which can be removed; `ValueError` if there are none."
+    g = _traced(model, dls, graph)
     if not g.removable:
         raise ValueError(f"unit='channel': no channel of this model can be removed ({g.fixed}); use unit='weight'")
     return g
 
 # %% ../nbs/10_baselines.ipynb #candidates
-def _candidates(model, unit, dls, graph):
+def _candidates(model, unit, dls, graph, units=('weight', 'channel')):
     "(path -> module of the layers to score, graph, path -> why a layer is left out)."
-    mods = layers(model)
-    if check_choice('unit', unit, ('weight', 'channel')) == 'weight': return mods, graph, {}
+    mods = all_layers(model)
+    if check_choice('unit', unit, units) == 'weight': return mods, graph, {}
     g = _wiring(model, dls, graph)
     return {k:mods[k] for k in g.removable}, g, dict(g.fixed)
+
+# %% ../nbs/10_baselines.ipynb #given
+def _given(model, labels):
+    "(labels, why each other layer is left out) for labels of existing scores; `ValueError` where they do not fit the model."
+    mods = all_layers(model)
+    for k,o in labels.items():
+        check_choice('labels', k, mods)
+        got, need = tuple(map(len, o)), tuple(mods[k].weight.shape[:2])
+        if got != need: raise ValueError(f"labels[{k!r}]: (outputs, inputs) = {got}, but the model's layer has {need}")
+    return labels, {k:'not among the given blocks' for k in mods if k not in labels}
+
+# %% ../nbs/10_baselines.ipynb #blocks
+def _blocks(model, dls, graph, n_groups, grouping, chosen, labels, seed):
+    "(layer -> (child group, group of each column), layer -> why it is left out, graph)."
+    if labels is not None:
+        if n_groups is not None or chosen is not None:
+            raise ValueError("labels: they say which layers and groups there are; leave out n_groups= and layers=")
+        return *_given(model, labels), graph
+    if grouping == 'kmeans':
+        raise ValueError("grouping='kmeans': groups of units that behave alike need activations, which a baseline does not look at; "
+                         "pass labels=scores.labels of scores that have such groups")
+    graph, res = _traced(model, dls, graph), {}
+    names, skipped = block_layers(graph, chosen)
+    for k in names:
+        child, parent, column = block_labels(graph, k, n_groups, grouping, seed)
+        res[k] = child, parent[column]
+    return res, skipped, graph
 
 # %% ../nbs/10_baselines.ipynb #scores
 def _scores(name, units, unit, start, graph, skipped, **meta):
@@ -47,18 +81,36 @@ def _scores(name, units, unit, start, graph, skipped, **meta):
     units = {k:v.detach().cpu() for k,v in units.items()}
     return Scores(units, unit, method=name, graph=graph, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
 
+# %% ../nbs/10_baselines.ipynb #block-scores
+def _block_scores(name, f, model, blocks, start, **meta):
+    "`Scores` of blocks: `f(weight, labels, cost)` -> [K, G] for every layer of `blocks` = (labels, skipped, graph)."
+    (labels, skipped, graph), mods = blocks, all_layers(model)
+    cost = {k:block_cost(o, mods[k].weight[0,0].numel()) for k,o in labels.items()}
+    units = {k:f(k, o, cost[k]).cpu() for k,o in labels.items()}
+    return Scores(units, 'group', method=name, graph=graph, labels=labels, cost=cost, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
+
+# %% ../nbs/10_baselines.ipynb #units-weight-channel-group
+_UNITS = ('weight', 'channel', 'group')
+
 # %% ../nbs/10_baselines.ipynb #random-2
 @method('random', unit='weight', allocate=dict(normalize=None), paper='the control')
 def random(model:nn.Module, # any model
            dls=None,        # used to trace the wiring if unit='channel' and there is no `graph`
-           *, unit:str='weight', # 'weight' | 'channel'
+           *, unit:str='weight', # 'weight' | 'channel' | 'group'
+           n_groups=None,   # blocks: (parent groups, child groups), None = 20 or the layer's width
+           grouping:str='contiguous', # blocks: 'contiguous' or 'random' groups
+           layers=None,     # blocks: paths of the layers, None = every one that has blocks
+           labels:dict=None, # blocks: those of existing scores, `scores.labels`, instead of the three above
            graph=None,      # `Graph` of the model
            seed:int=0,      # same seed, same scores
            progress:bool=False # has no effect: nothing takes long
           )->Scores:
     "Uniform scores in [0, 1), the same range in every layer; channels that can only go together share one draw."
     start, g = time.perf_counter(), generator(seed)
-    mods, graph, skipped = _candidates(model, unit, dls, graph)
+    if unit == 'group':
+        blocks = _blocks(model, dls, graph, n_groups, grouping, layers, labels, seed)
+        return _block_scores('random', lambda k,lab,cost: torch.rand(cost.shape, generator=g), model, blocks, start, seed=seed)
+    mods, graph, skipped = _candidates(model, unit, dls, graph, _UNITS)
     if unit == 'weight': units = {k:torch.rand(m.weight.shape, generator=g) for k,m in mods.items()}
     else:
         u = torch.rand(1+max(int(v.max()) for v in graph.out_slots.values()), generator=g)
@@ -68,10 +120,14 @@ def random(model:nn.Module, # any model
 # %% ../nbs/10_baselines.ipynb #orders-dict-l1-1-l2-2
 _ORDERS = dict(l1=1, l2=2)
 
-# %% ../nbs/10_baselines.ipynb #row_norm
+# %% ../nbs/10_baselines.ipynb #row-norm
 def _row_norm(w, norm):
     "The l1 or l2 norm of each output's weights [out]."
     return torch.linalg.vector_norm(w.flatten(1), _ORDERS[norm], dim=1)
+
+def _block_norm(w, labels, norm):
+    "Mean |w|, or root mean square of w, of every block [K, G]."
+    return (block_mean(w.abs(), labels) if norm == 'l1' else block_mean(w*w, labels).sqrt()).float()
 
 # %% ../nbs/10_baselines.ipynb #initial
 def _initial(init, mods, who):
@@ -91,20 +147,28 @@ def _initial(init, mods, who):
 @method('magnitude', unit='weight', paper='Han 2015; Li 2017; He 2018')
 def magnitude(model:nn.Module, # trained model
               dls=None,        # used to trace the wiring if unit='channel' and there is no `graph`
-              *, unit:str='weight', # 'weight' | 'channel'
-              norm:str='l1',   # of a channel's weights: 'l1' | 'l2'; weights score |w| with either
+              *, unit:str='weight', # 'weight' | 'channel' | 'group'
+              norm:str='l1',   # of a channel's weights: 'l1' | 'l2' (blocks: mean or root mean square); weights score |w| with either
+              n_groups=None,   # blocks: (parent groups, child groups), None = 20 or the layer's width
+              grouping:str='contiguous', # blocks: 'contiguous' or 'random' groups
+              layers=None,     # blocks: paths of the layers, None = every one that has blocks
+              labels:dict=None, # blocks: those of existing scores, `scores.labels`, instead of the three above
               at:str='trained', # 'trained' = the weights the model has; 'init' = those in `init`
               init:dict=None,  # initial state dict, `learn.rewind.init`; needed for at='init'
               graph=None,      # `Graph` of the model
-              seed:int=0,      # has no effect: nothing is drawn
+              seed:int=0,      # of random groups; nothing else is drawn
               progress:bool=False # has no effect: nothing takes long
              )->Scores:
-    "|w| of every weight [like w], or the norm of every channel's weights [out]; `ValueError` for at='init' without `init`."
+    "|w| [like w], the norm of a channel's weights [out], or a block's mean |w| [K, G]; `ValueError` for at='init' without `init`."
     start = time.perf_counter()
     check_choice('norm', norm, _ORDERS)
     check_choice('at', at, ('trained', 'init'))
-    mods, graph, skipped = _candidates(model, unit, dls, graph)
-    ws = _initial(init, mods, "magnitude(at='init')") if at == 'init' else {k:m.weight.detach() for k,m in mods.items()}
+    def weights(mods): return _initial(init, mods, "magnitude(at='init')") if at == 'init' else {k:m.weight.detach() for k,m in mods.items()}
+    if unit == 'group':
+        blocks, ws = _blocks(model, dls, graph, n_groups, grouping, layers, labels, seed), weights(all_layers(model))
+        return _block_scores('magnitude', lambda k,lab,cost: _block_norm(ws[k], lab, norm), model, blocks, start, norm=norm, at=at)
+    mods, graph, skipped = _candidates(model, unit, dls, graph, _UNITS)
+    ws = weights(mods)
     units = {k:w.abs() if unit == 'weight' else _row_norm(w, norm) for k,w in ws.items()}
     return _scores('magnitude', units, unit, start, graph, skipped, norm=norm, at=at)
 
@@ -203,6 +267,7 @@ def lth(model:nn.Module, # trained model
         progress:bool=False # has no effect: nothing takes long
        )->Scores:
     "|w| of the trained weights (channels: their l1 norm); `prune` rewinds the survivors to their initial values."
+    check_choice('unit', unit, ('weight', 'channel'))
     scores = magnitude(model, dls, unit=unit, graph=graph)
     scores.method = 'lth'
     return scores

@@ -187,6 +187,15 @@ class Units(Mapping):
     def __len__(self): return len(self.units)
     def _repr_html_(self): return f"<p>{self!r}</p>{self.frame().to_html(index=False, float_format='{:.4g}'.format)}"
 
+# %% ../nbs/00_core.ipynb #check-tiebreak
+def _check_tiebreak(tiebreak, units):
+    "A second key has one finite number for every score."
+    if set(tiebreak) != set(units):
+        raise ValueError(f"tiebreak: layers {', '.join(tiebreak)}; expected those of the scores, {', '.join(units)}")
+    for k,v in tiebreak.items():
+        if v.shape != units[k].shape: raise ValueError(f"tiebreak[{k!r}]: shape {tuple(v.shape)}; expected {tuple(units[k].shape)}, that of the scores")
+        check_finite(f'tiebreak[{k!r}]', v)
+
 # %% ../nbs/00_core.ipynb #scores-2
 class Scores(Units):
     "Score per unit, higher = keep. `units`: key -> float tensor; NaN and infinities raise `ValueError`."
@@ -197,6 +206,7 @@ class Scores(Units):
                  graph=None,       # `Graph` of the model, needed for ties and surgery
                  labels:dict=None, # key -> (child_idx [out], parent_idx [in]), for unit='group'
                  cost:dict=None,   # key -> weights per unit, a number or a tensor of the score's shape
+                 tiebreak:dict=None, # key -> tensor of the score's shape; of two equal scores the lower one here goes first
                  secs:float=math.nan, # seconds the scoring took
                  meta:dict=None,   # anything else worth keeping, JSON-able
                  skipped:dict=None # layer -> reason it was not scored
@@ -205,6 +215,8 @@ class Scores(Units):
         for k,v in self.units.items(): self.units[k] = check_finite(f'scores[{k!r}]', v if v.is_floating_point() else v.float())
         self.method,self.secs,self.skipped = method,secs,dict(skipped or {})
         self.cost = {k:torch.as_tensor(v).cpu() for k,v in (cost or {}).items()}
+        self.tiebreak = {k:torch.as_tensor(v).detach().cpu() for k,v in (tiebreak or {}).items()}
+        if self.tiebreak: _check_tiebreak(self.tiebreak, self.units)
 
     def __repr__(self):
         n = sum(v.numel() for v in self.values())
@@ -385,7 +397,7 @@ def load_tensors(path # file written by `save_tensors`
 def save(self:Units, path):
     "Write to `path` (safetensors, JSON header)."
     own = {k:getattr(self, k) for k in ('method', 'secs', 'skipped') if hasattr(self, k)}
-    parts = {'unit': self.units, 'cost': getattr(self, 'cost', {}), 'scale': getattr(self, 'scale', {}),
+    parts = {'unit': self.units, 'cost': getattr(self, 'cost', {}), 'scale': getattr(self, 'scale', {}), 'tiebreak': getattr(self, 'tiebreak', {}),
              'child': {k:v[0] for k,v in self.labels.items()}, 'parent': {k:v[1] for k,v in self.labels.items()}}
     save_tensors(path, {f'{p}/{k}':v for p,d in parts.items() for k,v in d.items()},
                  dict(kind=type(self).__name__, unit=self.unit, keys=list(self), meta=self.meta, own=own,
@@ -400,7 +412,7 @@ def load(cls:Units, path):
         raise ValueError(f"path={os.fspath(path)!r}: holds {h.get('kind')!r}, expected {cls.__name__!r}")
     part = lambda p: {k.removeprefix(f'{p}/'):v for k,v in t.items() if k.startswith(f'{p}/')}
     child, parent = part('child'), part('parent')
-    extra = dict(cost=part('cost')) if cls is Scores else dict(scale=part('scale'))
+    extra = dict(cost=part('cost'), tiebreak=part('tiebreak')) if cls is Scores else dict(scale=part('scale'))
     graph = None if h['graph'] is None else importlib.import_module('neuronprune.graph').Graph.from_dict(h['graph'])
     units = part('unit')
     return cls({k:units[k] for k in h['keys']}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child},

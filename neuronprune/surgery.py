@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['apply', 'dead_channels', 'plan', 'SurgeryError', 'difference', 'shrink', 'save', 'load']
 
-# %% ../nbs/06_surgery.ipynb #import-copy-json
+# %% ../nbs/06_surgery.ipynb #import-copy-json-import-torch
 import copy, json
 import torch, torch_pruning as tp
 from torch import nn
 from .core import *
-from .graph import trace, NORMS
+from .graph import trace, NORMS, _slots
 
 # %% ../nbs/06_surgery.ipynb #scale
 def _scale(model, mask):
@@ -38,21 +38,29 @@ def apply(model:nn.Module, # changed in place
     _scale(model, mask)
     return model
 
-# %% ../nbs/06_surgery.ipynb #dead_channels
+# %% ../nbs/06_surgery.ipynb #pattern
+def _pattern(model, mask, g):
+    "Layer -> bool tensor like its weight, True = kept."
+    keep, params = mask.expand(model), dict(model.named_parameters())
+    return {n:keep.get(f'{n}.weight', torch.ones_like(params[f'{n}.weight'], dtype=torch.bool)).cpu().clone() for n in g.layers}
+
+def _depthwise(l): return l['groups'] == l['n_out'] == l['n_in'] > 1
+
+def _read(w): "Input columns [n_in] with a weight left in some row."; return w.any(0).flatten(1).any(1) if w.ndim > 2 else w.any(0)
+
+# %% ../nbs/06_surgery.ipynb #dead-channels
 def dead_channels(model:nn.Module, # the dense or masked model
                   mask:Mask,       # what to drop
-                  g                # the model's `Graph`
+                  g,               # the model's `Graph`
+                  dead:dict=None   # layer -> bool [n_out], channels known to go
                  )->dict:
     "Layer -> bool [n_out]: channels that are dropped or unread, to the fixed point."
-    keep = mask.expand(model)
-    params = dict(model.named_parameters())
-    w = {n:keep.get(f'{n}.weight', torch.ones_like(params[f'{n}.weight'], dtype=torch.bool)).cpu().clone() for n in g.layers}
-    dead = {n:torch.zeros(l['n_out'], dtype=torch.bool) for n,l in g.layers.items()}
-    if mask.unit == 'channel': dead.update({k:~v for k,v in mask.items() if not k.endswith(':in')})
+    w, dead = _pattern(model, mask, g), dead or {}
+    dead = {n:dead.get(n, torch.zeros(l['n_out'], dtype=torch.bool)).clone() for n,l in g.layers.items()}
+    if mask.unit == 'channel': dead.update({k:dead[k] | ~v for k,v in mask.items() if not k.endswith(':in')})
     while True:
         for n,d in dead.items(): w[n][d] = False
-        cut = {n:~o.any(0).flatten(1).any(1) if o.ndim > 2 else ~o.any(0) for n,o in w.items() if g.layers[n]['groups'] == 1}
-        cut.update({n:dead[n] for n,l in g.layers.items() if l['groups'] == l['n_out'] > 1})
+        cut = {n:dead[n] if _depthwise(l) else ~_read(w[n]) for n,l in g.layers.items() if l['groups'] == 1 or _depthwise(l)}
         new = {p:v & ~dead[p] for p,v in g.unread(cut).items()}
         if not any(v.any() for v in new.values()): return dead
         for p,v in new.items(): dead[p] |= v
@@ -67,19 +75,77 @@ def _gone(dead, g):
         if gone[o].all(): gone[o[0]] = False
     return gone
 
+# %% ../nbs/06_surgery.ipynb #measured
+@torch.no_grad()
+def _measured(masked, g, xb):
+    "Layer -> (value of every input [n_in], bool: is it the same for all images and positions?), from 8 images and noise."
+    seen, hooks, x = {}, [], xb[:8]
+    def watch(n):
+        def hook(m, inp): seen[n] = [f(_slots(m, inp[0]), (0, 2)).cpu() for f in (torch.amin, torch.amax)]
+        return masked.get_submodule(n).register_forward_pre_hook(hook)
+    hooks = [watch(n) for n in g.layers]
+    noise = torch.randn(x.shape, generator=generator(0)).to(x) if x.is_floating_point() else x.flip(-1)
+    try: masked.eval()(torch.cat([x, noise]))
+    finally:
+        for h in hooks: h.remove()
+    return {n:(lo, hi-lo <= 1e-6*(1+lo.abs())) for n,(lo,hi) in seen.items()}
+
+# %% ../nbs/06_surgery.ipynb #takes
+def _takes(m, value, still):
+    "Bool per input: a constant that the layer can take over exactly?"
+    padded = not isinstance(m, nn.Linear) and m.padding_mode == 'zeros' and (m.padding == 'same' or m.padding != 'valid' and any(m.padding))
+    return still & (value == 0) if padded or (m.bias is None and getattr(m, 'groups', 1) == 1) else still
+
+# %% ../nbs/06_surgery.ipynb #constants
+def _constants(w, g, takes):
+    "(layer -> bool [n_out]: channels whose weights meet constants only, layer -> bool [n_in]: constants it can take over)."
+    const = {n:~o.flatten(1).any(1) for n,o in w.items()}
+    while True:
+        flat, old = {n:t & g.silent(const, n) for n,t in takes.items()}, const
+        const = {n:o | flat[n] if _depthwise(g.layers[n]) else ~w[n][:, ~flat[n]].flatten(1).any(1) if g.layers[n]['groups'] == 1 else o
+                 for n,o in old.items()}
+        if all(torch.equal(const[n], old[n]) for n in const): return const, flat
+
+# %% ../nbs/06_surgery.ipynb #absorbed
+def _absorbed(w, g, dead, const, flat):
+    "Layer -> bool [n_out]: constant channels whose bundle no living row reads, except for constants it can take over."
+    stays = torch.zeros(1+max(int(o.max()) for o in g.out_slots.values()), dtype=torch.bool)
+    for n,s in g.in_slots.items():
+        if g.layers[n]['groups'] == 1: stays[s[_read(w[n][~dead[n]]) & ~flat[n] & (s >= 0)]] = True
+    return {n:const[n] & ~stays[g.out_slots[n]] & ~dead[n] for n in g.removable}
+
+# %% ../nbs/06_surgery.ipynb #doomed
+def _doomed(model, mask, g, xb):
+    "(layer -> bool [n_out]: channels that can go, layer -> float [n_in]: constants that its bias can take over)."
+    w, dead = _pattern(model, mask, g), dead_channels(model, mask, g)
+    if xb is None or not any((~w[n].flatten(1).any(1) & ~dead[n]).any() for n in g.removable): return dead, {}
+    found = _measured(apply(copy.deepcopy(model), mask), g, xb)
+    const, flat = _constants(w, g, {n:_takes(model.get_submodule(n), *o) for n,o in found.items()})
+    while True:
+        new = _absorbed(w, g, dead, const, flat)
+        if not any(v.any() for v in new.values()): return dead, {n:v*flat[n] for n,(v,_) in found.items()}
+        dead = dead_channels(model, mask, g, {n:v | new[n] if n in new else v for n,v in dead.items()})
+
 # %% ../nbs/06_surgery.ipynb #plan
-def plan(model:nn.Module, # the dense or masked model
-         mask:Mask,       # what to drop
-         xb:torch.Tensor=None # a batch of inputs, needed when the mask carries no graph
-        )->dict:
-    "Module path -> (kept output indices, kept input indices), LongTensors; None where nothing changes. `ValueError` without graph and batch."
+def _plan(model, mask, xb):
+    "(module path -> (kept outputs, kept inputs), layer -> float [n_in]: what the inputs that go have been worth)."
     if mask.graph is None and xb is None: raise ValueError("mask: carries no graph; expected xb, a batch for tracing the model")
     g = mask.graph if mask.graph is not None else trace(model, xb)
-    gone = _gone(dead_channels(model, mask, g), g)
-    left = lambda slots: None if not (d := gone[slots.clamp(min=0)] & (slots >= 0)).any() else (~d).nonzero()[:,0]
+    dead, worth = _doomed(model, mask, g, xb)
+    gone = _gone(dead, g)
+    goes = lambda slots: gone[slots.clamp(min=0)] & (slots >= 0)
+    left = lambda slots: None if not (d := goes(slots)).any() else (~d).nonzero()[:,0]
     res = {n:(left(g.out_slots[n]), left(g.in_slots[n])) for n in g.layers}
     res.update({n:(left(s), None) for n,s in g.norm_slots.items()})
-    return {n:v for n,v in res.items() if v != (None, None)}
+    return {n:v for n,v in res.items() if v != (None, None)}, {n:v*goes(g.in_slots[n]) for n,v in worth.items()}
+
+# %% ../nbs/06_surgery.ipynb #plan-2
+def plan(model:nn.Module, # the dense or masked model
+         mask:Mask,       # what to drop
+         xb:torch.Tensor=None # a batch of inputs; needed when the mask carries no graph, and to find constants
+        )->dict:
+    "Module path -> (kept output indices, kept input indices), LongTensors; None where nothing changes. `ValueError` without graph and batch."
+    return _plan(model, mask, None if xb is None else xb.to(next(model.parameters()).device))[0]
 
 # %% ../nbs/06_surgery.ipynb #surgeryerror
 class SurgeryError(RuntimeError):
@@ -96,9 +162,18 @@ def _cut(m, out, inp):
         if out is not None: getattr(tp, f'prune_{kind}_out_channels')(m, gone(out, m.weight.shape[0]))
         if inp is not None: getattr(tp, f'prune_{kind}_in_channels')(m, gone(inp, m.weight.shape[1]))
 
-# %% ../nbs/06_surgery.ipynb #cut_all
+# %% ../nbs/06_surgery.ipynb #cut-all
 def _cut_all(model, cuts):
     for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
+    return model
+
+@torch.no_grad()
+def _fold(model, worth):
+    "Add to each layer's bias what its inputs of constant value `worth` contribute, in place."
+    for n,v in worth.items():
+        m = model.get_submodule(n)
+        w = m.weight.cpu().double()
+        if v.any() and getattr(m, 'groups', 1) == 1 and m.bias is not None: m.bias += ((w.flatten(2).sum(2) if w.ndim > 2 else w) @ v.double()).to(m.bias)
     return model
 
 # %% ../nbs/06_surgery.ipynb #difference
@@ -120,7 +195,8 @@ def shrink(model:nn.Module, # dense or masked; not changed
     "A new, smaller model that computes what the masked one does, or `SurgeryError`; what cannot be removed stays as zeros."
     check_batch(xb); xb = xb.to(next(model.parameters()).device)
     masked = apply(copy.deepcopy(model), mask)
-    small = _cut_all(copy.deepcopy(masked), plan(model, mask, xb))
+    cuts, worth = _plan(model, mask, xb)
+    small = _cut_all(_fold(copy.deepcopy(masked), worth), cuts)
     for p,q in zip(model.parameters(), small.parameters()): q.requires_grad_(p.requires_grad)
     try: d = difference(masked, small, xb)
     except RuntimeError as e:

@@ -431,8 +431,9 @@ def sink(scores:Scores, # scores of all units
     low = min(float(v.min()) for v in scores.values())
     low = 0. if low >= 0 else low-1
     units = {k:v.masked_fill(~mask[k], low) for k,v in scores.items()}
+    ties = {k:v.masked_fill(~mask[k], float(v.min())-1) for k,v in scores.tiebreak.items()}
     return Scores(units, scores.unit, method=scores.method, graph=scores.graph, labels=scores.labels, cost=scores.cost,
-                  meta=scores.meta, skipped=scores.skipped)
+                  tiebreak=ties, meta=scores.meta, skipped=scores.skipped)
 
 # %% ../nbs/05_train.ipynb #tighten
 @patch

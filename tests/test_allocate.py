@@ -31,7 +31,7 @@ def scores(draw, unit=None, ties=True):
 @settings(max_examples=150, deadline=None)
 @given(scores(), sparsities, st.sampled_from(['global', 'layer']), st.sampled_from([None, 'auto', 'mean', 'max']))
 def test_removes_exactly_as_many_as_asked(sc, s, scope, normalize):
-    mask = quiet(sc, s, scope=scope, normalize=normalize)
+    mask = quiet(sc, s, scope=scope, normalize=normalize, of='units')
     assert list(mask) == list(sc) and all(mask[k].shape == sc[k].shape and mask[k].dtype == torch.bool for k in sc) and mask.unit == sc.unit
     rows = lambda v: len(v) if sc.unit == 'group' else 1
     if scope == 'global':
@@ -44,7 +44,7 @@ def test_removes_exactly_as_many_as_asked(sc, s, scope, normalize):
 @given(scores(ties=True), sparsities, st.sampled_from(['global', 'layer']))
 def test_matches_a_slow_allocator(sc, s, scope):
     "Remove one by one the lowest (score, position), skipping what must stay."
-    mask = quiet(sc, s, scope=scope, normalize=None)
+    mask = quiet(sc, s, scope=scope, normalize=None, of='units')
     units = [(v.flatten()[i].item(), j, i, k) for j,(k,v) in enumerate(sc.items()) for i in range(v.numel())]
     row = lambda k, i: (k, i//sc[k].shape[1]) if sc.unit == 'group' else (k, 0)
     best, safe = {}, set()
@@ -73,7 +73,7 @@ class Positions:
 @given(scores(), sparsities, sparsities, st.data())
 def test_more_sparsity_removes_a_superset(sc, s, t, data):
     if s > t: s, t = t, s
-    kw = dict(normalize=data.draw(st.sampled_from([None, 'mean'])), min_keep=data.draw(st.integers(1, 3)), caps=data.draw(st.sampled_from([None, .3, .75])))
+    kw = dict(of='units', normalize=data.draw(st.sampled_from([None, 'mean'])), min_keep=data.draw(st.integers(1, 3)), caps=data.draw(st.sampled_from([None, .3, .75])))
     a, b = quiet(sc, s, **kw), quiet(sc, t, **kw)
     assert all((b[k] <= a[k]).all() for k in sc)
     rows = lambda m, k: m[k] if sc.unit == 'group' else m[k].view(1, -1)
@@ -125,7 +125,7 @@ sc = Scores({'a': torch.rand(4), 'b': torch.rand(4)}, 'channel')
     (dict(sparsity=float('nan')), ValueError, 'sparsity=nan'), (dict(), ValueError, 'exactly one of the two'), (dict(sparsity=.5, threshold=.1), ValueError, 'exactly one'),
     (dict(scope='layers'), ValueError, "did you mean 'layer'?"), (dict(of='parameters'), ValueError, "expected one of 'units', 'params', 'macs'"), (dict(normalize='l2'), ValueError, 'normalize='),
     (dict(reduce='avg'), ValueError, "reduce='avg'"), (dict(round_to=0), ValueError, 'round_to=0'), (dict(min_keep=0), ValueError, 'min_keep=0'), (dict(min_keep=1.5), TypeError, 'min_keep'),
-    (dict(keep=['c']), ValueError, "keep='c'"), (dict(caps={'c': .5}), ValueError, "caps='c'"), (dict(caps=90), ValueError, 'did you mean 0.9?'), (dict(caps={'a': 1.}), ValueError, "caps['a']=1.0"),
+    (dict(keep=['c']), ValueError, "keep='c'"), (dict(caps={'c': .5}), ValueError, "caps='c'"), (dict(caps=90), ValueError, 'did you mean 0.9?'), (dict(caps={'a': 1.1}), ValueError, "caps['a']=1.1: expected a fraction in [0, 1]"), (dict(caps=-.1), ValueError, 'caps['),
     (dict(of='params'), ValueError, 'cost of a channel'), (dict(of='macs'), ValueError, 'trace(model, xb)')])
 def test_errors(kw, err, said):
     with pytest.raises(err) as e: allocate(sc, **({'sparsity': .5} if kw and not {'sparsity', 'threshold'} & set(kw) else {}) | kw)
@@ -137,6 +137,98 @@ def test_thresholds_are_checked(bad):
 
 def test_a_single_name_for_keep():
     assert allocate(Scores({'fc1': torch.zeros(4), 'fc2': torch.ones(4)}, 'channel'), .2, keep='fc1', normalize=None)['fc1'].all()
+
+# ---- caps, second keys, and what cannot be reached
+
+@st.composite
+def questions(draw):
+    "Scores with many equal values, perhaps a second key, caps of some layers, and how the budget is counted."
+    sc = draw(scores(ties=True)); gen = generator(draw(st.integers(0, 99)))
+    if draw(st.booleans()): sc = Scores(dict(sc), sc.unit, labels=sc.labels, cost=sc.cost, tiebreak={k:torch.randint(0, 3, v.shape, generator=gen) for k,v in sc.items()})
+    caps = draw(st.one_of(st.none(), st.sampled_from([0, .2, .5, .8, 1]), st.fixed_dictionaries({}, optional={k:st.sampled_from([0, .3, .6, .9, 1.]) for k in sc})))
+    return sc, dict(caps=caps, of=draw(st.sampled_from(['units', 'params'])), scope=draw(st.sampled_from(['global', 'layer'])), min_keep=draw(st.integers(1, 2)), normalize=None)
+
+def slowly(sc, s, caps, of, scope, min_keep, normalize):
+    "(removed (layer, index), is the request out of reach?) one unit at a time, in whole numbers."
+    caps = caps if isinstance(caps, dict) else dict.fromkeys(sc, caps)
+    cost = {(k, i):1 if of == 'units' else int(c) for k,v in sc.items() for i,c in enumerate(sc.cost[k].expand(v.shape).flatten())}
+    place = {u:(float(sc[u[0]].flatten()[u[1]]), float(sc.tiebreak[u[0]].flatten()[u[1]]) if sc.tiebreak else 0, list(sc).index(u[0]), u[1]) for u in cost}
+    row = lambda u: (u[0], u[1]//sc[u[0]].shape[1] if sc.unit == 'group' else 0)
+    order, safe = sorted(cost, key=place.get), set()
+    for r in {row(u) for u in cost}: safe |= set([u for u in order if row(u) == r][-min_keep:])
+    share = lambda us, s: Fraction(str(s))*sum(cost[u] for u in us)
+    def fill(us, budget):
+        took, spent = [], 0
+        for u in us:
+            if spent+cost[u] > budget: return took, spent, True
+            took.append(u); spent += cost[u]
+        return took, spent, False
+    for k in sc:
+        if caps.get(k) is None or caps[k] == 1: continue
+        mine = [u for u in order if u[0] == k]; free = [u for u in mine if u not in safe]
+        safe |= set(free) - set(fill(free, share(mine, caps[k]))[0])
+    removed, short = set(), False
+    for part in [order] if scope == 'global' else [[u for u in order if u[0] == k] for k in sc]:
+        took, spent, full = fill([u for u in part if u not in safe], share(part, s)); removed |= set(took)
+        short |= not full and any(spent+cost[u] <= share(part, s) for u in part if u in safe)
+    return removed, short, cost
+
+@settings(max_examples=200, deadline=None)
+@given(questions(), sparsities)
+def test_matches_a_slow_allocator_with_caps_and_second_keys(q, s):
+    sc, kw = q; want, short, cost = slowly(sc, s, **kw)
+    with warnings.catch_warnings(record=True) as w: warnings.simplefilter('always'); mask = allocate(sc, s, **kw)
+    assert {(k, i) for k,v in mask.items() for i in (~v.flatten()).nonzero()[:,0].tolist()} == want
+    assert len(w) == short and all(f'sparsity {s}' in str(o.message) and f"{mask.meta['achieved']:.4g} achieved" in str(o.message) for o in w)
+    total = lambda us: sum(cost[u] for u in us)
+    assert mask.meta['achieved'] == total(want)/total(cost) and list(mask.meta['layers']) == list(sc)
+    for k,got in mask.meta['layers'].items():
+        cap = kw['caps'].get(k, 1) if isinstance(kw['caps'], dict) else 1 if kw['caps'] is None else kw['caps']
+        assert got == total(u for u in want if u[0] == k)/total(u for u in cost if u[0] == k) and got <= cap + 1e-12
+
+@settings(max_examples=100, deadline=None)
+@given(scores('group', ties=False), sparsities)
+def test_one_more_block_would_exceed_the_target(sc, s):
+    "With nothing in the way: below the target, and the next block in the order does not fit in."
+    big = {k:torch.cat([v, torch.full((len(v), 1), 99.)], 1) for k,v in sc.items()} # the block that each row keeps
+    cost = {k:torch.cat([sc.cost[k], torch.zeros(len(v), 1, dtype=int)], 1) for k,v in sc.items()}
+    sc = Scores(big, 'group', labels={k:tuple(map(torch.arange, v.shape)) for k,v in big.items()}, cost=cost)
+    with warnings.catch_warnings(): warnings.simplefilter('error'); mask = allocate(sc, s)
+    flat = lambda d: torch.cat([v.flatten() for v in d.values()])
+    spent, total, left = int(flat(cost)[~flat(mask)].sum()), int(flat(cost).sum()), flat(mask) & (flat(cost) > 0)
+    nxt = int(flat(cost)[left][flat(sc)[left].argmin()]) if left.any() else math.inf
+    assert spent <= total*Fraction(str(s)) < spent+nxt and mask.meta['of'] == 'params'
+
+def blocks(n=3, rows=4, cols=5, **kw):
+    "Equal blocks, each layer's scores above the one before."
+    lab = (torch.arange(rows), torch.arange(cols)); ramp = torch.arange(rows*cols).view(rows, cols).float()
+    return Scores({f'l{i}':ramp+i*rows*cols for i in range(n)}, 'group', labels={f'l{i}':lab for i in range(n)}, cost={f'l{i}':torch.tensor(10) for i in range(n)}, **kw)
+
+def test_what_a_capped_layer_cannot_give_the_next_ones_give():
+    got = lambda **kw: list(allocate(blocks(), .5, **kw).meta['layers'].values())
+    assert got() == got(caps=1) == [.8, .7, 0] and got(caps=.6) == [.6, .6, .3] and got(caps=dict(l0=.3)) == [.3, .8, .4] and got(caps=dict(l0=0, l1=1.)) == [0, .8, .7]
+
+def test_a_cap_counts_what_can_go():
+    "Block 3 is the last of its row and stays; the cap of one half is filled with the next block of the other row."
+    sc = Scores({'a': T([[1., 2, 3], [10, 11, 12]])}, 'group', labels={'a': (torch.arange(2), torch.arange(3))})
+    assert quiet(sc, .6, caps=.5)['a'].tolist() == [[False, False, True], [False, True, True]]
+
+@pytest.mark.parametrize('of', ['units', 'params', 'macs'])
+@pytest.mark.parametrize('scope', ['global', 'layer'])
+@pytest.mark.parametrize('kw', [dict(caps=.5), dict(keep=['l0', 'l1'], caps=.5), dict(min_keep=3)], ids=str)
+def test_out_of_reach_is_said(of, scope, kw):
+    sc = blocks(); sc.graph = Positions({k:dict(positions=3) for k in sc})
+    with pytest.warns(UserWarning, match=rf"sparsity 0.7 of the {of} \(scope='{scope}'\) is out of reach, 0.\d+ achieved") as w: mask = allocate(sc, .7, of=of, scope=scope, **kw)
+    assert len(w) == 1 and f"{mask.meta['achieved']:.4g} achieved" in str(w[0].message) and mask.meta['achieved'] < .55
+
+def test_a_layer_spared_on_purpose_is_no_surprise():
+    with warnings.catch_warnings(): warnings.simplefilter('error'); mask = allocate(blocks(), .5, scope='layer', keep=['l0', 'l2'])
+    assert list(mask.meta['layers'].values()) == [0, .5, 0]
+
+def test_the_second_key_decides_between_equals_only():
+    lab = {'a': (torch.arange(2), torch.arange(3))}; tb = {'a': T([[.3, .1, .4], [.2, .6, .5]])}
+    assert allocate(Scores({'a': torch.zeros(2, 3)}, 'group', labels=lab, tiebreak=tb), .5)['a'].tolist() == [[False, False, True], [False, True, True]]
+    v = torch.tensor([[1., 2, 9], [3, 4, 9]]); assert same(allocate(Scores({'a': v}, 'group', labels=lab, tiebreak=tb), .5), allocate(Scores({'a': v}, 'group', labels=lab), .5))
 
 # ---- ties
 
@@ -196,6 +288,11 @@ def test_inputs_that_hang_together_count_once():
     assert allocate(Scores({'2:in': torch.arange(16.)}, 'channel', graph=g), .5).counts() == (2, 4)
     both = allocate(Scores({'0': torch.arange(4.), '2:in': torch.arange(16.)}, 'channel', graph=g), .5)
     assert both.counts() == (2, 4) and both.sparsity == both.meta['achieved']
+
+def test_caps_of_tied_layers_count_their_own_weights():
+    sc = Scores({'a': T([1., 2, 3, 4]), 'b': T([1., 2, 3, 4]), 'c': T([9., 9, 9])}, 'channel', graph=g)
+    for caps,n in ((dict(a=.5), 2), (dict(b=.25), 1), (dict(a=.5, b=.25), 1), (dict(a=.2), 0)): assert int((~quiet(sc, .6, of='params', normalize=None, caps=caps)['a']).sum()) == n
+    assert quiet(sc, .6, of='params', normalize=None, caps=dict(a=.5)).meta['layers'] == dict(a=.5, b=.5, c=2/3)
 
 # ---- rounds
 

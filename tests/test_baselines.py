@@ -13,6 +13,7 @@ from neuronprune.core import Scores, kappa, layers, methods
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.graph import trace
 from neuronprune.models import build
+from neuronprune.pipeline import prune
 from neuronprune.train import fit, learner
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -42,7 +43,8 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 
 CASES = [('random', {}), ('random', dict(unit='channel')), ('magnitude', {}), ('magnitude', dict(unit='channel')), ('magnitude', dict(unit='channel', norm='l2')),
          ('magnitude', dict(at='init')), ('snip', {}), ('snip', dict(unit='channel')), ('snip', dict(rounds=3, sparsity=.8)), ('snip', dict(unit='channel', rounds=3, sparsity=.5)),
-         ('lth', {}), ('lth', dict(unit='channel')), ('magsign', {}), ('magsign', dict(unit='channel')), ('taylor', {}), ('taylor', dict(variant='norm')),
+         ('random', dict(unit='group', n_groups=(2, 2))), ('magnitude', dict(unit='group', n_groups=(2, 2))), ('magnitude', dict(unit='group', norm='l2', grouping='random')),
+         ('magnitude', dict(unit='group', at='init')), ('lth', {}), ('lth', dict(unit='channel')), ('magsign', {}), ('magsign', dict(unit='channel')), ('taylor', {}), ('taylor', dict(variant='norm')),
          ('taylor', dict(variant='activations')), ('slimming', {}), ('fpgm', {})]
 ids = lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values())) or 'default'
 
@@ -66,9 +68,13 @@ def test_promises(name, kw, tmp_path):
         assert set(sc) | set(sc.skipped) == set(layers(model)) and not set(sc) & set(sc.skipped) and 'output' in sc.skipped['fc2']
         assert all(v.shape == (len(layers(model)[k].weight),) for k,v in sc.items())
         assert set(m(model, dls, **kw)) == set(sc), 'traced with an image of dls'
+    elif sc.unit == 'group':
+        assert list(sc) == ['b', 'c', 'fc1', 'fc2'] and list(sc.skipped) == ['a'] and list(m(model, dls, **kw)) == list(sc)
+        assert all(int(sc.cost[k].sum()) == layers(model)[k].weight.numel() and v.shape == sc.cost[k].shape for k,v in sc.items())
     else: assert {k:v.shape for k,v in sc.items()} == {k:o.weight.shape for k,o in layers(model).items()}
     mask = allocate(sc, .5, **m.allocate); kept, n = mask.counts()
-    assert kept == kappa(n, .5) or m.allocate.get('scope') == 'layer'
+    assert mask.meta['of'] == ('params' if sc.unit == 'group' else 'units') and .4 < mask.meta['achieved'] <= .5
+    assert sc.unit == 'group' or kept == kappa(n, .5) or m.allocate.get('scope') == 'layer'
     assert all(v.any() for v in mask.values())
     sc.save(tmp_path/'s.safetensors'); assert same(dict(Scores.load(tmp_path/'s.safetensors')), dict(sc))
 
@@ -88,7 +94,7 @@ def test_what_is_missing_is_named(name, kw):
         kw = {**kw, 'init': init}
     if 'data' in m.needs:
         with pytest.raises(ValueError, match=f'{name} needs labelled images'): m(model, graph=trace(model, X), **kw)
-    if kw.get('unit', m.unit) == 'channel':
+    if kw.get('unit', m.unit) != 'weight':
         with pytest.raises(ValueError, match=r'graph=trace\(model, xb\)'): m(model, **kw)
         other = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
         with pytest.raises(ValueError, match='does not fit the model'): m(model, data(), graph=trace(other, torch.rand(1, 2)), **kw)
@@ -112,6 +118,57 @@ def test_tags():
     assert {k:(m[k].unit, m[k].at, m[k].rewind) for k in ('snip', 'lth', 'magsign', 'taylor')} == dict(
         snip=('weight', 'init', 'init'), lth=('weight', 'trained', 'init'), magsign=('weight', 'trained', 'init'), taylor=('channel', 'trained', 'none'))
     assert m['fpgm'].allocate == dict(scope='layer') and m['slimming'].allocate == dict(normalize=None)
+
+# Blocks
+
+@pytest.mark.parametrize('grouping', ['contiguous', 'random'])
+@pytest.mark.parametrize('norm', ['l1', 'l2'])
+def test_block_magnitude_is_the_mean_over_the_block(norm, grouping):
+    model = Net(); sc = magnitude(model, graph=trace(model, X), unit='group', norm=norm, n_groups=(2, 3), layers=['b', 'fc1'], grouping=grouping, seed=4)
+    assert list(sc) == ['b', 'fc1'] and sc.skipped['c'] == 'not chosen'
+    for k,v in sc.items():
+        w, (child, parent) = layers(model)[k].weight.detach().double().numpy(), sc.labels[k]
+        for i in range(3):
+            for j in range(2):
+                block = w[child.numpy() == i][:, parent.numpy() == j]; want = np.abs(block).mean() if norm == 'l1' else (block**2).mean()**.5
+                assert block.size == sc.cost[k][i, j] and abs(float(v[i, j]) - want) < 1e-6
+
+def test_the_same_blocks_as_those_of_other_scores():
+    model, dls = Net(), data(); first = methods()['mint'](model, dls, n_per_class=8, n_groups=(2, 2), grouping='random', seed=3)
+    for f in (random, magnitude):
+        sc = f(model, unit='group', labels=first.labels)
+        assert list(sc) == list(first) and all(torch.equal(a, b) for k in sc for a,b in zip(sc.labels[k], first.labels[k]))
+        assert all(sc[k].shape == first[k].shape and torch.equal(sc.cost[k], first.cost[k]) for k in sc) and sc.skipped['a'] == 'not among the given blocks'
+        fresh = f(model, unit='group', graph=first.graph, n_groups=(2, 2), grouping='random', seed=3)
+        assert all(torch.equal(a, b) for k in sc for a,b in zip(fresh.labels[k], first.labels[k])), 'the same cut by the same rule'
+
+def test_random_blocks_draw_from_one_range():
+    model = build('mlp', size=8, seed=0); sc = random(model, get_dls('digits', device='cpu'), unit='group', seed=1, n_groups=(100, 100), layers=['fc2'])
+    v = sc['fc2'].flatten().sort().values; assert (v - torch.linspace(0, 1, len(v))).abs().max() < .02 and torch.rand(100, 100, generator=gen(1)).equal(sc['fc2'])
+
+@pytest.mark.parametrize('f', [random, magnitude])
+@pytest.mark.parametrize('kw,err,said', [
+    (dict(grouping='kmeans'), ValueError, 'pass labels='), (dict(n_groups=(2, 50)), ValueError, "layer 'b' has only 4 units"), (dict(n_groups=3), TypeError, 'n_groups=3'),
+    (dict(layers=['a']), ValueError, "layers: 'a' has no blocks"), (dict(layers=['d']), ValueError, "layers='d'"), (dict(grouping='contigous'), ValueError, "did you mean 'contiguous'?"),
+    (dict(labels={'d': (T0 := torch.zeros(4).long(), T0)}), ValueError, "labels='d'"), (dict(labels={'b': (T0, T0)}, layers=['b']), ValueError, 'leave out'),
+    (dict(labels={'b': (T0, torch.zeros(5).long())}), ValueError, "labels['b']: (outputs, inputs) = (4, 5)")])
+def test_block_arguments_are_checked(f, kw, err, said):
+    model = Net()
+    with pytest.raises(err) as e: f(model, graph=trace(model, X), unit='group', **kw)
+    assert said in str(e.value)
+
+def test_only_two_methods_score_blocks():
+    model, init = Net(), init_of(Net()); g = trace(model, X)
+    for name in ('snip', 'lth', 'magsign'):
+        with pytest.raises(ValueError, match="unit='group': expected one of 'weight', 'channel'"): methods()[name](model, data(), graph=g, unit='group', **(dict(init=init) if name == 'magsign' else {}))
+
+@pytest.mark.parametrize('name', ['random', 'magnitude'])
+def test_blocks_through_the_whole_flow(name):
+    learn = fit(learner(build('mlp', c_in=1, n_out=10, size=8, seed=0), get_dls('digits', device='cpu')), 1)
+    res = prune(learn, name, .9, unit='group', n_groups=(20, 20), layers=['fc2'], fine_tune_epochs=1)
+    w = learn.model.get_parameter('fc2.weight'); gone = float((w == 0).float().mean())
+    assert list(res.mask) == ['fc2'] and .9-1/400 < gone <= .9 and res.mask.meta['of'] == 'params' and abs(res.report.weights_removed-.9) < .003
+    assert all((learn.model.get_parameter(f'{k}.weight') != 0).all() for k in ('fc1', 'fc3'))
 
 # Random
 

@@ -297,3 +297,11 @@ def test_headers_travel(tmp_path):
     save_tensors(tmp_path/'t', {'x': torch.eye(3).t()[:2]}, dict(a=[1, Path('p')], b=torch.tensor(2.)))
     t, h = load_tensors(tmp_path/'t')
     assert torch.equal(t['x'], torch.eye(3)[:2]) and h == dict(a=[1, 'p'], b=2.)
+
+def test_second_keys_are_kept_and_checked(tmp_path):
+    lab = {'a': (torch.arange(2), torch.arange(3))}; tb = torch.tensor([[2, 0, 1], [5, 4, 3]])
+    sc = Scores({'a': torch.zeros(2, 3)}, 'group', labels=lab, tiebreak={'a': tb.clone().requires_grad_(False)}); sc.save(tmp_path/'s'); back = Scores.load(tmp_path/'s')
+    assert torch.equal(back.tiebreak['a'], tb) and back.tiebreak['a'].dtype == tb.dtype and Scores({'a': torch.zeros(2)}, 'channel').tiebreak == {}
+    w = torch.rand(2, 3, requires_grad=True); assert not Scores({'a': torch.zeros(2, 3)}, 'group', labels=lab, tiebreak={'a': w}).tiebreak['a'].requires_grad
+    for bad,said in (({'b': tb}, 'layers b; expected those of the scores, a'), ({'a': tb[:1]}, r"tiebreak\['a'\]: shape \(1, 3\); expected \(2, 3\)"), ({'a': tb/0}, "tiebreak.*NaN or infinite"), ({'a': tb, 'c': tb}, 'layers a, c')):
+        with pytest.raises(ValueError, match=said): Scores({'a': torch.zeros(2, 3)}, 'group', labels=lab, tiebreak=bad)

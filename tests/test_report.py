@@ -3,7 +3,7 @@ import copy, json, math
 import numpy as np, pytest, scipy.sparse, torch
 from torch import nn
 from neuronprune.core import Mask, Scores
-from neuronprune.report import (Report, compare, count_macs, count_params, differs, hardware, latency_ms, memory, metered, nonzero_params,
+from neuronprune.report import (Report, accounting, compare, count_macs, count_params, differs, hardware, latency_ms, memory, metered, nonzero_params,
                                 plot_compare, published, verdict, versions)
 from neuronprune.train import Evaluation
 
@@ -52,6 +52,20 @@ def test_retained_percentages_of_mint():
     for kept, masked, total, pruned in ((15.035583, 14_712_832, 14_977_728, 83.46), (43.363957, 785_664, 848_944, 52.41), (53.2144, 23_445_504, 25_502_912, 43.01),
                                         (46.6939, 23_445_504, 25_502_912, 49.00), (46.0200, 23_445_504, 25_502_912, 49.62)):
         assert 100*masked*(1-kept/100)/total == pytest.approx(pruned, abs=.011)
+
+def test_accounting_by_hand(tmp_path):
+    m = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)); before = copy.deepcopy(m.state_dict())
+    with torch.no_grad(): m[5].weight[0] = before['5.weight'][0] = 0
+    mask = Mask({'0': torch.rand(4, 2, 3, 3) < .5, '3': torch.rand(6, 16) < .25}, 'weight'); t = accounting(m, mask)
+    zeros = [int((~v).sum()) for v in mask.values()]
+    assert list(t.index) == ['0', '3', 'masked layers', 'network'] and t.weights.tolist() == [72, 96, 168, 186] and t.zeros.tolist() == [*zeros, sum(zeros), sum(zeros)]
+    assert t.pruned.tolist() == [z/w for z,w in zip(t.zeros, t.weights)], 'a weight that happens to be zero was not pruned'
+    cut = copy.deepcopy(m)
+    with torch.no_grad():
+        for k,v in mask.expand(cut).items(): cut.get_parameter(k).mul_(v)
+    for how in ('dense', 'csr', 'csr_npz'): assert t[how]['network'] == pytest.approx(memory(cut, how), rel=1e-12) and t[how]['0'] == memory(cut[0], how) and t[how]['masked layers'] == pytest.approx(memory(cut[0], how)+memory(cut[3], how))
+    assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+    with pytest.raises(TypeError, match='mask'): accounting(m, None)
 
 def report(**kw):
     dense = net(); masked = copy.deepcopy(dense)

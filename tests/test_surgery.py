@@ -136,6 +136,123 @@ def test_hard_wired_networks_shrink_or_say_so(model, s, seed):
     try: check(model, mask, X, smaller=False)
     except SurgeryError as e: assert 'cannot run' in str(e) or 'differ by' in str(e)
 
+# ---- constants: channels that read nothing
+
+def shot(model, g, unit, p, seed):
+    "A mask that keeps each block or weight with probability `p`, so that whole rows and columns die."
+    sc = random_scores(model, g, unit, seed); return Mask({k:v < p for k,v in sc.items()}, sc.unit, graph=g, labels=sc.labels)
+
+@settings(max_examples=80, deadline=None)
+@given(nets([k for k in KINDS if k not in ('shuffle', 'pad', 'glu')]), st.sampled_from(['weight', 'group']), st.floats(.05, .6), st.integers(0, 99))
+def test_dead_children_on_random_networks(model, unit, p, seed):
+    model = randomise(model, X, seed); g = trace(model, X); assume(g.removable)
+    check(model, shot(model, g, unit, p, seed), X, smaller=False)
+
+@pytest.mark.parametrize('p', [.15, .4])
+@pytest.mark.parametrize('name', ['mlp', 'lenet5', 'vgg7_bn', 'resnet20', 'densenet22', 'mobilenet_v3_small'])
+def test_dead_children_on_the_zoo(zoo, name, p):
+    model, xb, g = zoo(name); mask = shot(model, g, 'group', p, 3)
+    small = check(model, mask, xb, smaller=False)
+    assert size_of(small) < size_of(model) or p > .2
+
+def rows(model, **empty):
+    "A weight mask: the named layers lose these rows."
+    res = {k:torch.ones_like(layers(model)[k].weight).bool() for k in empty}
+    for k,o in empty.items(): res[k][o] = False
+    return Mask(res, 'weight')
+
+def made(seed, *ms):
+    "A chain with random biases and norm statistics."
+    with torch.random.fork_rng(): torch.manual_seed(seed); m = nn.Sequential(*ms)
+    return m
+widths = lambda m: [tuple(o.weight.shape[:2]) for o in layers(m).values()]
+IMG = torch.randn(8, 2, 5, 5, generator=generator(3))
+def chain(second, norm=True, act=nn.LeakyReLU, bias=None):
+    m = randomise(made(0, nn.Conv2d(2, 4, 1), *([nn.BatchNorm2d(4)] if norm else []), act(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), L(12, 3)).eval().requires_grad_(False), IMG)
+    if bias is not None: m[0].bias[:2] = torch.tensor(bias)
+    return m
+
+@pytest.mark.parametrize('second,goes', [(nn.Conv2d(4, 3, 3), True), (nn.Conv2d(4, 3, 1, stride=2), True), (nn.Conv2d(4, 3, 3, padding=1), False), (nn.Conv2d(4, 3, 3, padding='same'), False),
+    (nn.Conv2d(4, 3, 3, padding='valid'), True), (nn.Conv2d(4, 3, 3, padding=1, padding_mode='reflect'), True), (nn.Conv2d(4, 3, 3, padding=(0, 1), padding_mode='circular'), True),
+    (nn.Conv2d(4, 3, 3, bias=False), False)], ids=str)
+def test_a_constant_goes_where_its_reader_can_take_it_over(second, goes):
+    with torch.no_grad(): m = chain(second)
+    small = check(m, rows(m, **{'0': [0, 1]}), IMG, smaller=goes)
+    assert widths(small)[:2] == ([(2, 2), (3, 2)] if goes else [(4, 2), (3, 4)])
+
+@pytest.mark.parametrize('second', [nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(4, 3, 3, bias=False)], ids=str)
+def test_a_constant_zero_always_goes(second):
+    with torch.no_grad(): m = chain(second, norm=False, act=nn.ReLU, bias=[-.5, .5])
+    small = check(m, rows(m, **{'0': [0, 1]}), IMG); assert widths(small)[:2] == [(3, 2), (3, 3)]
+
+def test_constants_add_up_through_norm_and_flatten():
+    with torch.no_grad(): m = randomise(made(1, nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(), nn.Flatten(), nn.Linear(36, 3)).eval().requires_grad_(False), IMG)
+    small = check(m, rows(m, **{'0': [1, 3]}), IMG); v = F.leaky_relu((m[0].bias-m[1].running_mean)/(m[1].running_var+m[1].eps).sqrt()*m[1].weight+m[1].bias)
+    W = m[4].weight.view(3, 4, 9).sum(2); assert widths(small) == [(2, 2), (3, 18)] and torch.allclose(small[4].bias, m[4].bias + W[:, 1]*v[1] + W[:, 3]*v[3], atol=1e-5)
+
+def test_what_reads_constants_only_is_a_constant():
+    m = made(2, L(3, 4), nn.Tanh(), L(4, 4), nn.LeakyReLU(), L(4, 4), nn.LeakyReLU(), L(4, 2)).requires_grad_(False); x = torch.randn(6, 3)
+    mask = rows(m, **{'0': [0, 1], '2': []}); mask['2'][1:3, 2:] = False      # rows 1 and 2 read the two constants alone
+    assert widths(check(m, mask, x)) == [(2, 3), (2, 2), (4, 2), (2, 4)]
+
+class Sum(nn.Module):
+    def __init__(self, inner=False):
+        super().__init__(); self.a, self.b, self.c, self.inner = L(3, 3), L(3, 3), L(3, 2), inner
+        with torch.no_grad(): self.a.bias.fill_(.7); self.b.bias.fill_(.4)
+    def forward(self, x): h = F.leaky_relu(self.a(x)); return self.c(F.leaky_relu(self.b(h) + (h if self.inner else x)))
+
+def test_a_sum_is_constant_only_if_all_of_it_is():
+    x = torch.randn(6, 3); plain, inner = Sum(), Sum(True)
+    assert widths(check(plain, rows(plain, b=[0, 1]), x, smaller=False)) == [(3, 3), (3, 3), (2, 3)], 'the image comes through the shortcut'
+    assert widths(check(inner, rows(inner, b=[0, 1]), x, smaller=False)) == [(3, 3), (3, 3), (2, 3)]
+    assert widths(check(inner, rows(inner, a=[0], b=[0, 1]), x)) == [(2, 3), (2, 2), (2, 2)]
+
+def test_a_unit_that_happens_to_be_silent_stays():
+    m = made(3, L(3, 4), nn.ReLU(), L(4, 2)).requires_grad_(False); m[0].bias[0] = -100; x = torch.rand(6, 3)
+    assert widths(shrink(m, rows(m, **{'0': []}), x)) == [(4, 3), (2, 4)] and widths(shrink(m, rows(m, **{'0': [1]}), x)) == [(3, 3), (2, 3)]
+
+@pytest.mark.parametrize('pad,goes', [(0, True), (1, False)])
+def test_constants_through_a_depthwise_convolution(pad, goes):
+    m = made(4, nn.Conv2d(2, 4, 1), nn.LeakyReLU(), nn.Conv2d(4, 4, 3, padding=pad, groups=4), nn.LeakyReLU(), nn.Conv2d(4, 2, 1)).requires_grad_(False)
+    assert widths(check(m, rows(m, **{'0': [1, 2]}), IMG, smaller=goes)) == ([(2, 2), (2, 1), (2, 2)] if goes else [(4, 2), (4, 1), (2, 4)])
+
+def test_an_empty_depthwise_row_frees_the_channel_before_it():
+    m = made(4, nn.Conv2d(2, 4, 1), nn.LeakyReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.LeakyReLU(), nn.Conv2d(4, 2, 1)).requires_grad_(False)
+    assert widths(check(m, rows(m, **{'2': [1, 2]}), IMG)) == [(2, 2), (2, 1), (2, 2)]
+
+@pytest.mark.parametrize('flat', [True, False])
+def test_a_constant_that_differs_from_place_to_place(flat):
+    "A pool that averages zeros in at the border: each column of a linear layer still sees a constant, a convolution does not."
+    m = made(7, nn.Conv2d(2, 4, 1), nn.LeakyReLU(), nn.AvgPool2d(2, 1, padding=1), *([nn.Flatten(), L(4*36, 3)] if flat else [nn.Conv2d(4, 3, 1)])).requires_grad_(False)
+    small = check(m, rows(m, **{'0': [1, 2]}), IMG, smaller=flat); assert widths(small) == ([(2, 2), (3, 72)] if flat else [(4, 2), (3, 4)])
+
+def test_reading_a_unit_that_happens_to_be_silent_makes_no_constant():
+    m = made(8, L(3, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)).requires_grad_(False); m[0].bias[0] = -100; x = torch.rand(6, 3)
+    mask = rows(m, **{'2': [3]}); mask['2'][1, 1:] = False
+    assert widths(shrink(m, mask, x)) == [(4, 3), (3, 4), (2, 3)]
+
+def test_a_dead_row_does_not_count_as_a_reader():
+    "Two readers: one takes the constant over, of the other (zero-padded) only a row reads it that nobody reads."
+    with torch.random.fork_rng():
+        torch.manual_seed(9); m = Net(lambda s, x: s.e1(F.leaky_relu(s.p1(h := F.leaky_relu(s.a(x))))).mean((2, 3)) + s.e2(F.leaky_relu(s.p2(h))).mean((2, 3)),
+                                      a=nn.Conv2d(2, 4, 1), p1=nn.Conv2d(4, 3, 3, padding=1), p2=nn.Conv2d(4, 3, 3), e1=nn.Conv2d(3, 2, 1), e2=nn.Conv2d(3, 2, 1)).requires_grad_(False)
+    mask = rows(m, a=[0], p1=[], e1=[]); mask['p1'][:2, 0] = False; mask['e1'][:, 2] = False; small = check(m, mask, IMG)
+    assert [tuple(getattr(small, k).weight.shape[:2]) for k in ('a', 'p1', 'p2', 'e1')] == [(3, 2), (2, 3), (3, 3), (2, 2)]
+    mask['e1'][:, 2] = True; assert shrink(m, mask, IMG).a.weight.shape[0] == 4
+
+def test_a_grouped_convolution_with_more_inputs_than_groups():
+    m = made(5, nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).requires_grad_(False)
+    assert widths(check(m, rows(m, **{'4': [0]}), IMG)) == [(8, 2), (4, 2), (3, 4), (2, 3)]
+
+def test_the_plan_is_the_one_that_shrink_follows():
+    with torch.no_grad(): m = chain(nn.Conv2d(4, 3, 3))
+    mask = rows(m, **{'0': [0, 1]}); assert plan(m, mask, IMG)['0'][0].tolist() == [2, 3]
+    small = shrink(m, mask, IMG); assert all(len(layers(small)[k].weight) == len(o) for k,(o,_) in plan(m, mask, IMG).items() if o is not None and k in layers(small))
+
+def test_the_last_channel_of_a_layer_stays_though_it_is_constant():
+    m = made(6, L(3, 3), nn.LeakyReLU(), L(3, 2)).requires_grad_(False); x = torch.randn(5, 3)
+    small = check(m, rows(m, **{'0': [0, 1, 2]}), x, smaller=False); assert widths(small) == [(1, 3), (2, 1)]
+
 # ---- apply
 
 @settings(max_examples=40, deadline=None)

@@ -6,9 +6,10 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest
+from neuronprune.allocate import allocate
 from neuronprune.core import Mask, Scores, layers
 from neuronprune.graph import trace
-from neuronprune.train import (MaskCallback, PruneCallback, Rewind, curves, evaluate, fine_tune, fit, gradual, keep_tensors,
+from neuronprune.train import (MaskCallback, PruneCallback, Rewind, curves, evaluate, fine_tune, fit, gradual, keep_tensors, sink,
                                learner, rebind, rewind_to, schedule_lr, sign_weights, wilson)
 
 def data(n=96, seed=0, bs=16):
@@ -185,3 +186,10 @@ def test_rebind_slices_optimiser_and_snapshots(opt, key, by_module):
     assert not torch.equal(before, small[0].weight)
     rebind(learn, net())
     with pytest.raises(ValueError, match='learner'): rewind_to(learn)
+
+def test_sunk_units_lose_ties():
+    "A removed unit that ties with a living one at zero goes first, whatever the weights said."
+    s = Scores({'a': torch.tensor([[0.,0.],[0.,1.]])}, 'weight', tiebreak={'a': torch.tensor([[3.,1.],[2.,0.]])})
+    mask = Mask({'a': torch.tensor([[False,True],[True,True]])}, 'weight')
+    assert allocate(sink(s, mask), .25)['a'].tolist() == [[False,True],[True,True]]
+    assert allocate(s, .25)['a'].tolist() == [[True,False],[True,True]]
