@@ -7,12 +7,14 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
            'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate', 'ratios',
            'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback',
            'PruneCallback', 'Rewind', 'rewind_to', 'rebind', 'apply', 'shrink', 'save', 'load', 'plan', 'difference',
-           'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published', 'count_params',
-           'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'prune', 'dense', 'Result', 'run_all', 'grid',
-           'load_grid', 'gather', 'baselines', 'mip', 'mint']
+           'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published', 'accounting',
+           'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'dead_units', 'prune', 'dense',
+           'Result', 'one_shot', 'fine_tuned', 'plot_study', 'summary', 'paired', 'attack', 'robustness',
+           'plot_robustness', 'calibration', 'ece', 'plot_reliability', 'run_all', 'grid', 'load_grid', 'gather',
+           'baselines', 'mip', 'mint']
 
-# %% ../nbs/24_all.ipynb #from-neuronprune-import-core-data
-from . import core, data, models, graph, allocate, train, surgery, report, pipeline, batch, baselines, mip, mint
+# %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
+from . import core, data, models, graph, allocate, train, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, mint
 from .core import Scores, Mask, Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
 from .data import get_dls, calib_batch, datasets, preset
 from .models import build, models, min_size
@@ -20,13 +22,17 @@ from .graph import Graph, trace
 from .allocate import allocate, ratios
 from .train import learner, fit, fine_tune, evaluate, Evaluation, wilson, curves, plot_curves, MaskCallback, PruneCallback, Rewind, rewind_to, rebind
 from .surgery import apply, shrink, save, load, plan, difference, SurgeryError
-from .report import Report, compare, plot_compare, verdict, differs, published, count_params, nonzero_params, count_macs, memory, latency_ms
+from .report import Report, compare, plot_compare, verdict, differs, published, accounting, count_params, nonzero_params, count_macs, memory, latency_ms
+from .blocks import dead_units
 from .pipeline import prune, dense, Result
+from .analysis import one_shot, fine_tuned, plot_study, summary, paired, attack, robustness, plot_robustness, calibration, ece, plot_reliability
 from .batch import run_all, grid, load_grid, gather
 
-# %% ../nbs/24_all.ipynb #all-scores-mask-method-unsupportedlayere
+# %% ../nbs/24_all.ipynb #all-scores-mask-method-unsuppo
 _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',
          'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate', 'ratios',
          'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback', 'PruneCallback', 'Rewind', 'rewind_to', 'rebind',
-         'apply', 'shrink', 'save', 'load', 'plan', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published',
-         'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'prune', 'dense', 'Result', 'run_all', 'grid', 'load_grid', 'gather', 'baselines', 'mip', 'mint']
+         'apply', 'shrink', 'save', 'load', 'plan', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published', 'accounting',
+         'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'dead_units', 'prune', 'dense', 'Result',
+         'one_shot', 'fine_tuned', 'plot_study', 'summary', 'paired', 'attack', 'robustness', 'plot_robustness', 'calibration', 'ece', 'plot_reliability',
+         'run_all', 'grid', 'load_grid', 'gather', 'baselines', 'mip', 'mint']

@@ -11,7 +11,7 @@ from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.mip import ClassBalanceError, chain, choose, cut, dead_on_batch, problem, reduce, run, score
 from neuronprune.mip_cvxpy import model, solve_cvxpy, solvers, sparsity
-from neuronprune.mip_solve import NoIncumbentError, SolverNotSuitableError, complete, objective, solve, sweep, terms, violation
+from neuronprune.mip_solve import NoIncumbentError, Search, SolverNotSuitableError, complete, objective, solve, sweep, terms, violation
 from neuronprune.models import build, mlp
 from neuronprune.surgery import apply, difference, shrink
 from neuronprune.train import MaskCallback, fit, learner
@@ -580,9 +580,12 @@ def test_interrupt_ends_the_sequence_of_programs(net, digits, monkeypatch):
     s = score(net, digits, variant='sequential'); assert len(calls) == 2 and s.meta['programs'] == 2 and s.meta['status'] == 'interrupted'
 
 def test_sound_search_starts_from_the_network_as_it_is(monkeypatch):
-    "Without any branching, the gates of s = 1 alone give better scores than s = 1."
-    monkeypatch.setattr('neuronprune.mip_solve.Search.tree', lambda self: None)
-    q = reduce(hard()); r = solve(q, time_limit=60); assert r.objective < objective(q, complete(q, np.ones(q.n_s))) - 1e-3
+    "The gates of s = 1 are tried, and alone give better scores than s = 1."
+    tried, polish = [], Search.polish
+    monkeypatch.setattr(Search, 'tree', lambda self: None)
+    monkeypatch.setattr(Search, 'polish', lambda self, x, point=None: (tried.append(x), polish(self, x))[1] if point is None else None)
+    q = reduce(hard()); one = complete(q, np.ones(q.n_s)); r = solve(q, time_limit=60)
+    assert len(tried) == 1 and np.array_equal(tried[0], one) and r.objective < objective(q, one) - 1e-3
 
 def test_slips_of_type(net, digits):
     xb, yb = choose(net, digits)
