@@ -16,7 +16,7 @@ from fastprogress import progress_bar
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_choice, check_finite, check_int,
-                              generator, method, replacing)
+                              check_type, generator, method, replacing)
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
@@ -353,26 +353,27 @@ def _arrays(m, P, C, taps, child, parent, column):
 # %% ../nbs/13_mint.ipynb #scores
 def _scores(model, graph, rho, groups, acts, clip, start, skipped, meta):
     "`Scores` from the raw scores [n_trials, K, G] of every layer."
-    mean, n = {k:torch.from_numpy(v.mean(0)) for k,v in rho.items()}, meta['n_trials']
-    labels = {k:(child, parent[column]) for k,(child,parent,column) in groups.items()}
-    meta['se'] = {k:None if n == 1 else (v.std(0, ddof=1)/n**.5).tolist() for k,v in rho.items()}
+    n, labels = meta['n_trials'], {k:(child, parent[column]) for k,(child,parent,column) in groups.items()}
+    size = {k:block_mean(model.get_submodule(k).weight.detach().abs().cpu(), o) for k,o in labels.items()}
+    rho = {k:torch.from_numpy(v)*(size[k] if meta['weighted'] else 1) for k,v in rho.items()}
+    mean = {k:v.mean(0) for k,v in rho.items()}
+    meta['se'] = {k:None if n == 1 else (v.std(0)/n**.5).tolist() for k,v in rho.items()}
     meta['constant'] = {k:dict(children=np.flatnonzero(constant_groups(C, groups[k][0])).tolist(),
                                parents=np.flatnonzero(constant_groups(P, groups[k][1])).tolist()) for k,(P,C,_) in acts.items()}
     if clip: meta['raw'] = {k:v.tolist() for k,v in mean.items()}
-    weights = {k:model.get_submodule(k).weight.detach() for k in rho}
     return Scores({k:(v.clamp(min=0) if clip else v).float() for k,v in mean.items()}, 'group', method='mint', graph=graph,
-                  labels=labels, cost={k:block_cost(o, graph.layers[k]['taps']) for k,o in labels.items()},
-                  tiebreak={k:block_mean(weights[k].abs(), o) for k,o in labels.items()},
+                  labels=labels, cost={k:block_cost(o, graph.layers[k]['taps']) for k,o in labels.items()}, tiebreak=size,
                   secs=time.perf_counter()-start, meta=meta, skipped=skipped)
 
 # %% ../nbs/13_mint.ipynb #check-score
-def _check_score(dls, estimator, tap, compat, n_groups):
+def _check_score(dls, estimator, tap, compat, n_groups, **flags):
     "Raises for arguments of `score` that would stop it later."
     if dls is None: raise ValueError("dls=None: mint looks at activations; pass the DataLoaders of get_dls")
     check_choice('estimator', estimator, ESTIMATORS)
     check_choice('tap', tap, ('child_input', 'conv_out'))
     check_choice('compat', compat, (None, 'released'))
     check_groups(n_groups)
+    for k,v in flags.items(): check_type(k, v, bool)
 
 # %% ../nbs/13_mint.ipynb #cut
 def cut(scores:Scores,       # from `score`
@@ -398,6 +399,7 @@ def score(model:nn.Module,  # trained network; left as found
           estimator:str='cgmi', # 'cgmi': given the other parents (the paper), 'gmi': without conditioning, 'contribution': what the block sends (ours)
           n_trials:int=8,   # splits in thirds, averaged (the paper has one); more than one gives a standard error
           calibrate:bool=False, # subtract the score of permuted children
+          weighted:bool=False, # times the mean magnitude of the block's weights (ours)
           clip:bool=False,  # negative scores become 0; the raw ones stay in `meta`
           tap:str='child_input', # parents as the child reads them, or 'conv_out': as their layer puts them out
           layers=None,      # paths of the layers to score, None = all that can be
@@ -409,7 +411,7 @@ def score(model:nn.Module,  # trained network; left as found
           progress:bool=False # show a bar?
          )->Scores:
     "Dependency of child group k on parent group g, float32 [K, G] per layer; `meta` has standard errors, dead groups, raw scores if clipped."
-    _check_score(dls, estimator, tap, compat, n_groups)
+    _check_score(dls, estimator, tap, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()
     xb, yb = calib_batch(dls, n_per_class=n_per_class, split='train', seed=seed)
@@ -420,7 +422,7 @@ def score(model:nn.Module,  # trained network; left as found
     pairs = {n:_arrays(model.get_submodule(n), *acts[n], *groups[n]) for n in names}
     rho = dependencies(pairs, estimator, n_trials, seed, calibrate, max_mem, n_jobs, cache, progress)
     meta = dict(estimator=estimator, n=len(xb), n_per_class=int(yb.bincount().max()), split='train', n_trials=n_trials,
-                calibrate=calibrate, clip=clip, tap=tap, grouping=grouping, seed=seed)
+                calibrate=calibrate, weighted=weighted, clip=clip, tap=tap, grouping=grouping, seed=seed)
     return _scores(model, graph, rho, groups, acts, clip, start, skipped, meta)
 
 # %% ../nbs/13_mint.ipynb #released

@@ -291,6 +291,13 @@ def test_clip_and_tiebreak(dls, res):
         w = dict(res.named_modules())[k].weight.detach().abs(); child, parent = raw.labels[k]
         np.testing.assert_allclose(raw.tiebreak[k][1,2], w[child == 1][:, parent == 2].mean(), rtol=1e-5)
 
+def test_weighted(dls, res):
+    kw = dict(n_per_class=10, n_trials=2, estimator='gmi'); plain, heavy = score(res, dls, **kw), score(res, dls, weighted=True, **kw)
+    for k,v in plain.items():
+        np.testing.assert_allclose(heavy[k], v.double()*plain.tiebreak[k], rtol=1e-5); assert plain.tiebreak[k].std() > 0
+        np.testing.assert_allclose(heavy.meta['se'][k], torch.tensor(plain.meta['se'][k])*plain.tiebreak[k], rtol=1e-5)
+    with pytest.raises(TypeError, match='weighted'): score(res, dls, weighted='magnitude', **kw)
+
 def test_groups_by_kmeans(dls, res):
     "Twin channels land in one group."
     with torch.no_grad():
