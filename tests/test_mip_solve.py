@@ -176,7 +176,8 @@ def test_time_limit(engine):
     for limit in (1e-9, .05, 1.):
         start = time.perf_counter(); sol = solve(p, time_limit=limit, engine=engine)
         assert time.perf_counter()-start < limit+1
-        assert sol.status == 'time_limit' and math.isfinite(sol.gap) and sol.gap > 0 and sol.objective <= on + 1e-9
+        late = sol.status == 'time_limit' # a fast machine may be done within a second, never within a nanosecond
+        assert (late or limit == 1. and sol.status == 'optimal') and math.isfinite(sol.gap) and (sol.gap > 0 or not late) and sol.objective <= on + 1e-9
         assert sol.bound <= sol.objective and violation(p, complete(p, sol.s)) <= 1e-6
 
 def test_interrupted(monkeypatch):
