@@ -366,7 +366,7 @@ def _scores(model, graph, rho, groups, acts, clip, start, skipped, meta):
                   secs=time.perf_counter()-start, meta=meta, skipped=skipped)
 
 # %% ../nbs/13_mint.ipynb #check-score
-def _check_score(dls, estimator, tap, compat, n_groups, **flags):
+def _check_score(dls, estimator, tap, grouping, compat, n_groups, **flags):
     "Raises for arguments of `score` that would stop it later."
     if dls is None: raise ValueError("dls=None: mint looks at activations; pass the DataLoaders of get_dls")
     check_choice('estimator', estimator, ESTIMATORS)
@@ -374,6 +374,9 @@ def _check_score(dls, estimator, tap, compat, n_groups, **flags):
     check_choice('compat', compat, (None, 'released'))
     check_groups(n_groups)
     for k,v in flags.items(): check_type(k, v, bool)
+    own = dict(estimator=(estimator, 'cgmi'), tap=(tap, 'child_input'), grouping=(grouping, 'contiguous'), **{k:(v, False) for k,v in flags.items()})
+    set_ = [k for k,(v,usual) in own.items() if v != usual]
+    if compat and set_: raise ValueError(f"{set_[0]}={own[set_[0]][0]!r}: the released code has no such choice; expected the default with compat={compat!r}")
 
 # %% ../nbs/13_mint.ipynb #cut
 def cut(scores:Scores,       # from `score`
@@ -411,7 +414,7 @@ def score(model:nn.Module,  # trained network; left as found
           progress:bool=False # show a bar?
          )->Scores:
     "Dependency of child group k on parent group g, float32 [K, G] per layer; `meta` has standard errors, dead groups, raw scores if clipped."
-    _check_score(dls, estimator, tap, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
+    _check_score(dls, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()
     xb, yb = calib_batch(dls, n_per_class=n_per_class, split='train', seed=seed)

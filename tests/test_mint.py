@@ -298,6 +298,10 @@ def test_weighted(dls, res):
         np.testing.assert_allclose(heavy.meta['se'][k], torch.tensor(plain.meta['se'][k])*plain.tiebreak[k], rtol=1e-5)
     with pytest.raises(TypeError, match='weighted'): score(res, dls, weighted='magnitude', **kw)
 
+def test_released_takes_no_other_choice(dls, res):
+    for kw in (dict(estimator='gmi'), dict(tap='conv_out'), dict(grouping='random'), dict(calibrate=True), dict(weighted=True), dict(clip=True)):
+        with pytest.raises(ValueError, match=next(iter(kw))): score(res, dls, compat='released', **kw)
+
 def test_groups_by_kmeans(dls, res):
     "Twin channels land in one group."
     with torch.no_grad():
