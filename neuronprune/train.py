@@ -63,6 +63,13 @@ class Rewind(Callback):
     def init(self): return self.states.get(0)
 
 # %% ../nbs/05_train.ipynb #learner-2
+class _Learner(Learner):
+    "A fastai `Learner` whose events reach only the callbacks that answer them."
+    def _call_one(self, event_name):
+        for cb in self.cbs.sorted('order'):
+            if event_name in ('after_fit', 'after_cancel_fit') or hasattr(type(cb), event_name) or event_name in vars(cb): cb(event_name)
+
+# %% ../nbs/05_train.ipynb #learner-3
 def learner(model:nn.Module,      # network to train; moved to the device of `dls`
             dls,                  # fastai `DataLoaders`
             opt='sgd',            # 'sgd', 'adam', 'adamw', 'rmsprop', 'adadelta', or a `torch.optim` class
@@ -84,10 +91,10 @@ def learner(model:nn.Module,      # network to train; moved to the device of `dl
     if device is not None: dls.to(torch.device(device))
     cbs = list(L(cbs))
     if not any(isinstance(o, Rewind) for o in cbs): cbs.append(Rewind())
-    learn = Learner(dls, model.to(getattr(dls, 'device', None)), loss_func=loss_func or CrossEntropyLossFlat(),
+    learn = _Learner(dls, model.to(getattr(dls, 'device', None)), loss_func=loss_func or CrossEntropyLossFlat(),
                     opt_func=partial(OptimWrapper, opt=cls, weight_decay=wd, **{**kw, **opt_args}),
-                    lr=usual if lr is None else _check_lr(lr), metrics=accuracy if metrics is None else metrics, cbs=cbs,
-                    **({} if splitter is None else dict(splitter=splitter)))
+                     lr=usual if lr is None else _check_lr(lr), metrics=accuracy if metrics is None else metrics, cbs=cbs,
+                     **({} if splitter is None else dict(splitter=splitter)))
     learn.seed,learn.n_fits,learn.history = check_int('seed', seed),0,[]
     if 'progress' in learn.__dict__: learn.remove_cb(learn.progress)
     learn.logger = noop
