@@ -67,10 +67,11 @@ def test_result(name, results):
         if res.unit == 'weight': assert v.shape == w.shape
         if res.unit == 'channel': assert len(v) == w.shape[1 if k != n else 0]
         if res.unit == 'group': assert tuple(map(len, res.labels[n])) == w.shape[:2] and v.ndim == 2
+        if res.unit == 'rank': assert v.shape == (min(w.flatten(1).shape),) and (v[:-1] >= v[1:]).all() and res.cost[k] == sum(w.flatten(1).shape)
     if isinstance(res, Scores):
         assert res.method == name and res.secs >= 0 and all(isinstance(o, str) for o in res.skipped.values())
         assert {k.removesuffix(':in') for k in res} | set(res.skipped) >= set(lay) and not set(res) & set(res.skipped)
-        assert any(v.min() < v.max() for v in res.values())
+        assert len(torch.cat([v.flatten().double() for v in res.values()]).unique()) > 1
     if res.unit == 'channel': assert res.graph is not None and not {k for k in res if not k.endswith(':in')} & set(res.graph.fixed)
 
 @each
@@ -98,7 +99,7 @@ def test_allocates_applies_saves(name, results, dls, tmp_path):
     res, model, *_ = results(name); m = methods()[name]; xb = next(iter(dls.valid))[0][:8]
     mask = res if isinstance(res, Mask) else m.allocate(res, .5) if callable(m.allocate) else allocate(res, .5, **m.allocate)
     assert 0 < mask.sparsity < 1
-    if m.unit == 'channel' or isinstance(res, Scores) and res.graph is not None: assert difference(apply(copy.deepcopy(model), mask), shrink(model, mask, xb), xb) <= 1e-5
+    if m.unit in ('channel', 'rank') or isinstance(res, Scores) and res.graph is not None: assert difference(apply(copy.deepcopy(model), mask), shrink(model, mask, xb), xb) <= 1e-5
     res.save(tmp_path/'r'); back = type(res).load(tmp_path/'r')
     assert list(back) == list(res) and all(torch.equal(v, back[k]) for k,v in res.items()) and back.unit == res.unit
 

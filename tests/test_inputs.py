@@ -1,0 +1,66 @@
+"""Readers and column groups against the graph of random networks."""
+import copy, pytest, torch
+from hypothesis import given, settings
+from torch import nn
+from neuronprune.core import Mask, layers
+from neuronprune.data import get_dls
+from neuronprune.graph import trace
+from neuronprune.inputs import column_groups, own_input, readers, traced
+from neuronprune.models import build
+from neuronprune.surgery import apply, difference, shrink
+from test_graph import KINDS, nets
+
+def first_seen(ids):
+    seen = {}
+    return [seen.setdefault(o, len(seen)) for o in ids]
+
+@settings(max_examples=15)
+@given(nets([k for k in KINDS if k not in ('shuffle', 'pad', 'glu')]))       # those hard-code their widths
+def test_any_column_group_can_be_cut_and_shrunk(m):
+    g = trace(m, torch.rand(1, 2, 2, 2)); names, skipped = readers(g)
+    assert set(names) | set(skipped) >= set(layers(m)) and not set(names) & set(skipped) and all(g.layers[n]['groups'] == 1 for n in names)
+    for n in names:
+        ids = [o if o >= 0 else -1-i for i,o in enumerate(g.in_slots[n].tolist())]
+        assert column_groups(g, n).tolist() == first_seen(ids) and not own_input(g, n).any()
+    x, gr = torch.rand(6, 2, 2, 2), {n:column_groups(g, n) for n in names}
+    mask = Mask({f'{n}:in':(v != v[-1]) | (v.max() == 0) for n,v in gr.items()}, 'channel', graph=g)
+    assert difference(apply(copy.deepcopy(m), mask), shrink(m, mask, x), x) <= 1e-5
+
+def test_first_layer_reads_the_input_and_own_lets_it_in():
+    m = build('lenet5', 1, 10, 20); g = trace(m, torch.rand(1, 1, 20, 20))
+    assert readers(g)[0] == ['conv2', 'fc1', 'fc2', 'fc3'] and readers(g, own=True)[0] == ['conv1', 'conv2', 'fc1', 'fc2', 'fc3']
+    assert column_groups(g, 'fc1').tolist() == torch.arange(16).repeat_interleave(4).tolist()
+
+def test_an_input_that_is_concatenated_keeps_a_layer_out():
+    class Both(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(7, 2), nn.Linear(2, 2)
+        def forward(self, x): return self.c(self.b(torch.cat([self.a(x).relu(), x], 1)).relu())
+    g = trace(Both(), torch.rand(1, 3))
+    assert readers(g)[0] == ['c'] and 'own input' in readers(g)[1]['b'] and own_input(g, 'b').tolist() == [False]*4 + [True]*3
+
+def test_mixed_channels_are_columns_of_their_own():
+    class Mixed(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 2)
+        def forward(self, x): return self.b(self.a(x).view(-1, 2, 2).sum(2))
+    m = Mixed(); g = trace(m, torch.rand(1, 3)); assert readers(g)[0] == ['b'] and column_groups(g, 'b').tolist() == [0, 1]
+
+def test_grouped_shared_and_repeated_layers_have_reasons():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__(); self.a, self.g, self.s, self.t, self.r, self.out = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1, groups=2), *[nn.Conv2d(4, 4, 1) for _ in range(3)], nn.Conv2d(4, 2, 1)
+            self.t.weight = self.s.weight
+        def forward(self, x): return self.out(self.r(self.r(self.t(self.s(self.g(self.a(x)).relu()).relu()).relu()))).mean((2, 3))
+    names, why = readers(trace(Net(), torch.rand(1, 1, 2, 2)))
+    assert names == ['out'] and 'grouped' in why['g'] and 'shares' in why['s'] and 'shares' in why['t'] and '2 times' in why['r'] and 'own input' in why['a']
+
+def test_traced():
+    m = build('mlp', 1, 10, 8); g = traced(m, get_dls('digits')); assert traced(m, graph=g) is g
+    with pytest.raises(ValueError, match='pass graph'): traced(m)
+    with pytest.raises(ValueError, match='does not fit'): traced(build('lenet5', 1, 10, 20), graph=g)
+    with pytest.raises(TypeError): traced('mlp', graph=g)
+
+def test_unknown_layers_and_networks_without_readers():
+    g = trace(nn.Linear(3, 2), torch.rand(1, 3))
+    for f in (column_groups, own_input):
+        with pytest.raises(ValueError, match='layer'): f(g, 'nope')
+    with pytest.raises(ValueError, match='no layer has inputs'): readers(g)

@@ -1,0 +1,315 @@
+"""Sensitivities against the definition, allocations against other solvers, and what SiPP and PFP promise."""
+import copy, math, pytest, torch
+import numpy as np, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from neuronprune.allocate import allocate, weights_left
+from neuronprune.core import Mask, Scores, kappa, layers
+from neuronprune.data import calib_batch, get_dls
+from neuronprune.draws import expected_unique
+from neuronprune.graph import trace
+from neuronprune.models import build
+from neuronprune.provable import _sampling_row, calib_size, pfp, sensitivities, sensitivity, sipp, sipp_cut
+from neuronprune.provable_allocate import equalise, predicted_error, sample_rows, spread, spread_cvxpy, whole
+from neuronprune.surgery import apply, difference, shrink
+from neuronprune.train import evaluate, fine_tune, fit, learner
+
+def shares(w, cols):
+    "The definition: g [n, o, k, p] for weights [o, k] and non-negative columns [n, k, p], float64 loops over signs."
+    g = torch.zeros(len(cols), *w.shape, cols.shape[-1], dtype=torch.float64)
+    for side in (1, -1):
+        part = (side*w).clamp(min=0).double()
+        terms = part[None, :, :, None]*cols.double()[:, None]
+        z = terms.sum(2, keepdim=True)
+        g += torch.where(z > 1.2e-7, terms/z, 0.)
+    return g
+
+def brute(m, a, reduce='max'):
+    "Sensitivities straight from the definition, with torch's own unfold group by group."
+    halves = [a.clamp(min=0), (-a).clamp(min=0)] if (a < 0).any() else [a]
+    best = torch.zeros(m.weight.shape, dtype=torch.float64)
+    for h in halves:
+        for g in range(getattr(m, 'groups', 1)):
+            if isinstance(m, nn.Linear): cols, rows = h.reshape(len(h), -1, h.shape[-1]).transpose(1, 2), slice(None)
+            else:
+                n_in, n_out = m.in_channels//m.groups, m.out_channels//m.groups
+                part, rows = h[:, g*n_in:(g+1)*n_in], slice(g*n_out, (g+1)*n_out)
+                pad = m.padding if isinstance(m.padding, tuple) else (0, 0)
+                if m.padding_mode != 'zeros': part, pad = F.pad(part, (pad[1], pad[1], pad[0], pad[0]), mode=m.padding_mode), 0
+                cols = F.unfold(part, m.kernel_size, m.dilation, pad, m.stride)
+            x = shares(m.weight[rows].detach().flatten(1), cols)
+            x = x.amax(3) if reduce == 'max' else x.mean(3)
+            best[rows] = torch.maximum(best[rows], x.amax(0).view(best[rows].shape))
+    return best.float()
+
+LAYERS = dict(linear=(lambda: nn.Linear(7, 5), (6, 7)), tokens=(lambda: nn.Linear(7, 5), (6, 3, 7)), conv=(lambda: nn.Conv2d(3, 4, 3, 2, 1), (5, 3, 7, 6)),
+              dilated=(lambda: nn.Conv2d(2, 3, (3, 2), dilation=2), (4, 2, 9, 8)), grouped=(lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4, 5, 5)),
+              depthwise=(lambda: nn.Conv2d(4, 4, 3, groups=4), (4, 4, 6, 6)), reflect=(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode='reflect'), (3, 2, 5, 5)))
+
+@pytest.mark.parametrize('reduce', ('max', 'mean'))
+@pytest.mark.parametrize('kind', LAYERS)
+@pytest.mark.parametrize('signed', (True, False))
+def test_sensitivity_is_the_definition(kind, signed, reduce):
+    torch.manual_seed(len(kind)); make, shape = LAYERS[kind]
+    m, a = make(), torch.randn(shape) if signed else torch.rand(shape)
+    with torch.no_grad(): m.weight.view(-1)[::5] = 0
+    s = sensitivity(m, a, reduce)
+    torch.testing.assert_close(s, brute(m, a, reduce), rtol=1e-5, atol=1e-7)
+    assert s.shape == m.weight.shape and (s[m.weight == 0] == 0).all() and s.max() <= 1+1e-5
+
+@pytest.mark.parametrize('cache', (64, 4096, 2**20))
+@pytest.mark.parametrize('few', (0, 1000))
+def test_blocks_do_not_matter(monkeypatch, cache, few):
+    import neuronprune.provable as pv
+    torch.manual_seed(0); m, a = nn.Conv2d(4, 6, 3, groups=2), torch.randn(9, 4, 8, 8)
+    want = [brute(m, a, o) for o in ('max', 'mean')]
+    monkeypatch.setitem(pv.CACHE, 'cpu', cache); monkeypatch.setattr(pv, 'FEW', few)
+    both = pv._sensitivity(m, a, ('max', 'mean'))
+    for o,w in zip(('max', 'mean'), want): torch.testing.assert_close(both[o], w, rtol=1e-5, atol=1e-7); torch.testing.assert_close(sensitivity(m, a, o), w, rtol=1e-5, atol=1e-7)
+
+def test_dead_inputs_dead_rows_and_half_precision():
+    m = nn.Linear(4, 3); a = torch.rand(5, 4); a[:, 1] = 0
+    with torch.no_grad(): m.weight[2] = 0
+    s = sensitivity(m, a)
+    assert (s[:, 1] == 0).all() and (s[2] == 0).all() and torch.isfinite(s).all()
+    assert (sensitivity(m, torch.zeros(2, 4)) == 0).all()
+    half = copy.deepcopy(m).to(torch.bfloat16)
+    torch.testing.assert_close(sensitivity(half, a.bfloat16()), brute(half.float(), a.bfloat16().float()), rtol=1e-5, atol=1e-7)
+
+class Twice(nn.Module):
+    def __init__(self): super().__init__(); self.fc, self.bn, self.out, self.idle = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Linear(2, 2)
+    def forward(self, x): return self.out(self.bn(self.fc(self.fc(x).relu())).relu())
+
+def test_one_pass_over_shared_layers_in_batches():
+    torch.manual_seed(0); m, x = Twice().train(), torch.randn(50, 6)
+    before = copy.deepcopy(m.state_dict())
+    res = sensitivities(m, x, ('max', 'mean'), bs=7)
+    with torch.no_grad(): h = m.fc(x).relu()
+    torch.testing.assert_close(res['max']['fc'], torch.maximum(brute(m.fc, x), brute(m.fc, h)), rtol=1e-5, atol=1e-7)
+    assert 'idle' not in res['max'] and m.training and all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+    assert not any(o._forward_pre_hooks for o in m.modules())
+    torch.testing.assert_close(sensitivities(m, x, bs=50)['max']['out'], res['max']['out'], rtol=1e-5, atol=1e-7)
+    perm = sensitivities(m, x.flip(0), bs=7)['max']['fc']
+    torch.testing.assert_close(perm, res['max']['fc'], rtol=1e-5, atol=1e-7)
+
+def test_bad_data_names_the_layer():
+    m = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad(): m[0].bias[1] = math.inf
+    with pytest.raises(ValueError, match="activations into '2'"): sensitivities(m, torch.rand(4, 3))
+    with torch.no_grad(): m[0].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="0.weight"): sensitivities(m, torch.rand(4, 3))
+    with pytest.raises(ValueError, match='cannot digest'): sensitivities(nn.Linear(3, 2), torch.rand(4, 5))
+    with pytest.raises(ValueError, match='empty'): sensitivities(nn.Linear(3, 2), torch.rand(0, 3))
+
+def test_calib_size_by_hand():
+    g = trace(build('lenet300', seed=0), torch.zeros(1, 1, 28, 28))
+    assert calib_size(g, 1e-12, 10) == 415 == math.ceil(10*math.log(8*300*410/1e-12))
+    for kw, text in ((dict(delta=0), '(0, 1)'), (dict(delta=1.5), 'delta'), (dict(c=0), 'positive'), (dict(c=math.nan), 'positive')):
+        with pytest.raises(ValueError, match=text.replace('(', r'\(').replace(')', r'\)')): calib_size(g, **kw)
+
+# -- allocations ------------------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(3, 25), st.integers(0, 10**6), st.floats(.05, .95))
+def test_spread_is_optimal(n, seed, share):
+    rng = np.random.default_rng(seed)
+    alpha, weight, room = rng.uniform(1, 900, n), rng.uniform(.01, 1, n), rng.integers(1, 400, n)
+    b = share*room.sum(); x = spread(alpha, weight, room, b)
+    assert abs(x.sum()-b) < 1e-6*b and (x >= 0).all() and (x <= room+1e-9).all()
+    value = lambda o: float(weight @ predicted_error(o, alpha))
+    y = spread_cvxpy(alpha, weight, room, b); y = np.maximum(y, 1e-12)
+    assert value(x) <= value(y*min(1, b/y.sum()))*(1+1e-4)
+    assert abs(value(x)/value(y)-1) < 1e-3 or value(x) < value(y)
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 10**6), st.floats(0, 1))
+def test_whole_is_exact_and_close(n, seed, share):
+    rng = np.random.default_rng(seed); room = rng.integers(0, 20, n); x = room*rng.uniform(0, 1, n)
+    b = int(round(share*room.sum())); x = x*min(1, b/max(x.sum(), 1e-9)); k = whole(x, room, b)
+    assert k.sum() == b and (k >= 0).all() and (k <= room).all()
+    assert (k >= np.floor(x)-1e-9).all()
+
+def test_predicted_error_solves_its_quadratic():
+    u = np.geomspace(1e-4, 1e3, 20); e = predicted_error(1/(3*u), 1.)
+    np.testing.assert_allclose(e*e, u*(e+1.5), rtol=1e-10) # eps^2 = u eps + 3u/2
+
+@pytest.fixture(scope='module')
+def dls(): return get_dls('digits', bs=64)
+
+@pytest.fixture(scope='module')
+def trained(dls):
+    l = learner(build('lenet300', size=8, seed=0), dls); fit(l, 4); return l
+
+@pytest.fixture(scope='module')
+def rand(trained, dls): return sipp(trained.model, dls, variant='rand', n=64)
+
+@pytest.mark.parametrize('sparsity', (.3, .777, .85))
+def test_det_is_the_global_ranking(trained, dls, sparsity):
+    sc = sipp(trained.model, dls, n=64); m = sipp_cut(sc, sparsity)
+    flat, keep = torch.cat([v.flatten() for v in sc.values()]), torch.cat([v.flatten() for v in m.values()])
+    assert int(keep.sum()) == kappa(len(flat), sparsity) and flat[keep].min() >= flat[~keep].max() and not m.scale
+    nested = sipp_cut(sc, .88)
+    assert all((nested[k] <= m[k]).all() for k in m)
+
+def test_scores_of_one_pass(trained, dls):
+    xb, _ = calib_batch(dls, n=64, split='valid', seed=0)
+    s = sensitivities(trained.model, xb)['max']; p = pfp(trained.model, dls, n=64, seed=0)
+    for k,v in s.items(): assert torch.equal(p[f'{k}:in'], v.amax(0))
+    conv = build('lenet5_conv', size=32, seed=0); x = torch.rand(3, 1, 32, 32)
+    for k,v in pfp(conv, [(x, torch.zeros(3, dtype=torch.long))] and get_dls('digits', size=32, bs=8), n=3).items():
+        assert v.ndim == 1 and len(v) == layers(conv)[k.removesuffix(':in')].weight.shape[1]
+
+@pytest.mark.parametrize('variant', ('rand', 'hybrid'))
+def test_sampling_keeps_signs_zeros_and_the_budget(trained, dls, variant):
+    net = copy.deepcopy(trained.model)
+    with torch.no_grad(): net.fc2.weight[3] = 0
+    sc = sipp(net, dls, variant=variant, n=64); total = sum(v.numel() for v in sc.values())
+    for s in (.5, .9, .98):
+        m = sipp_cut(sc, s); left = sum(int(v.sum()) for v in m.values())
+        assert m.meta['allocated'] == kappa(total, s) and abs(left-kappa(total, s)) < max(.015*kappa(total, s), 40)
+        after = apply(copy.deepcopy(net), m)
+        for k,w in layers(after).items():
+            old = layers(net)[k].weight
+            assert ((w.weight*old >= 0) & ((old != 0) | (w.weight == 0))).all() and torch.equal(w.weight != 0, m[k] & (old != 0))
+        again = sipp_cut(sc, s)
+        assert all(torch.equal(again.scale[k], m.scale[k]) for k in m)
+        other = sipp_cut(sc, s, seed=9)
+        assert any(not torch.equal(other.scale[k], m.scale[k]) for k in m) == any(map(any, m.meta['draws'].values()))
+
+def test_order_of_calls_does_not_matter(trained, dls):
+    "The released hybrid edits its cached allocation, and a second call with the same ratio gives another network."
+    sc = sipp(trained.model, dls, variant='hybrid', n=64); first = sipp_cut(sc, .8); sipp_cut(sc, .95); second = sipp_cut(sc, .8)
+    assert first.meta == second.meta and all(torch.equal(first.scale[k], second.scale[k]) for k in first)
+
+@pytest.mark.parametrize('target', (1, 9, 10))
+def test_draws_are_unbiased_per_weight(target):
+    "Mean of 4,000 draws of a neuron of ten weights per sign, also where all but one are wanted, and where all are."
+    rng = np.random.default_rng(target); s = rng.uniform(.01, 1, (2, 20)); s[0, 10:] = 0; s[1, :10] = 0
+    from neuronprune.draws import sample
+    x = np.stack([sample(s/s.sum(1, keepdims=True), np.array([target, target]), np.random.default_rng([target, i]))[0] for i in range(4000)])
+    se = x.std(0)/math.sqrt(len(x))
+    assert (np.abs(x.mean(0)-(s > 0)) <= 4.5*se + 1e-12).all()
+
+def test_unbiased_through_the_mask():
+    "The mean of 2,000 masks is 1 for every weight of a small layer, within 4.5 standard errors, whatever its row was given."
+    torch.manual_seed(0); w = torch.randn(4, 8); s = torch.rand(4, 8)*(w > -1.5)
+    sc = Scores({'a': s}, 'weight', labels={'a': (_sampling_row(w), torch.tensor([100.]))}, meta=dict(variant='rand', c=3., seed=0))
+    x = torch.stack([sipp_cut(sc, .5, seed=i).scale['a'] for i in range(2000)])
+    mean, se, live = x.mean(0), x.std(0)/math.sqrt(len(x)), s > 0
+    assert ((mean-1).abs()[live] <= 4.5*se[live] + 1e-6).all() and (x[:, ~live] == 0).all()
+    assert abs(float((x > 0).sum((1, 2)).float().mean()) - 16) < .5 # and as many distinct weights as asked for
+
+def test_hybrid_takes_the_cheaper_rule(trained, dls):
+    sc = {v:sipp(trained.model, dls, variant=v, n=64) for v in ('rand', 'hybrid')}
+    m = {v:sipp_cut(o, .6) for v,o in sc.items()}
+    rows = lambda o: {k:sum(n > 0 for n in v) for k,v in o.meta['draws'].items()}
+    assert all(rows(m['hybrid'])[k] <= rows(m['rand'])[k] for k in m['rand'])
+    assert sum(rows(m['hybrid']).values()) < sum(rows(m['rand']).values())
+
+@pytest.mark.parametrize('variant', ('det', 'rand', 'hybrid'))
+def test_density_one_changes_nothing_sipp(trained, dls, variant):
+    m = sipp_cut(sipp(trained.model, dls, variant=variant, n=16), 0.); net = apply(copy.deepcopy(trained.model), m)
+    assert not m.scale and all(torch.equal(a, b) for a,b in zip(net.parameters(), trained.model.parameters()))
+
+@pytest.mark.parametrize('variant', ('det', 'rand', 'top'))
+def test_density_one_changes_nothing_pfp(trained, dls, variant):
+    m = equalise(pfp(trained.model, dls, variant=variant, n=16), 0.); net = apply(copy.deepcopy(trained.model), m)
+    assert not m.scale and all(torch.equal(a, b) for a,b in zip(net.parameters(), trained.model.parameters()))
+
+# -- filters ----------------------------------------------------------------------------------------------------------------------
+
+def made_scores(name, size=32, seed=0):
+    "Random sensitivities for the inputs of a network that is not trained; (scores, model, images)."
+    torch.manual_seed(seed); m = build(name, 3 if name != 'lenet5_conv' else 1, 10, size, seed=seed).eval()
+    for o in m.modules():
+        if isinstance(o, nn.BatchNorm2d): nn.init.uniform_(o.weight, .5, 1.5); nn.init.normal_(o.bias); nn.init.normal_(o.running_mean); nn.init.uniform_(o.running_var, .5, 2)
+    x = torch.rand(4, 3 if name != 'lenet5_conv' else 1, size, size); g = trace(m, x)
+    found = {f'{k}:in':l.weight.shape[1] for k,l in layers(m).items() if getattr(l, 'groups', 1) == 1 and k in g.layers}
+    meta = dict(variant='det', n=1, delta=1e-12, c=3., seed=0, logs={k.removesuffix(':in'):1+i/10 for i,k in enumerate(found)})
+    return Scores({k:torch.rand(n)**3 for k,n in found.items()}, 'channel', graph=g, meta=meta, method='pfp'), m, x
+
+@pytest.mark.parametrize('name', ('lenet5_conv', 'resnet20', 'densenet22', 'vgg7_bn'))
+@pytest.mark.parametrize('tied', (True, False))
+def test_pfp_meets_the_budget_and_shrinks(name, tied):
+    sc, model, x = made_scores(name)
+    for s in (.3, .8):
+        m = equalise(sc, s, tied=tied, prune_inputs=not tied); total, left = weights_left(sc.graph, {}), weights_left(sc.graph, m)
+        assert left >= kappa(total, s) and (left-kappa(total, s))/kappa(total, s) < (.12 if name == 'lenet5_conv' else .02), left/kappa(total, s)
+        masked = apply(copy.deepcopy(model), m); small = shrink(model, m, x)
+        assert difference(masked, small, x) <= 1e-5 and difference(model, masked, x) > 1e-3
+        if tied: assert sum(o.weight.numel() for o in layers(small).values()) == left
+
+def test_a_channel_goes_when_all_its_readers_drop_it():
+    sc, model, x = made_scores('resnet20'); m = equalise(sc, .8, tied=False); keep, g = m.expand(model), sc.graph
+    cut = g.unread({k.removesuffix(':in'):~v for k,v in m.items()})
+    for k,gone in cut.items(): assert (~keep[f'{k}.weight'].flatten(1).any(1) == gone).all()
+    assert any(v.any() for v in cut.values())
+
+def test_pfp_equalises_the_error_and_is_not_a_top_k():
+    "Two layers: one with a few loud inputs, one with even ones. Equal errors cut the uneven one deeper; a global ranking does not."
+    net = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5)); g = trace(net, torch.rand(2, 40))
+    loud = torch.cat([torch.full((4,), .9), torch.full((36,), .02)]); even = torch.linspace(.028, .031, 40)
+    sc = Scores({'2:in':loud, '4:in':even}, 'channel', graph=g, meta=dict(variant='det', seed=0, c=3., logs={'2':5., '4':5.}))
+    m = equalise(sc, .5); top = allocate(sc, .5, of='network', normalize=None)
+    assert int(m['2:in'].sum()) != int(top['2:in'].sum())
+    counts = {k:int(v.sum()) for k,v in m.items()}; tau = m.meta['tau']
+    for k,v in sc.items(): # what each layer keeps is what its samples hit, at one and the same predicted error
+        draws = tau*float(v.double().sum())*5; alpha = 2*3.*5*float(v.double().sum())
+        assert counts[k] == math.ceil(float(expected_unique((v/v.sum()).numpy(), draws))) and abs(predicted_error(draws, alpha)-m.meta['error']) < 1e-9
+    errors = [float(predicted_error(_draws(v, int(top[k].sum())), 30.*float(v.sum()))) for k,v in sc.items()]
+    assert max(errors)/min(errors) > 2 # the global ranking does not equalise
+
+def _draws(v, kept):
+    "Real number of draws that hit `kept` distinct inputs on average."
+    q, lo, hi = (v/v.sum()).double().numpy(), 0., 1e9
+    for _ in range(200):
+        mid = (lo+hi)/2; lo, hi = (mid, hi) if expected_unique(q, mid) < min(kept, len(q)-1e-6) else (lo, mid)
+    return hi
+
+def test_constants_cancel():
+    sc, *_ = made_scores('lenet5_conv'); a = equalise(sc, .6)
+    sc.meta['logs'] = {k:7*v for k,v in sc.meta['logs'].items()}; sc.meta['c'] = 10.
+    b = equalise(sc, .6)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_fewer_weights_never_more_channels():
+    sc, *_ = made_scores('vgg7_bn'); last = None
+    for s in (.2, .5, .8, .9, .97):
+        m = equalise(sc, s); now = {k:int(v.sum()) for k,v in m.items()}
+        assert last is None or all(now[k] <= last[k] for k in now); last = now
+
+def test_inputs_spared(trained, dls):
+    sc = pfp(trained.model, dls, n=64)
+    free, spared = equalise(sc, .5), equalise(sc, .5, prune_inputs=False)
+    assert not free['fc1:in'].all() and spared['fc1:in'].all() and spared['fc2:in'].sum() < free['fc2:in'].sum()
+    assert equalise(sc, .5, keep=['fc2'])['fc2:in'].all()
+
+@pytest.mark.parametrize('variant', ('rand', 'top'))
+def test_pfp_draws(trained, dls, variant):
+    sc = pfp(trained.model, dls, variant=variant, n=64); m = equalise(sc, .6); a = equalise(sc, .6)
+    assert all(torch.equal(m.scale[k], a.scale[k]) and torch.equal(m[k], m.scale[k] > 0) for k in m)
+    x = torch.stack([equalise(sc, .6, seed=i).scale['fc3:in'] for i in range(400)])
+    mean, se, often = x.mean(0), x.std(0)/20, (x > 0).sum(0) >= 20
+    assert often.sum() > 20 and ((mean-1).abs() <= 4.5*se+1e-6)[often].all() and (x[:, sc['fc3:in'] == 0] == 0).all()
+    if variant == 'top': assert (x == 1).all(0).any() and (x == 1).all(0).sum() < x.shape[1]
+    net = apply(copy.deepcopy(trained.model), m); small = shrink(trained.model, m, calib_batch(dls, n=8)[0])
+    assert difference(net, small, calib_batch(dls, n=8)[0]) < 1e-5
+
+def test_masks_hold_through_training(dls):
+    l = learner(build('lenet300', size=8, seed=1), dls, wd=1e-2); fit(l, 1); m = sipp_cut(sipp(l.model, dls, n=32), .9)
+    fine_tune(l, m, 2)
+    assert all((layers(l.model)[k].weight[~v] == 0).all() for k,v in m.items())
+    more = sipp(l.model, dls, n=32)
+    assert all((more[k][~v] == 0).all() for k,v in m.items()) # what is pruned scores 0 and stays pruned
+
+@pytest.mark.parametrize('kw, text', ((dict(variant='best'), 'variant'), (dict(n=0), 'n=0'), (dict(delta=2.), 'delta'), (dict(split='all'), 'split')))
+@pytest.mark.parametrize('f', (sipp, pfp))
+def test_bad_arguments(trained, dls, f, kw, text):
+    with pytest.raises(ValueError, match=text): f(trained.model, dls, **kw)
+
+def test_messages(trained, dls, rand):
+    with pytest.raises(ValueError, match='needs images'): sipp(trained.model)
+    with pytest.raises(ValueError, match='reduce'): sipp(trained.model, dls, reduce='sum')
+    with pytest.raises(ValueError, match='sparsity'): sipp_cut(rand, 90)
+    with pytest.raises(ValueError, match='sparsity'): equalise(pfp(trained.model, dls, n=8), 1.)
+    with pytest.raises(ValueError, match='keep'): sipp_cut(rand, .5, keep=('fc1',))
