@@ -438,7 +438,8 @@ def sink(scores:Scores, # scores of all units
     low = min(float(v.min()) for v in scores.values())
     low = 0. if low >= 0 else low-1
     units = {k:v.masked_fill(~mask[k], low) for k,v in scores.items()}
-    ties = {k:v.masked_fill(~mask[k], float(v.min())-1) for k,v in scores.tiebreak.items()}
+    second = scores.tiebreak or {k:torch.zeros_like(v) for k,v in units.items()} # among equals, what is gone comes first
+    ties = {k:v.masked_fill(~mask[k], float(v.min())-1) for k,v in second.items()}
     return Scores(units, scores.unit, method=scores.method, graph=scores.graph, labels=scores.labels, cost=scores.cost,
                   tiebreak=ties, meta=scores.meta, skipped=scores.skipped)
 

@@ -1,0 +1,491 @@
+"""Chains of ever smaller networks: budgets, what each mode starts from, interruptions, and the tables made of the rows."""
+import json, math, sys, types
+from itertools import product
+from pathlib import Path
+import numpy as np, pandas as pd, papermill as pm, pytest, torch, yaml
+from hypothesis import given, settings, strategies as st
+from scipy import stats
+import neuronprune.core as core
+from neuronprune import cascade as C, surgery
+from neuronprune.allocate import allocate
+from neuronprune.cascade import *
+from neuronprune.core import Mask, Scores, layers, load_tensors, method
+from neuronprune.data import get_dls
+from neuronprune.models import build
+from neuronprune.pipeline import dense
+from neuronprune.report import count_params
+from neuronprune.train import Rewind, evaluate, fit, learner
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT/'nbs'/'params'/'provable').glob('*.yml'))
+FT = dict(unit='channel', norm='l1', scope='layer', of='network')
+KINDS = [('magnitude', {}), ('magnitude', FT)]
+kinds = pytest.mark.parametrize('name,args', KINDS, ids=['weights', 'channels'])
+
+@pytest.fixture(scope='module')
+def dls(): return get_dls('digits', n_train=320)
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return tmp_path_factory.mktemp('runs')
+
+@pytest.fixture
+def registered():
+    "Methods made for one test."
+    before = dict(core._registry)
+    yield method
+    core._registry.clear(); core._registry.update(before)
+
+def chain(dls, out, name='magnitude', args=None, ds=(.5, .2, .1), **kw):
+    kw = {**dict(epochs=2, fine_tune_epochs=1, lr=.05, model='lenet300'), **kw}
+    return cascade(dls, kw.pop('model'), name, list(ds), method_args=args, out=out, **kw)
+
+def folder(dls, out, name='magnitude', args=None, ds=(.5, .2, .1), **kw):
+    kw = {**dict(epochs=2, fine_tune_epochs=1, lr=.05, model='lenet300'), **kw}
+    return cascade_folder(check_cascade(dict(kw, method=name, densities=list(ds), method_args=args, out=out), dls.c_in, dls.n_out, dls.size), dls)
+
+def network(d, i): return load_tensors(d/f'step{i:03d}.safetensors')[0]
+def timeless(df): return df.drop(columns=['score_secs', 'train_secs'])
+
+# Sizes
+
+def test_harmonic_densities_of_the_paper():
+    assert [round(o, 3) for o in densities('harmonic', lo=.05, count=.8)] == [.442, .274, .195, .150, .121, .101, .086, .075, .066, .059, .053, .049]
+
+@pytest.mark.parametrize('kind,f', [('geometric', lambda hi, lo, n: np.geomspace(hi, lo, n)), ('linear', lambda hi, lo, n: np.linspace(hi, lo, n)),
+    ('cubic', lambda hi, lo, n: [lo+(hi-lo)*(1-i/(n-1))**3 for i in range(n)]),
+    ('harmonic2', lambda hi, lo, n: [hi*i**(-math.log(hi/lo)/math.log(n)) for i in range(1, n+1)])])
+def test_densities_between_two_ends(kind, f):
+    for hi,lo,n in [(.85, .15, 58), (.5, .02, 15), (1., .9, 2)]: assert np.allclose(densities(kind, hi, lo, n), f(hi, lo, n), atol=1e-9)
+
+def test_lists_of_the_cifar_networks():
+    ds = densities('manual', values=[.99, .855]) + densities('geometric', .85, .15, 58) + densities('linear', .132, .02, 9)
+    assert len(check_densities(ds)) == 69 and ds[:3] == [.99, .855, .85] and ds[-1] == .02
+
+@pytest.mark.parametrize('kw,words', [(dict(kind='geometrc', hi=.5, lo=.1, count=3), "did you mean 'geometric'"), (dict(hi=.5, lo=.1), 'count=None'),
+    (dict(hi=.1, lo=.5, count=3), 'descending'), (dict(hi=50, lo=.1, count=3), 'did you mean 0.5'), (dict(kind='manual', values=[]), 'empty'),
+    (dict(kind='harmonic', lo=.05, count=0), 'count=0'), (dict(kind='manual', values=[.5, .5]), 'descending'), (dict(kind='manual', values=[.5, 0.]), 'keeps nothing'),
+    (dict(kind='manual', values=[.5], hi=.9), 'hi=0.9')])
+def test_bad_densities(kw, words):
+    with pytest.raises(ValueError, match=words): densities(**kw)
+
+@pytest.mark.parametrize('name', ['lenet300', 'lenet5_conv', 'resnet20'])
+def test_budget_is_the_specified_number(name):
+    net = build(name, 3, 10, 32); size, n = count_params(net), sum(m.weight.numel() for m in layers(net).values())
+    for kr in (.97, .5, .25, .125, .0625): assert budget(net, kr) == min(int((kr-1)*size+n), n)
+    assert budget(net, 1.) == n
+    least = (size-n+len(layers(net)))/size
+    assert budget(net, math.ceil(least*1e9)/1e9) == len(layers(net))
+    with pytest.raises(ValueError, match=f'expected at least {math.ceil(1e6*least)/1e6:g}'): budget(net, least*.999)
+
+def test_budget_counts_decimals(): assert [budget(torch.nn.Linear(10, 10, bias=False), d) for d in (.29, .57, .58)] == [29, 57, 58] # not 28, 56, 57
+
+@given(st.integers(1, 80), st.data())
+def test_pieces_of_the_list(n, data):
+    k = data.draw(st.integers(1, n)); got = tuned_steps(n, k)
+    sizes = np.diff([-1, *got])
+    assert len(got) == k and got[-1] == n-1 and sizes.min() >= sizes.max()-1 >= 0 and list(sizes) == sorted(sizes, reverse=True)
+
+def test_pieces_by_hand():
+    assert tuned_steps(69, 23) == list(range(2, 69, 3)) and tuned_steps(3, 0) == [] and tuned_steps(2) == [0, 1]
+    with pytest.raises(ValueError, match='only 2 densities'): tuned_steps(2, 3)
+
+# The chain
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', ['magnitude', 'snip', 'random'])
+def test_weight_budgets_are_exact(dls, home, mode, name):
+    df, d = chain(dls, home, name, mode=mode), folder(dls, home, name, mode=mode)
+    assert df.weights.tolist() == df.budget.tolist() == [budget(build('lenet300', 1, 10, 8), o) for o in (.5, .2, .1)]
+    files = [network(d, i) for i in range(3)]
+    for f,left in zip(files, df.layers):
+        real = {k:int(f[f'{k}.weight'].count_nonzero()) for k in ('fc1', 'fc2', 'fc3')}
+        assert real == json.loads(left)
+    if mode != 'one_shot':
+        for a,b in zip(files, files[1:]): assert all(((a[k] != 0) | (b[k] == 0)).all() for k in a if k.endswith('weight')), 'masks only shrink'
+
+def test_dead_weights_take_no_budget(dls, home, registered):
+    @registered('flat', unit='weight')
+    def flat(model, dls=None, *, seed=0):
+        whole = all(m.weight.all() for m in layers(model).values())
+        return Scores({k:m.weight.abs()*whole for k,m in layers(model).items()}, 'weight')
+    df = chain(dls, home, 'flat')
+    assert df.weights.tolist() == df.budget.tolist(), 'from the second cut on, the living score as low as the dead'
+
+def test_what_is_gone_stays_gone_whatever_the_allocator(dls, tmp_path, registered):
+    shift = iter((0, 3, 5))
+    def loose(scores, sparsity, **kw):
+        m, n = allocate(scores, sparsity), next(shift)
+        return Mask({k:v.roll(n, 0) for k,v in m.items()}, 'weight')
+    @registered('loose', unit='weight', allocate=loose)
+    def loose_scores(model, dls=None, *, seed=0): return Scores({k:m.weight.abs() for k,m in layers(model).items()}, 'weight')
+    df, d = chain(dls, tmp_path, 'loose'), folder(dls, tmp_path, 'loose')
+    files = [network(d, i) for i in range(3)]
+    for a,b in zip(files, files[1:]): assert all(((a[k] != 0) | (b[k] == 0)).all() for k in a if k.endswith('weight'))
+    assert df.weights.tolist() == [sum(int(f[k].count_nonzero()) for k in f if k.endswith('weight')) for f in files] and (df.weights[1:] < df.budget[1:]).all()
+
+def test_channel_chains_shrink(dls, home):
+    df, d = chain(dls, home, args=FT), folder(dls, home, args=FT)
+    assert (df.weights >= df.budget).all() and (np.diff(df.params_small) < 0).all() and (df.macs_small == df.macs).all()
+    for i,r in df.iterrows():
+        net = surgery.load(d/f'step{i:03d}.safetensors')
+        a, b = net.fc1.out_features, net.fc2.out_features
+        assert count_params(net) == r.params_small and evaluate(net, dls.test).k == r.tuned_k
+        if i: assert r.weights - r.budget < 64+b+a+10, 'within one neuron of each layer'
+    assert json.loads(df.layers.iloc[-1]) == {'fc1': 64*a, 'fc2': a*b, 'fc3': 10*b}
+
+@pytest.mark.parametrize('model,size,c', [('lenet5_conv', 32, 1), ('resnet20', 16, 3)])
+@pytest.mark.parametrize('mode', ['cascade', 'reinit'])
+def test_convolutions_and_residuals(home, model, size, c, mode):
+    tiny = get_dls('digits', size=size, n_train=64, c_in=c)
+    df = chain(tiny, home, args=FT, ds=(.5, .2), model=model, mode=mode, epochs=1)
+    assert (df.weights >= df.budget).all() and df.tuned_k.notna().all() and (np.diff(df.params_small) < 0).all()
+
+def test_density_one_changes_nothing(dls, home):
+    for args in (None, FT):
+        df = chain(dls, home, args=args, ds=(1.,), fine_tunes=0); net = network(folder(dls, home, args=args, ds=(1.,), fine_tunes=0), 0)
+        own = dense(dls, 'lenet300', 2, lr=.05, out=home).model.state_dict()
+        assert all(torch.equal(net[k], own[k]) for k in own) and df.pruned_k[0] == df.dense_k[0] and df.params_density[0] == 1
+
+def test_some_are_only_cut(dls, home):
+    df = chain(dls, home, ds=(.6, .5, .4, .3, .2), fine_tunes=2)
+    assert df.tuned_k.notna().tolist() == [False, False, True, False, True] == df.train_secs.notna().tolist()
+    d = folder(dls, home, ds=(.6, .5, .4, .3, .2), fine_tunes=2)
+    a, b = network(d, 0), network(d, 1)
+    assert all(torch.equal(b[k], torch.where(b[k] != 0, a[k], 0.)) for k in a if k.endswith('weight')), 'no training between the first two'
+    none = chain(dls, home, fine_tunes=0)
+    assert none.tuned_k.isna().all() and commensurate(none, .5, when='pruned').nets[0] == 1
+    with pytest.raises(ValueError, match="when='tuned'"): commensurate(none)
+
+def test_one_shot_cuts_the_dense_network(dls, home, monkeypatch):
+    calls, real = [], C.score_with
+    monkeypatch.setattr(C, 'score_with', lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    three, one = chain(dls, home, mode='one_shot', seed=3), chain(dls, home, mode='one_shot', ds=(.1,), seed=3)
+    assert len(calls) == 2, 'scored once per chain'
+    assert three.pruned_k.iloc[-1] == one.pruned_k.iloc[0] and three.pruned_loss.iloc[-1] == one.pruned_loss.iloc[0]
+    again = chain(dls, home, seed=3)
+    assert len(calls) == 5 and again.pruned_loss.iloc[0] == three.pruned_loss.iloc[0] and again.pruned_loss.iloc[1] != three.pruned_loss.iloc[1]
+
+def started(dls, out, monkeypatch, name, args, mode, **kw):
+    "(networks the fine-tunings start from, their arguments)"
+    seen = []
+    def spy(learn, mask, epochs, lr=None, **o):
+        seen.append(({k:v.clone() for k,v in learn.model.state_dict().items()}, dict(o, epochs=epochs)))
+        return real(learn, mask, epochs, lr, **o)
+    real = C.fine_tune; monkeypatch.setattr(C, 'fine_tune', spy)
+    chain(dls, out, name, args, mode=mode, **kw)
+    return seen
+
+@kinds
+def test_rewinding_restores_the_kept_epoch(dls, tmp_path, monkeypatch, name, args):
+    seen = started(dls, tmp_path, monkeypatch, name, args, 'rewind', epochs=3, fine_tune_epochs=1)
+    twin = learner(build('lenet300', 1, 10, 8, seed=0), dls, lr=.05, cbs=[Rewind(epochs=(2,))])
+    kept = fit(twin, 3).rewind.states[2]
+    assert not torch.equal(kept['fc1.weight'], twin.model.fc1.weight)
+    assert [o['start_epoch'] for _,o in seen] == [2]*3 and [o['epochs'] for _,o in seen] == [3]*3
+    for state,_ in seen: assert subset(state['fc1.weight'], kept['fc1.weight']) and subset(state['fc3.bias'][None], kept['fc3.bias'][None])
+    if args: return
+    for state,_ in seen: assert torch.equal(state['fc1.weight'], torch.where(state['fc1.weight'] != 0, kept['fc1.weight'], 0.))
+
+def subset(small, big):
+    "Are all non-zero entries of `small` entries of `big`, in its order?"
+    rest = iter(big.flatten().tolist())
+    return all(any(v == o for o in rest) for v in small.flatten().tolist() if v != 0)
+
+@kinds
+def test_drawing_afresh(dls, tmp_path, monkeypatch, name, args):
+    seen = [o[0] for o in started(dls, tmp_path, monkeypatch, name, args, 'reinit', seed=2)]
+    fresh = [build('lenet300', 1, 10, 8, seed=2000+i).state_dict() for i in (1, 2, 3)]
+    for s,f in zip(seen, fresh): assert subset(s['fc1.weight'], f['fc1.weight']) and s['fc1.weight'].count_nonzero() > 0
+    first = build('lenet300', 1, 10, 8, seed=2).state_dict()
+    assert not subset(seen[0]['fc1.weight'], first['fc1.weight']) and not subset(seen[1]['fc1.weight'], fresh[0]['fc1.weight'])
+
+def test_survivors_stay_in_a_cascade(dls, tmp_path, monkeypatch):
+    seen = started(dls, tmp_path, monkeypatch, 'magnitude', None, 'cascade'); d = folder(dls, tmp_path)
+    for i in (1, 2):
+        now, before = seen[i][0]['fc1.weight'], network(d, i-1)['fc1.weight']
+        assert torch.equal(now, torch.where(now != 0, before, 0.)) and seen[i][1].get('start_epoch', 0) == 0
+    assert len({o['seed'] for _,o in seen}) == 3
+
+def test_fine_tuning_has_its_own_schedule(dls, tmp_path, monkeypatch):
+    lrs, real = [], C.fine_tune
+    def spy(learn, mask, epochs, lr=None, **o): lrs.append((lr, learn.opt_func.keywords['weight_decay'], o)); return real(learn, mask, epochs, lr, **o)
+    monkeypatch.setattr(C, 'fine_tune', spy)
+    chain(dls, tmp_path, ds=(.5,), opt_args=dict(wd=1e-4), fit_args=dict(schedule='step', milestones=[1]), tune_args=dict(lr=.02, wd=5e-4, gamma=.3))
+    assert lrs == [(.02, 5e-4, dict(seed=1, schedule='step', milestones=[1], gamma=.3))]
+
+def drawn(registered):
+    "A sampling method: keeps what it must, each with a factor of 2."
+    def double(scores, sparsity, **kw):
+        m = allocate(scores, sparsity)
+        return Mask(m.units, 'weight', scale={k:2.*v for k,v in m.items()})
+    @registered('doubling', unit='weight', allocate=double)
+    def doubling(model, dls=None, *, seed=0): return Scores({k:m.weight.abs() for k,m in layers(model).items()}, 'weight')
+
+@pytest.mark.parametrize('mode', ['one_shot', 'cascade'])
+def test_factors_are_multiplied_in_once(dls, tmp_path, registered, monkeypatch, mode):
+    drawn(registered)
+    seen = [o[0] for o in started(dls, tmp_path, monkeypatch, 'doubling', None, mode)]
+    d, own = folder(dls, tmp_path, 'doubling', mode=mode), dense(dls, 'lenet300', 2, lr=.05, out=tmp_path).model.state_dict()
+    for i,s in enumerate(seen):
+        before = network(d, i-1) if i and mode == 'cascade' else own
+        for k in ('fc1.weight', 'fc2.weight', 'fc3.weight'): assert torch.equal(s[k], torch.where(s[k] != 0, 2*before[k], 0.))
+        assert all(((network(d, i)[k] == 0) == (s[k] == 0)).all() for k in s if k.endswith('weight')), 'the pattern is kept while training'
+
+def test_factors_of_channels_too(dls, tmp_path, registered, monkeypatch):
+    def double(scores, sparsity, **kw):
+        m = allocate(scores, sparsity, of='network')
+        return Mask(m.units, 'channel', graph=m.graph, scale={k:2.*v for k,v in m.items()})
+    @registered('fdoubling', unit='channel', allocate=double)
+    def fdoubling(model, dls=None, *, graph=None, seed=0):
+        return Scores({k:getattr(model, k).weight.abs().sum(1) for k in ('fc1', 'fc2')}, 'channel', graph=graph)
+    seen, own = started(dls, tmp_path, monkeypatch, 'fdoubling', None, 'cascade'), dense(dls, 'lenet300', 2, lr=.05, out=tmp_path).model.state_dict()
+    assert subset(seen[0][0]['fc1.weight'], 2*own['fc1.weight'])
+
+def test_pruned_inputs_stay_zero(dls, tmp_path, registered):
+    @registered('pixels', unit='channel', allocate=dict(of='network', normalize=None))
+    def pixels(model, dls=None, *, graph=None, seed=0):
+        w = model.fc1.weight.abs().sum(0); return Scores({'fc1:in': w}, 'channel', graph=graph)
+    df, d = chain(dls, tmp_path, 'pixels', ds=(.8, .7)), folder(dls, tmp_path, 'pixels', ds=(.8, .7))
+    gone = [(network(d, i)['fc1.weight'] == 0).all(0) for i in (0, 1)]
+    assert 0 < gone[0].sum() < gone[1].sum() < 64 and (gone[0] <= gone[1]).all() and (df.weights >= df.budget).all()
+    assert [json.loads(o)['fc1'] for o in df.layers] == [300*int((~g).sum()) for g in gone]
+
+# Interruptions, seeds
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name,args', [*KINDS, ('random', {})], ids=['weights', 'channels', 'random'])
+def test_resuming_is_bit_identical(dls, tmp_path, monkeypatch, mode, name, args):
+    whole = chain(dls, tmp_path/'a', name, args, mode=mode)
+    with monkeypatch.context() as m:
+        real = C._prune
+        m.setattr(C, '_prune', lambda run, i, b: (_ for _ in ()).throw(KeyboardInterrupt) if i == 2 else real(run, i, b))
+        with pytest.raises(KeyboardInterrupt): chain(dls, tmp_path/'b', name, args, mode=mode)
+    parts = chain(dls, tmp_path/'b', name, args, mode=mode)
+    pd.testing.assert_frame_equal(timeless(whole), timeless(parts))
+    a, b = (folder(dls, tmp_path/o, name, args, mode=mode) for o in 'ab')
+    for i in range(3): assert (a/f'step{i:03d}.safetensors').read_bytes() == (b/f'step{i:03d}.safetensors').read_bytes()
+    assert len(list(b.glob('state*'))) == 1 and not list(b.glob('*.tmp'))
+
+def test_initial_weights_survive_an_interruption(dls, tmp_path, registered, monkeypatch):
+    @registered('moved', unit='channel', allocate=dict(of='network'))
+    def moved(model, dls=None, *, graph=None, init=None, seed=0):
+        return Scores({k:(getattr(model, k).weight-init[f'{k}.weight']).abs().sum(1) for k in ('fc1', 'fc2')}, 'channel', graph=graph)
+    whole, real = chain(dls, tmp_path/'a', 'moved'), C._prune
+    with monkeypatch.context() as m:
+        m.setattr(C, '_prune', lambda run, i, b: (_ for _ in ()).throw(KeyboardInterrupt) if i == 2 else real(run, i, b))
+        with pytest.raises(KeyboardInterrupt): chain(dls, tmp_path/'b', 'moved')
+    pd.testing.assert_frame_equal(timeless(whole), timeless(chain(dls, tmp_path/'b', 'moved')))
+
+def test_dying_while_writing(dls, tmp_path, monkeypatch):
+    whole = chain(dls, tmp_path/'a')
+    with monkeypatch.context() as m:
+        real = C.replacing
+        def broken(path):
+            if Path(path).name == 'rows.json' and len(list(Path(path).parent.glob('step*'))) == 2: raise OSError('disk full')
+            return real(path)
+        m.setattr(C, 'replacing', broken)
+        with pytest.raises(OSError, match='disk full'): chain(dls, tmp_path/'b')
+    pd.testing.assert_frame_equal(timeless(whole), timeless(chain(dls, tmp_path/'b')))
+
+def test_a_finished_chain_is_not_run_again(dls, home, monkeypatch):
+    first = chain(dls, home)
+    monkeypatch.setattr(C, 'dense', lambda *a, **k: pytest.fail('trained again'))
+    pd.testing.assert_frame_equal(first, chain(dls, home))
+    assert chain(dls, home, name='magnitude').equals(first) and set(cascade(dls, 'lenet300', 'magnitude', [.5, .2, .1], epochs=2, fine_tune_epochs=1, lr=.05, out=home, name='WT').name) == {'WT'}
+
+def test_seeds(dls, tmp_path, home):
+    a, b, c = chain(dls, home, 'random', seed=1), chain(dls, tmp_path, 'random', seed=1), chain(dls, home, 'random', seed=2)
+    pd.testing.assert_frame_equal(timeless(a), timeless(b))
+    assert a.tuned_loss.tolist() != c.tuned_loss.tolist() and a.dense_loss[0] != c.dense_loss[0]
+
+def test_the_folder_is_a_function_of_what_matters(dls, tmp_path):
+    base = folder(dls, tmp_path)
+    assert base == folder(dls, tmp_path, tensorboard='x', progress=True)
+    assert len({folder(dls, tmp_path, **{k:v}) for k,v in dict(seed=1, mode='rewind', fine_tunes=1, tune_args={'lr': .1}, args={'norm': 'l2'}, ds=[.5], epochs=3).items()} | {base}) == 8
+
+# Bad arguments, before anything is trained
+
+@pytest.mark.parametrize('kw,err,words', [
+    (dict(name='magnitud'), ValueError, "did you mean 'magnitude'"), (dict(model='lenet3000'), ValueError, "did you mean 'lenet300'"),
+    (dict(mode='oneshot'), ValueError, "did you mean 'one_shot'"), (dict(args=dict(sparsity=.5)), ValueError, 'argument of magnitude'),
+    (dict(args=dict(unit='group')), ValueError, "unit='group'"), (dict(args=dict(threshold=1.)), ValueError, 'goes by densities'),
+    (dict(ds=(.5, .001)), ValueError, 'expected at least'), (dict(ds=(.2, .5)), ValueError, 'descending'), (dict(ds=()), ValueError, 'empty'),
+    (dict(fine_tunes=4), ValueError, 'only 3'), (dict(fine_tune_epochs=-1), ValueError, 'fine_tune_epochs=-1'), (dict(epochs=.5), TypeError, 'epochs=0.5'),
+    (dict(mode='rewind', fine_tune_epochs=3), ValueError, 'goes back so many'), (dict(opt='sdg'), ValueError, "did you mean 'sgd'"),
+    (dict(fit_args=dict(shedule='flat')), ValueError, "did you mean 'schedule'"), (dict(fit_args=dict(schedule='step')), ValueError, 'milestones'),
+    (dict(tune_args=dict(weight_decay=0)), ValueError, 'tune_args'), (dict(lr=-1.), ValueError, 'lr=-1'), (dict(method_args=3), TypeError, 'method_args'),
+    (dict(init='zeros'), ValueError, "init='zeros'"), (dict(seed=1.5), TypeError, 'seed=1.5')])
+def test_bad_arguments(dls, tmp_path, monkeypatch, kw, err, words):
+    monkeypatch.setattr(C, 'dense', lambda *a, **k: pytest.fail('trained before the arguments were checked'))
+    if 'method_args' in kw:
+        with pytest.raises(err, match=words): cascade(dls, 'lenet300', 'magnitude', [.5], out=tmp_path, **kw)
+    else:
+        with pytest.raises(err, match=words): chain(dls, tmp_path, **kw)
+
+def test_other_loaders(tmp_path):
+    with pytest.raises(TypeError, match='dls: expected DataLoaders from get_dls, got list'): cascade([], 'lenet300', 'magnitude', [.5], out=tmp_path)
+
+def test_layers_a_method_skips(dls, tmp_path, registered):
+    @registered('first', unit='weight')
+    def first(model, dls=None, *, seed=0): return Scores({'fc1': model.fc1.weight.abs()}, 'weight', skipped={'fc2': 'no theory', 'fc3': 'no theory'})
+    df = chain(dls, tmp_path, 'first', ds=(.8,))
+    assert df.weights[0] == df.budget[0] and json.loads(df.layers[0])['fc2'] == 30000
+    with pytest.raises(ValueError, match='31,000 weights are in layers the method skips .fc2, fc3'): chain(dls, tmp_path, 'first', ds=(.3,))
+
+def test_without_training(dls, tmp_path):
+    df = chain(dls, tmp_path, ds=(.5,), epochs=0, fine_tune_epochs=0)
+    assert df.tuned_k.isna().all() and df.weights[0] == df.budget[0]
+
+# Many chains
+
+def grid_of(out, **kw):
+    base = dict(data=dict(name='digits', n_train=200), model='lenet300', densities=[.5, .2], epochs=1, lr=.05, out=str(out), **kw)
+    return [dict(base, method=m, name=n, seed=s, **o) for s in (0, 1) for n,m,o in [('WT', 'magnitude', {}), ('boom', 'random', dict(tune_args=dict(lr=1e30)))]]
+
+def test_failures_stay_where_they_happen(tmp_path):
+    df = cascades(grid_of(tmp_path), progress=False)
+    assert df[df.name == 'WT'].groupby('seed').size().tolist() == [2, 2] and set(df[df.name == 'WT'].error) == {''}
+    bad = df[df.name == 'boom']
+    assert len(bad) == 2 and bad.error.str.contains('loss is').all() and bad.step.isna().all()
+    assert len(list((tmp_path/'dense').iterdir())) == 2
+    assert set(commensurate(df, .5).name) == {'WT'} and results_arrays(df)['error'].shape == (2, 2, 1, 1)
+    with pytest.raises(RuntimeError, match='all 1 chains failed.*loss is'): cascades(grid_of(tmp_path)[1:2], progress=False)
+
+@pytest.mark.slow
+def test_two_processes_do_the_same(tmp_path):
+    g = [o for d in 'ab' for o in grid_of(tmp_path/d)[::2]]
+    pd.testing.assert_frame_equal(timeless(cascades(g[:2], progress=False)), timeless(cascades(g[2:], 2, progress=False)))
+
+def test_bad_grids_are_found_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(C, 'dense', lambda *a, **k: pytest.fail('trained first'))
+    g = grid_of(tmp_path)
+    for bad,err,words in [([*g, dict(g[0], metod='x')], ValueError, "did you mean 'method'"), ([*g, 'x'], TypeError, 'grid'), ('x', TypeError, 'grid'),
+                          ([{k:v for k,v in g[0].items() if k != 'data'}], TypeError, 'data'), ([dict(g[0], densities=[.001])], ValueError, 'expected at least')]:
+        with pytest.raises(err, match=words): cascades(bad)
+
+# Tables
+
+def curve(seed, points, dense_k=900, n=1000, name='x'):
+    return pd.DataFrame([dict(dataset='d', model='m', mode='cascade', name=name, seed=seed, step=i, density=d, dense_k=dense_k, dense_n=n, tuned_k=k, pruned_k=0,
+                              params_density=d, macs_density=d/2) for i,(d,k) in enumerate(points)])
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(1, 99), st.integers(850, 950)), min_size=1, max_size=6, unique_by=lambda o: o[0]), min_size=1, max_size=4),
+       st.sampled_from(LEVELS))
+def test_commensurate_by_brute_force(nets, level):
+    df = pd.concat([curve(s, [(d/100, k) for d,k in ps]) for s,ps in enumerate(nets)])
+    best = []
+    for ps in nets:
+        ok = [d for d,k in ps if 1000-k <= 100 + 10*level]
+        best.append(1-min(ok)/100 if ok else 0.)
+    r = commensurate(df, level).iloc[0]
+    assert r.PR == pytest.approx(np.mean(best), abs=1e-12) and r.reached == sum(b > 0 for b in best) and r.nets == len(nets)
+    assert r.FR == pytest.approx(np.mean([(1+b)/2 if b else 0 for b in best]), abs=1e-12)
+    if len(best) > 1 and np.std(best):
+        assert (r.PR_lo, r.PR_hi) == pytest.approx(stats.t.interval(.95, len(best)-1, np.mean(best), stats.sem(best)))
+
+def test_commensurate_by_hand():
+    df = curve(0, [(.5, 899), (.3, 890), (.2, 895), (.1, 880)])
+    t = commensurate(df, (0, .1, .5, 1, 2, 5)); fallback = t.iloc[0]
+    assert t.PR.tolist() == pytest.approx([0, .5, .8, .8, .9, .9]) and t.error.tolist() == pytest.approx([.1, .101, .105, .105, .12, .12])
+    assert fallback.reached == 0 and (fallback.PR, fallback.FR) == (0, 0) and t.PR_lo.isna().all()
+    assert commensurate(curve(0, [(.5, 9949)], 9999, 10000), .5).PR[0] == .5, 'exactly on the level'
+    assert commensurate(curve(0, [(.5, 9948)], 9999, 10000), .5).PR[0] == 0
+    assert commensurate(curve(0, [(.5, 9942)], 9999, 10000), .57).PR[0] == .5, 'in decimals: .57 of 10,000 is less than 5,700 in binary'
+    two = commensurate(pd.concat([df, curve(0, [(.4, 900)], name='y')]), 0)
+    assert two.name.tolist() == ['x', 'y'] and two.PR.tolist() == pytest.approx([0, .6])
+    assert commensurate(df).level.tolist() == list(LEVELS)
+
+def test_tables_refuse_what_they_cannot_use():
+    with pytest.raises(TypeError, match='df'): commensurate([1])
+    with pytest.raises(ValueError, match='no column'): commensurate(pd.DataFrame(dict(name=['x'])))
+    with pytest.raises(ValueError, match='when'): commensurate(curve(0, [(.5, 900)]), when='before')
+    with pytest.raises(ValueError, match="did you mean 'macs'"): plot_tradeoff(curve(0, [(.5, 900)]), 'mac')
+
+@pytest.fixture(scope='module')
+def study_rows(dls, home):
+    runs = [('WT', 'magnitude', None), ('FT', 'magnitude', FT)]
+    return pd.concat([chain(dls, home, m, a, seed=s).assign(name=n, error='') for s in (0, 1) for n,m,a in runs], ignore_index=True)
+
+def test_results_on_disk(study_rows, tmp_path):
+    df = study_rows; files = {f.name: f for f in save_results(df, tmp_path/'res')}
+    assert set(files) == {o.name for o in (tmp_path/'res').iterdir()} == {'rows.csv', 'commensurate.csv', 'results.npz', 'tradeoff_params.pdf', 'tradeoff_macs.pdf', 'budget.pdf'}
+    with np.load(files['results.npz']) as z: a = dict(z)
+    assert a['names'].tolist() == ['WT', 'FT'] and a['nets'].tolist() == [0, 1] and a['error'].shape == (2, 3, 1, 2) and a['samples_per_layer'].shape == (2, 3, 1, 2, 3)
+    for s,i,(j,n) in product((0, 1), range(3), enumerate(['WT', 'FT'])):
+        r = df[(df.seed == s) & (df.step == i) & (df.name == n)].iloc[0]
+        assert (a['error'][s, i, 0, j], a['sizes'][s, i, 0, j], a['flops'][s, i, 0, j]) == (1-r.tuned_accuracy, r.params, r.macs)
+        assert a['samples_per_layer'][s, i, 0, j].tolist() == list(json.loads(r.layers).values())
+    back = pd.read_csv(files['rows.csv'])
+    assert back.tuned_k.tolist() == df.tuned_k.tolist() and back.layers.tolist() == df.layers.tolist()
+    assert all(files[f].read_bytes().startswith(b'%PDF') for f in files if f.endswith('pdf'))
+    with pytest.raises(ValueError, match='2 values of mode'): results_arrays(pd.concat([df, df.assign(mode='reinit')]))
+
+def test_plots_show_the_rows(study_rows):
+    df = study_rows; ax = plot_tradeoff(df).axes[0]; line = next(o for o in ax.lines if o.get_label() == 'FT')
+    ft = df[df.name == 'FT'].groupby('step')
+    assert np.allclose(line.get_xdata(), ft.params_density.mean())
+    assert np.allclose(line.get_ydata(), 100*(ft.tuned_accuracy.mean() - ft.dense_accuracy.mean()))
+    assert ax.get_xlim()[0] > ax.get_xlim()[1] and ax.get_xscale() == 'log'
+    near, table, names = C._layer_table(df, .21)
+    assert near == .2 and names == ['fc1', 'fc2', 'fc3']
+    row = df[(df.name == 'WT') & (df.step == 1)]; left = np.mean([list(json.loads(o).values()) for o in row.layers], 0)
+    assert np.allclose(table['WT'][:, 0], left/row.weights.mean()) and np.allclose(table['WT'][:, 1], left/np.array([19200, 30000, 1000])/(row.weights.mean()/50200))
+    assert len(plot_budget(df, .2).axes) == 2
+
+# TensorBoard
+
+def test_tensorboard_is_optional(dls, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    monkeypatch.setattr(C, 'dense', lambda *a, **k: pytest.fail('trained first'))
+    with pytest.raises(ImportError, match='pip install tensorboard'): chain(dls, tmp_path, tensorboard=tmp_path/'tb')
+
+def test_tensorboard_gets_every_density(dls, tmp_path, monkeypatch):
+    seen = []
+    class Writer:
+        def __init__(self, folder): pass
+        def add_scalar(self, tag, v, step): seen.append((tag, v, step))
+        def flush(self): pass
+        def close(self): pass
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
+    df = chain(dls, tmp_path, tensorboard=tmp_path/'tb', name='magnitude')
+    assert [v for t,v,_ in seen if t == 'magnitude/seed0/tuned_accuracy'] == df.tuned_accuracy.tolist()
+    assert sum(v for t,v,s in seen if '/share/' in t and s == 1) == pytest.approx(1)
+
+# The page and its parameter files
+
+def page(): return json.loads((ROOT/'nbs'/'comparison.ipynb').read_text(encoding='utf-8'))
+
+def test_defaults_of_page_and_package_agree():
+    cell = next(c for c in page()['cells'] if 'parameters' in c['metadata'].get('tags', []))
+    ns = {}; exec(''.join(cell['source']), ns); ns.pop('__builtins__')
+    assert ns == STUDY
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_parameter_files(path):
+    d = yaml.safe_load(path.read_text(encoding='utf-8')); p = check_study(d); g = study(p)
+    assert len(g) == len(p['seeds'])*len(p['methods']) and {'SiPP', 'PFP', 'WT', 'FT'} <= {o['name'] for o in g}
+    assert path.stem.startswith(d['dataset']) and next(iter(path.read_text().splitlines())).startswith('# ')
+
+def test_the_papers_configurations_are_there():
+    want = 'mnist_lenet300 mnist_lenet5 cifar10_lenet5 cifar10_resnet20 cifar10_resnet56 cifar10_resnet110 cifar10_vgg16 cifar10_densenet22 cifar10_wrn16_8 ' \
+           'imagenet_resnet18 imagenet_resnet50 imagenet_resnet101'.split()
+    d = {k:yaml.safe_load((ROOT/'nbs'/'params'/'provable'/f'{k}.yml').read_text()) for k in want}
+    plans = {k:check_densities([r for o in v['spacing'] for r in densities(**o)]) for k,v in d.items()}
+    assert {k:len(v) for k,v in plans.items()} == dict(zip(want, [12, 15, 8, 69, 60, 60, 60, 66, 69, 18, 10, 16]))
+    assert [v.get('fine_tunes') for v in d.values()] == [None]*3 + [23, 20, 20, 20, 22, 23] + [None]*3
+    assert [v.get('fine_tune_epochs') or v['epochs'] for v in d.values()] == [40]*3 + [182]*3 + [150, 300, 200] + [90]*3
+    vgg = {k:v for k,v in study({**STUDY, **d['cifar10_vgg16']})[0].items() if k != 'data'}
+    assert (vgg['fit_args']['warmup'], tune_split(vgg)[2]['warmup'], tune_split(vgg)[2]['gamma']) == (10, 5, .5)
+
+def test_bad_studies():
+    for kw,err,words in [(dict(epoch=3), ValueError, "did you mean 'epochs'"), (dict(methods={}), ValueError, 'methods: empty'), (dict(seeds=3), TypeError, 'seeds'),
+                         (dict(methods={'WT': 'magnitude'}), TypeError, "methods\\['WT'\\]"), (dict(dataset='digit'), ValueError, "did you mean 'digits'"),
+                         (dict(spacing=[dict(kind='linear', hi=.5, lo=.1)]), ValueError, 'count=None'), (dict(mode='x'), ValueError, "mode='x'")]:
+        with pytest.raises(err, match=words): check_study(kw)
+
+def test_the_page_runs_a_file(tmp_path):
+    pm.execute_notebook(str(ROOT/'nbs'/'comparison.ipynb'), str(tmp_path/'x.ipynb'), kernel_name='python3', progress_bar=False,
+                        parameters=dict(epochs=1, seeds=[0], n_train=200, out=str(tmp_path), methods={'FT': dict(FT, method='magnitude')}))
+    done = list((tmp_path/'comparison').glob('digits-lenet300-cascade-*/rows.csv'))
+    assert len(done) == 1 and set(pd.read_csv(done[0]).name) == {'FT'}
