@@ -157,8 +157,8 @@ def as_found(model:nn.Module,      # model to borrow
         for m,t in modes.items(): m.training = t
         for p,(r,g) in flags.items(): p.grad = g; p.requires_grad_(r)
 
-# %% ../nbs/00_core.ipynb #check_labels
-UNITS = ('weight', 'channel', 'group')
+# %% ../nbs/00_core.ipynb #check-labels
+UNITS = ('weight', 'channel', 'group', 'rank')
 
 def _check_labels(key, t, labels):
     "Group scores are [K, G] and every output and input belongs to one of the groups."
@@ -167,6 +167,14 @@ def _check_labels(key, t, labels):
     for idx,n,side in zip(labels[key], t.shape, ('child', 'parent')):
         bad = idx[(idx < 0) | (idx >= n)]
         if len(bad): raise ValueError(f"labels[{key!r}]: {side} group {int(bad[0])} out of range; expected 0 to {n-1}")
+
+def _check_ranks(key, t, labels):
+    "Rank scores are [r] or [k, r]; directions [out, r] and centre [out] belong to the former only."
+    if t.ndim not in (1, 2): raise ValueError(f"units[{key!r}]: shape {tuple(t.shape)}; expected [r] or [k, r] for unit='rank'")
+    if key not in labels: return
+    u, centre = (check_finite(f'labels[{key!r}]', o) for o in labels[key])
+    if t.ndim != 1 or u.ndim != 2 or u.shape != (len(centre), len(t)):
+        raise ValueError(f"labels[{key!r}]: directions {tuple(u.shape)} and centre {tuple(centre.shape)}; expected [out, {t.shape[-1]}] and [out]")
 
 # %% ../nbs/00_core.ipynb #units
 class Units(Mapping):
@@ -182,6 +190,7 @@ class Units(Mapping):
             if unit == 'channel' and v.ndim != 1:
                 raise ValueError(f"units[{k!r}]: shape {tuple(v.shape)}; expected one entry per channel")
             if unit == 'group': _check_labels(k, v, self.labels)
+            if unit == 'rank': _check_ranks(k, v, self.labels)
     def __getitem__(self, k): return self.units[k]
     def __iter__(self): return iter(self.units)
     def __len__(self): return len(self.units)
@@ -201,10 +210,10 @@ class Scores(Units):
     "Score per unit, higher = keep. `units`: key -> float tensor; NaN and infinities raise `ValueError`."
     def __init__(self,
                  units:dict,       # key -> tensor of scores
-                 unit:str,         # 'weight', 'channel' or 'group'
+                 unit:str,         # 'weight', 'channel', 'group' or 'rank'
                  *, method:str='', # name of the method that scored
                  graph=None,       # `Graph` of the model, needed for ties and surgery
-                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]), for unit='group'
+                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'
                  cost:dict=None,   # key -> weights per unit, a number or a tensor of the score's shape
                  tiebreak:dict=None, # key -> tensor of the score's shape; of two equal scores the lower one here goes first
                  secs:float=math.nan, # seconds the scoring took
@@ -255,7 +264,7 @@ def plot(self:Scores, n_max:int=4 # most block matrices drawn
         if len(self) <= 8: ax.legend(fontsize=7)
     plt.close(fig); return fig
 
-# %% ../nbs/00_core.ipynb #to_channels
+# %% ../nbs/00_core.ipynb #to-channels
 _reduce = dict(mean=torch.mean, sum=torch.sum, max=torch.amax, min=torch.amin)
 
 @patch
@@ -264,6 +273,7 @@ def to_channels(self:Scores, reduce:str='mean' # 'mean', 'sum', 'max' or 'min' o
     "Channel scores [out] from weight or group scores; the output layer, if the graph is known, is left out."
     f = _reduce[check_choice('reduce', reduce, _reduce)]
     if self.unit == 'channel': return self
+    if self.unit == 'rank': raise ValueError("scores: a rank belongs to no channel; expected scores of unit 'weight' or 'group'")
     skip = {} if self.graph is None else {k:self.graph.fixed[k] for k in self if k in self.graph.fixed}
     units = {k:f(v.flatten(1), 1) for k,v in self.items() if k not in skip}
     if self.unit == 'group': units = {k:v[self.labels[k][0]] for k,v in units.items()}
@@ -275,9 +285,9 @@ class Mask(Units):
     "Keep pattern, True = kept. `units`: key -> bool tensor."
     def __init__(self,
                  units:dict,       # key -> bool tensor
-                 unit:str,         # 'weight', 'channel' or 'group'
+                 unit:str,         # 'weight', 'channel', 'group' or 'rank'
                  *, graph=None,    # `Graph` of the model
-                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]), for unit='group'
+                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'
                  scale:dict=None,  # key -> factors >= 0 of the mask's shape, multiplied in once by `apply`
                  meta:dict=None    # requested sparsity, method, …, JSON-able
                 ):
@@ -418,9 +428,11 @@ def load(cls:Units, path):
     return cls({k:units[k] for k in h['keys']}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child},
                meta=h['meta'], **extra, **h['own'])
 
-# %% ../nbs/00_core.ipynb #modules-dict-random-baselines-magnitude
+# %% ../nbs/00_core.ipynb #modules-dict-random-baselines
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',
-                taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint')
+                taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint',
+                sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling', sampling='sampling',
+                thinet='criteria')
 _registry = {}
 
 # %% ../nbs/00_core.ipynb #method

@@ -337,7 +337,15 @@ def _block_mask(keep, child, parent, w):
     "Weight mask of `w`'s shape from the block pattern [K, G]."
     return keep[child][:, parent].view(w.shape[0], -1, *[1]*(w.ndim-2)).expand(w.shape).clone()
 
-# %% ../nbs/03_graph.ipynb #check_fit
+# %% ../nbs/03_graph.ipynb #rank-shape
+def _rank_shape(v, w):
+    "Shape that the rank entries `v` must have for the weight `w`: [r], or [k, r] where k divides the input channels."
+    k = len(v) if v.ndim == 2 else 1
+    if w.shape[1] % k: raise ValueError(f"mask: {k} groups of ranks; expected a divisor of the layer's {w.shape[1]} input channels")
+    r = min(len(w), w[0].numel()//k)
+    return (r,) if v.ndim == 1 else (k, r)
+
+# %% ../nbs/03_graph.ipynb #check-fit
 def _check_fit(mask, params):
     "Raises `ValueError` unless every key of the mask is a layer of the model and has its shape."
     for k,v in mask.items():
@@ -346,6 +354,7 @@ def _check_fit(mask, params):
             known = ', '.join(o.removesuffix('.weight') for o,p in params.items() if o.endswith('.weight') and p.ndim > 1)
             raise ValueError(f"mask: layer {n!r} is not in the model; expected one of {known}")
         if mask.unit == 'group': got, need = tuple(map(len, mask.labels[k])), tuple(w.shape[:2])
+        elif mask.unit == 'rank': got, need = tuple(v.shape), _rank_shape(v, w)
         else: got, need = tuple(v.shape), tuple(w.shape) if mask.unit == 'weight' else (w.shape[1 if k != n else 0],)
         if got != need: raise ValueError(f"mask[{k!r}]: {'group labels' if mask.unit == 'group' else 'shape'} {got}, but the model's layer needs {need}")
     if mask.unit == 'channel' and mask.graph is None:
@@ -355,8 +364,10 @@ def _check_fit(mask, params):
 @patch
 def expand(self:Mask, model:nn.Module # the model the mask was made for
           )->dict:
-    "Name of a parameter or buffer -> bool tensor on the model's device, True = kept; only tensors that may lose something."
+    "Name of a parameter or buffer -> bool tensor on the model's device, True = kept; only tensors that may lose something. `ValueError` for ranks."
     _check_plain(model)
+    if self.unit == 'rank': raise ValueError("mask: ranks have no pattern of zeros that could be kept; expected surgery.apply or surgery.shrink, "
+                                             "and the factors trained as they are, without a mask")
     params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     _check_fit(self, params)
     if self.unit == 'weight': res = {f'{k}.weight':v for k,v in self.items()}

@@ -94,6 +94,7 @@ def save(self:Result, folder # made if missing
 # %% ../nbs/20_pipeline.ipynb #round
 def _round(scores, mask, sparsity, alloc, args, graph):
     "The narrowed mask of one round, with its graph."
+    if scores.unit == 'rank': mask = None # the weights have lost those ranks already
     new = alloc(sink(scores, mask), **(dict(sparsity=sparsity) if args.get('threshold') is None else {}), **args)
     if mask is not None: new, meta = new & mask, new.meta; new.meta = meta
     if new.graph is None: new.graph = graph
@@ -110,6 +111,7 @@ def _tested(learn): return evaluate(learn, learn.dls.loaders[2] if len(learn.dls
 
 def _small(model, mask, xb, must):
     "The shrunken model, or None where surgery fails and nobody insisted."
+    if mask.unit == 'rank': return model # it has been trained in that form
     try: return surgery.shrink(model, mask, xb)
     except surgery.SurgeryError:
         if must: raise
@@ -143,6 +145,21 @@ def _check_run(learn, sparsity, threshold, rounds, schedule, epochs, lr, at, rew
     _check_moment('at', at, learn, ('trained', 'init')); _check_moment('rewind', rewind, learn, ('none', 'init', 'sign'))
     check_fit('fit_args', fit_args, learn.lr if lr is None else lr, epochs)
 
+# %% ../nbs/20_pipeline.ipynb #tune
+def _tune(learn, mask, rewind, xb, epochs, lr, **fit_args):
+    "Rewind, cut and fine-tune `learn` in place; the evaluation right after the cut."
+    if mask.unit == 'rank':
+        rewind_to(learn, rewind); learn.model, learn.opt = surgery.shrink(learn.model, mask, xb), None; cut = _tested(learn)
+        fit(learn, epochs, lr, **fit_args)
+    else:
+        rewind_to(learn, rewind, mask); surgery.apply(learn.model, mask); cut = _tested(learn)
+        fine_tune(learn, mask, epochs, lr, **fit_args)
+    return cut
+
+def _unfactor(learn, model):
+    "Write the products of the factors into `model`, and `model` into `learn`."
+    model.load_state_dict(surgery.merge(learn.model).state_dict()); learn.model, learn.opt = model, None
+
 # %% ../nbs/20_pipeline.ipynb #prune-2
 def prune(learn,              # a trained `Learner` from `learner`; changed in place
           method:str,         # a name of `methods()`
@@ -154,7 +171,7 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
           shrink:bool=False,  # replace the model by the physically smaller one
           at=None,            # weights to score: 'trained', 'init', an epoch; None = the method's
           rewind=None,        # weights to train from: 'none', 'init', 'sign', an epoch; None = the method's
-          unit:str=None,      # 'weight', 'channel', 'group'; None = the method's
+          unit:str=None,      # 'weight', 'channel', 'group', 'rank'; None = the method's
           seed:int=0,         # of the method's own randomness
           progress:bool=False, # progress bars
           fit_args:dict=None, # further arguments of `fit` for the fine-tuning
@@ -168,26 +185,28 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
     if {'rounds', 'sparsity'} <= _params(m.fn): own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1 # goes in rounds by itself
     steps = [None]*rounds if sparsity is None else ratios(sparsity, rounds, schedule)
     xb = _inputs(learn); graph = trace(learn.model, xb)
-    dense, before, mask, secs, peak = copy.deepcopy(learn.model), _tested(learn), None, 0., 0.
+    dense, before, mask, secs, peak, host = copy.deepcopy(learn.model), _tested(learn), None, 0., 0., learn.model
     for s in steps:
+        if learn.model is not host: _unfactor(learn, host)
         scores, meter = score_with(learn, m, at=at, unit=unit, graph=graph, seed=seed, progress=progress, **own)
         mask = _round(scores, mask, s, alloc, alloc_args, graph); secs += meter.secs; peak = max(peak, meter.peak_mib or 0.)
         if shrink: surgery.shrink(learn.model, mask, xb) # a network that cannot be cut is found out now
-        rewind_to(learn, rewind, mask); surgery.apply(learn.model, mask); pruned = _tested(learn)
-        fine_tune(learn, mask, fine_tune_epochs, lr, progress=progress, **fit_args)
+        pruned = _tune(learn, mask, rewind, xb, fine_tune_epochs, lr, progress=progress, **fit_args)
     tuned = _tested(learn) if fine_tune_epochs else None
     small = _small(learn.model, Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta), xb, shrink)
     report = Report.measure(dense, learn.model, small, xb=xb, mask=mask, scores=scores, dls=learn.dls, before=before, pruned=pruned,
                             tuned=tuned, method=method, method_args=args, seed=seed, sparsity=sparsity, secs=secs, peak_mib=peak,
                             extra=dict(rounds=own.get('rounds', rounds), at=at, rewind=rewind, fine_tune_epochs=fine_tune_epochs))
-    if shrink: rebind(learn, small, surgery.plan(learn.model, mask, xb))
+    if shrink: rebind(learn, small, {} if mask.unit == 'rank' else surgery.plan(learn.model, mask, xb))
+    elif learn.model is not host: _unfactor(learn, host)
     return Result(learn.model, mask, scores, report)
 
-# %% ../nbs/20_pipeline.ipynb #channel_table
+# %% ../nbs/20_pipeline.ipynb #channel-table
 def channel_table(res:Result,         # from `prune`
                   model:torch.nn.Module # a network of the unpruned shape
                  )->pd.DataFrame:
-    "One row per layer with removable channels: channels, unread, without inputs, and left in the channel form of the scores."
+    "One row per layer with removable channels: channels, unread, without inputs, and left in the channel form of the scores. For ranks: the mask's rows."
+    if res.mask.unit == 'rank': return res.mask.frame()
     g, keep, as_channels = res.mask.graph, res.mask.expand(model), None
     dead = surgery.dead_channels(model, res.mask, g)
     if res.mask.unit != 'channel':

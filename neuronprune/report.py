@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
 from .core import Mask, as_found, check_choice, check_int, check_type, layers, replacing
+from .surgery import factorise
 from .train import Evaluation
 
 # %% ../nbs/07_report.ipynb #count_params
@@ -77,18 +78,26 @@ def memory(model:nn.Module,     # any network
     check_choice('how', how, ('csr_npz', 'csr', 'dense'))
     return sum(_stored(m.weight.detach(), how) for m in layers(model).values())/2**20
 
+# %% ../nbs/07_report.ipynb #left
+def _left(model, mask):
+    "Masked layer -> the weights that are stored in its place, masked."
+    if mask.unit == 'rank':
+        small = factorise(model, mask)
+        return {n:[m.weight.detach() for m in layers(small.get_submodule(n)).values()] for n in mask}
+    keep = mask.expand(model)
+    return {n:[m.weight.detach()*keep[f'{n}.weight']] for n,m in layers(model).items() if f'{n}.weight' in keep}
+
 # %% ../nbs/07_report.ipynb #accounting
 def accounting(model:nn.Module, # dense or masked; not changed
                mask:Mask        # what is removed
               )->pd.DataFrame:
-    "Rows: each masked layer, all of them, the network; weights, zeros, fraction pruned, MiB dense / csr / csr_npz."
+    "Rows: each masked layer, all of them, the network; weights, zeros (ranks: weights saved), fraction pruned, MiB dense / csr / csr_npz."
     check_type('mask', mask, Mask)
-    keep, rows, hows = mask.expand(model), {}, ('dense', 'csr', 'csr_npz')
+    keep, left, rows, hows = {} if mask.unit == 'rank' else mask.expand(model), _left(model, mask), {}, ('dense', 'csr', 'csr_npz')
     for n,m in layers(model).items():
-        w, k = m.weight.detach(), keep.get(f'{n}.weight')
-        if k is not None: w = w*k
-        zeros = 0 if k is None else int((~k).sum())
-        rows[n] = dict(masked=k is not None, weights=w.numel(), zeros=zeros, **{h:_stored(w, h)/2**20 for h in hows})
+        ws, k = left.get(n, [m.weight.detach()]), keep.get(f'{n}.weight')
+        zeros = m.weight.numel()-sum(w.numel() for w in ws) if k is None else int((~k).sum())
+        rows[n] = dict(masked=n in left, weights=m.weight.numel(), zeros=zeros, **{h:sum(_stored(w, h) for w in ws)/2**20 for h in hows})
     df = pd.DataFrame(rows).T.infer_objects()
     part = df[df.masked]
     df = pd.concat([part, pd.DataFrame({'masked layers': part.sum(), 'network': df.sum()}).T]).drop(columns='masked')

@@ -81,6 +81,12 @@ def test_layers_in_order_with_every_kind():
     (lambda: Scores({'a': torch.tensor([1, inf])}, 'channel'), ValueError, "scores['a']: 1 of 2"),
     (lambda: Scores({'a': torch.rand(2, 2)}, 'group'), ValueError, "labels: no entry for 'a'"),
     (lambda: Scores({'a': torch.rand(2)}, 'group', labels={'a': ([0, 1], [0])}), ValueError, 'expected [K, G]'),
+    (lambda: Scores({'a': torch.rand(2, 2, 2)}, 'rank'), ValueError, "expected [r] or [k, r]"),
+    (lambda: Scores({'a': torch.rand(2)}, 'rank', labels={'a': (torch.rand(4, 3), torch.rand(4))}), ValueError, 'expected [out, 2] and [out]'),
+    (lambda: Scores({'a': torch.rand(2)}, 'rank', labels={'a': (torch.rand(4, 2), torch.rand(3))}), ValueError, 'expected [out, 2] and [out]'),
+    (lambda: Scores({'a': torch.rand(1, 2)}, 'rank', labels={'a': (torch.rand(4, 2), torch.rand(4))}), ValueError, 'directions (4, 2)'),
+    (lambda: Scores({'a': torch.rand(2)}, 'rank', labels={'a': (torch.rand(4, 2)/0, torch.rand(4))}), ValueError, "labels['a']"),
+    (lambda: Scores({'a': torch.rand(2)}, 'rank').to_channels(), ValueError, 'a rank belongs to no channel'),
     (lambda: Scores({'a': torch.rand(2, 1)}, 'group', labels={'a': ([0, 2], [0])}), ValueError, "labels['a']: child group 2 out of range; expected 0 to 1"),
     (lambda: Scores({'a': torch.rand(2, 1)}, 'group', labels={'a': ([0, 1], [0, 1])}), ValueError, "labels['a']: parent group 1 out of range; expected 0 to 0"),
     (lambda: Scores({'a': torch.rand(2, 1)}, 'group', labels={'a': ([0, 1], [-1, 0])}), ValueError, 'out of range; expected 0 to 0'),
@@ -109,9 +115,10 @@ def units(draw, mask, unit=None, scaled=None):
     unit = unit or draw(st.sampled_from(core.UNITS)); kw, vals = dict(labels={}), {}
     keys = draw(st.lists(st.sampled_from(['0', 'fc1', 'layer1.0.conv', 'fc1:in', 'a/b']), min_size=1, max_size=3, unique=True))
     for k in keys:
-        shape = draw(st.tuples(*[st.integers(1, 5)]*{'weight': draw(st.sampled_from([2, 4])), 'channel': 1, 'group': 2}[unit]))
+        shape = draw(st.tuples(*[st.integers(1, 5)]*{'weight': draw(st.sampled_from([2, 4])), 'channel': 1, 'group': 2, 'rank': draw(st.sampled_from([1, 2]))}[unit]))
         vals[k] = filled(draw, shape, 'bool' if mask else draw(st.sampled_from(['float32', 'float64', 'float16'])))
         if unit == 'group': kw['labels'][k] = tuple(torch.randint(0, n, (draw(st.integers(1, 7)),)) for n in shape)
+        if unit == 'rank' and len(shape) == 1 and draw(st.booleans()): kw['labels'][k] = filled(draw, (n := draw(st.integers(1, 6)), *shape), 'float64'), filled(draw, (n,), 'float64')
     if not mask: kw.update(cost={keys[0]: draw(st.sampled_from([3, 2.5]))} | {k:filled(draw, vals[k].shape, 'float32').abs() for k in keys[1:]}, secs=draw(st.floats(0, 9)),
                            method=draw(st.sampled_from(['', 'mint'])), skipped={'out': 'the output'})
     elif draw(st.booleans()) if scaled is None else scaled: kw['scale'] = {k:filled(draw, v.shape, 'float32').abs() for k,v in vals.items()}

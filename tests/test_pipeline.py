@@ -22,11 +22,12 @@ def test_every_method(dls, name):
     assert r.method == name and r.before.n == r.tuned.n == 359 and r.seed == 0 and r.secs > 0
     assert learn.model is res.model and not any(m._forward_hooks for m in learn.model.modules())
     got = res.mask.meta['achieved'] if res.mask.meta['of'] != 'units' else res.mask.sparsity
-    per_part = max(1, len(res.mask)) if res.mask.meta['scope'] == 'layer' else 1
+    per_part = max(1, len(res.mask)) if res.mask.meta.get('scope') == 'layer' else 1
     total = sum(v.numel() for v in res.mask.values())
     smallest = total if res.mask.meta['of'] == 'units' else min(len(v.flatten()) for v in res.mask.values())
-    assert .5-per_part/min(smallest, total) - 1e-9 <= got <= .5 + 1e-9
-    keep = res.mask.expand(build(host(name), 1, 10, 8, seed=0))
+    drawn = .005 if res.mask.scale else 0 # sampled weights: the budget is met in expectation
+    assert .5-per_part/min(smallest, total) - drawn - 1e-9 <= got <= .5 + drawn + 1e-9
+    keep = {} if res.mask.unit == 'rank' else res.mask.expand(build(host(name), 1, 10, 8, seed=0))
     if res.mask.unit == 'weight' and r.params_after == r.params_before:
         assert all((dict(res.model.named_parameters())[k][~v] == 0).all() for k,v in keep.items())
     assert all(v.any() for v in res.mask.values())

@@ -5,6 +5,7 @@ from torch import nn
 from neuronprune.core import Mask, Scores
 from neuronprune.report import (Report, accounting, compare, count_macs, count_params, differs, hardware, latency_ms, memory, metered, nonzero_params,
                                 plot_compare, published, verdict, versions)
+from neuronprune.surgery import factorise
 from neuronprune.train import Evaluation
 
 def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*3*3, 5))
@@ -66,6 +67,14 @@ def test_accounting_by_hand(tmp_path):
     for how in ('dense', 'csr', 'csr_npz'): assert t[how]['network'] == pytest.approx(memory(cut, how), rel=1e-12) and t[how]['0'] == memory(cut[0], how) and t[how]['masked layers'] == pytest.approx(memory(cut[0], how)+memory(cut[3], how))
     assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
     with pytest.raises(TypeError, match='mask'): accounting(m, None)
+
+def test_accounting_of_ranks():
+    "Factors instead of zeros; the third layer's would not pay, so nothing is gone there."
+    m = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 3)); mask = Mask({'0': torch.arange(8) < 2, '2': torch.tensor([[True]+[False]*15]*2), '3': torch.arange(3) < 2}, 'rank')
+    t, small = accounting(m, mask), factorise(m, mask)
+    assert t.weights.tolist() == [144, 512, 48, 704, 704] and t.zeros.tolist() == [144-2*(8+18), 512-(32+2*16), 48-2*19, 144-52+512-64+10, 144-52+512-64+10]
+    for how in ('dense', 'csr', 'csr_npz'): assert t[how]['network'] == pytest.approx(memory(small, how), rel=1e-12) and t[how]['2'] == pytest.approx(memory(small[2], how))
+    few = accounting(m, Mask({'3': torch.tensor([True, True, True])}, 'rank')); assert few.zeros.tolist() == [0, 0, 0] and few.weights.tolist() == [48, 48, 704]
 
 def report(**kw):
     dense = net(); masked = copy.deepcopy(dense)

@@ -9,7 +9,8 @@ from neuronprune.allocate import allocate
 from neuronprune.core import Mask, Scores, generator, layers
 from neuronprune.graph import trace
 from neuronprune.models import build
-from neuronprune.surgery import SurgeryError, apply, difference, load, plan, save, shrink
+from neuronprune.surgery import Factored, GroupedLinear, SurgeryError, apply, difference, factorise, load, merge, plan, save, shrink
+from neuronprune.train import keep_tensors
 from test_graph import KINDS, Net, X, found, nets
 
 size_of = lambda m: sum(p.numel() for p in m.parameters())
@@ -162,8 +163,11 @@ def rows(model, **empty):
     return Mask(res, 'weight')
 
 def made(seed, *ms):
-    "A chain with random biases and norm statistics."
-    with torch.random.fork_rng(): torch.manual_seed(seed); m = nn.Sequential(*ms)
+    "A chain with weights, biases and norm statistics that depend on the seed only."
+    m = nn.Sequential(*ms)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for o in m.modules(): getattr(o, 'reset_parameters', lambda: None)()
     return m
 widths = lambda m: [tuple(o.weight.shape[:2]) for o in layers(m).values()]
 IMG = torch.randn(8, 2, 5, 5, generator=generator(3))
@@ -384,3 +388,121 @@ def test_specs_with_classes_need_a_model(tmp_path):
     m = build('lenet5', 1, 10, 16, seed=0, pool=nn.MaxPool2d); save(m, tmp_path/'b')
     with pytest.raises(ValueError, match='expected model='): load(tmp_path/'b')
     assert difference(m, load(tmp_path/'b', build('lenet5', 1, 10, 16, pool=nn.MaxPool2d)), torch.rand(2, 1, 16, 16)) == 0
+
+# ---- ranks
+
+def thin(model, share=.25, k=1, labels=False, seed=0):
+    "A mask that keeps a random share of the components of every plain layer, of `k` groups where the inputs divide; with random directions if `labels`."
+    units, lab, gen = {}, {}, generator(seed)
+    for n,m in layers(model).items():
+        w = m.weight; g = k if w.shape[1] % k == 0 else 1; r = min(len(w), w[0].numel()//g)
+        if getattr(m, 'groups', 1) > 1: continue
+        keep = torch.rand(g, r, generator=gen) < share; keep[:, 0] = True; units[n] = keep if g > 1 else keep[0]
+        if labels: lab[n] = (torch.linalg.qr(torch.randn(len(w), r, generator=gen))[0], torch.randn(len(w), generator=gen)*(m.bias is not None))
+    return Mask(units, 'rank', labels=lab)
+
+def products(w, keep):
+    "The truncated product by numpy, one group of input columns after the other."
+    import numpy as np
+    parts = np.split(w.detach().double().flatten(1).numpy(), len(keep), axis=1); usv = [np.linalg.svd(p, full_matrices=False) for p in parts]
+    return torch.tensor(np.concatenate([(u*(s*b.numpy())) @ v for (u,s,v),b in zip(usv, keep)], 1)).view(w.shape)
+
+@pytest.mark.parametrize('k', [1, 2, 4])
+@pytest.mark.parametrize('name', ['mlp', 'lenet5', 'resnet20', 'densenet22', 'mobilenet_v3_small'])
+def test_ranks_masked_is_shrunk_on_the_zoo(zoo, name, k):
+    model, xb, g = zoo(name); mask = thin(model, k=k); small = check(model, mask, xb); masked = apply(copy.deepcopy(model), mask); a, b = layers(model), layers(masked)
+    for n,v in mask.items(): assert torch.allclose(products(a[n].weight, v.view(-1, v.shape[-1])).float(), b[n].weight, atol=1e-5)
+    for n,v in mask.items():
+        m, w = small.get_submodule(n), a[n].weight; groups, j = (len(v), int(v.sum(1).max())) if v.ndim == 2 else (1, int(v.sum())); cost = j*(w[0].numel()+groups*len(w))
+        assert isinstance(m, Factored) == (cost < w.numel()) and (not isinstance(m, Factored) or sum(o.weight.numel() for o in m) == cost)
+    assert all(torch.equal(p, q) for (n,p),(_,q) in zip(model.named_parameters(), masked.named_parameters()) if n.rpartition('.')[0] not in mask)
+
+@pytest.mark.parametrize('name', ['lenet5', 'vgg7_bn', 'resnet20'])
+def test_measured_directions(zoo, name):
+    "Outputs of the layer are projected on the directions, around the centre; applied twice, nothing more happens."
+    model, xb, g = zoo(name); mask = thin(model, labels=True); small = check(model, mask, xb); masked = apply(copy.deepcopy(model), mask); a, b = layers(model), layers(masked)
+    n = next(iter(mask)); u, m = mask.labels[n]; u = u[:, mask[n]]
+    with torch.no_grad(): x = xb if a[n].weight.ndim == 4 else xb.flatten(1); y, z = (o[n](x).movedim(1, -1) for o in (a, b))
+    if a[n].bias is None: m = torch.zeros_like(m)
+    assert torch.allclose(z, m + (y-m) @ u @ u.T, atol=1e-4)
+    assert all(torch.allclose(p, q, atol=1e-5) for p,q in zip(masked.parameters(), apply(copy.deepcopy(masked), mask).parameters()))
+
+GEOMETRIES = [nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode='circular'), nn.Conv2d(4, 6, (3, 1), dilation=2, padding='same'), nn.Conv2d(4, 6, 2, padding='valid', bias=False), nn.Conv1d(4, 6, 3, padding=2), nn.Conv3d(4, 6, 2, stride=(1, 2, 1))]
+@pytest.mark.parametrize('k', [1, 2])
+@pytest.mark.parametrize('m', GEOMETRIES, ids=str)
+def test_geometry_goes_to_the_first_factor(m, k):
+    x = torch.randn(3, 4, *[7]*(m.weight.ndim-2), generator=generator(1)); model = nn.Sequential(copy.deepcopy(m), nn.Flatten(1)); before = torch.get_rng_state()
+    keep = torch.arange(min(6, m.weight[0].numel()//k)) < 1; mask = Mask({'0': keep if k == 1 else keep.expand(2, -1).clone()}, 'rank'); small = check(model, mask, x)
+    want = copy.deepcopy(m); want.weight.data = products(m.weight, keep.expand(k, -1)).float()
+    assert torch.allclose(small[0](x), want(x), atol=1e-5) and small[0][1].kernel_size == (1,)*(m.weight.ndim-2) and torch.equal(before, torch.get_rng_state())
+    back = merge(small); assert type(back[0]) is type(m) and str(back[0]) == str(m) and torch.allclose(back[0].weight, want.weight, atol=1e-6)
+
+def test_linear_layers_on_sequences_and_in_groups():
+    m = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)); x = torch.randn(2, 5, 4, 6); keep = (torch.arange(3) < 1).expand(2, -1).clone(); small = check(m, Mask({'0': keep}, 'rank'), x)
+    first = small[0][0]; assert isinstance(first, GroupedLinear) and first.groups == 2 and small(x).shape == (2, 5, 4, 3) and small(x[0, 0, 0]).shape == (3,)
+    blocks = torch.block_diag(*first.weight[..., 0].chunk(2)); assert torch.allclose(first(x), x @ blocks.T, atol=1e-6)
+    uneven = torch.tensor([[True, True, False], [False, False, True]]); both = shrink(m, Mask({'0': uneven}, 'rank'), x); assert torch.allclose(merge(both)[0].weight, products(m[0].weight, uneven).float(), atol=1e-6)
+
+def test_everything_kept_is_the_same_to_the_bit(zoo):
+    model, xb, g = zoo('lenet5'); mask = Mask.ones_like(thin(model)); a, b = apply(copy.deepcopy(model), mask), shrink(model, mask, xb)
+    assert all(torch.equal(p, q) and torch.equal(p, r) for p,q,r in zip(model.parameters(), a.parameters(), b.parameters())) and not any(isinstance(m, Factored) for m in b.modules())
+
+def test_nothing_kept_is_zero():
+    m = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)); mask = Mask({'0': torch.zeros(4).bool()}, 'rank'); assert not apply(copy.deepcopy(m), mask)[0].weight.any()
+    small = shrink(m, mask, torch.rand(3, 4)); assert isinstance(small[0], nn.Linear) and not small[0].weight.any()
+
+def test_flags_mode_and_dtype_go_to_the_factors():
+    m = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)).double().eval(); m[0].weight.requires_grad_(False); m[1].bias.requires_grad_(False); m[1].train()
+    two = torch.arange(8) < 2; small = shrink(m, Mask({'0': two, '1': two}, 'rank'), torch.rand(4, 8).double())
+    assert {n for n,p in small.named_parameters() if p.requires_grad} == {'0.1.bias', '1.0.weight', '1.1.weight', '2.weight', '2.bias'}
+    assert all(p.dtype == torch.float64 for p in small.parameters()) and [o.training for o in small] == [False, True, False] and small[1][0].training and not small[0][1].training
+
+def test_a_module_with_two_names_stays_one():
+    m = Net(lambda s, x: s.b(torch.tanh(s.a(torch.tanh(s.b(x))))), a=L(6, 6), b=L(6, 6)); m.c = m.a; x = torch.randn(5, 6)
+    small = check(m, Mask({'a': torch.arange(6) < 1, 'b': torch.arange(6) < 2}, 'rank'), x); assert small.c is small.a and isinstance(small.a, Factored)
+
+@pytest.mark.parametrize('k', [1, 2])
+@pytest.mark.parametrize('name', ['lenet5', 'resnet20', 'densenet22', 'mobilenet_v3_small'])
+def test_factored_models_come_back(zoo, name, k, tmp_path):
+    model, xb, g = zoo(name); both = shrink(model, quiet(random_scores(model, g, 'channel'), .3), xb); small = shrink(both, thin(both, k=k), xb); save(small, tmp_path/'m'); back = load(tmp_path/'m').eval()
+    a, b = small.state_dict(), back.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[o], b[o]) for o in a) and difference(small, back, xb) == 0
+    assert [str(m) for m in small.modules() if isinstance(m, Factored)] == [str(m) for m in back.modules() if isinstance(m, Factored)]
+    assert sum(isinstance(m, Factored) for m in back.modules()) == sum(isinstance(m, Factored) for m in small.modules()) > 2
+
+def test_factored_models_of_ones_own_come_back(tmp_path):
+    m = nn.Sequential(L(8, 8), nn.ReLU(), L(8, 3)); x = torch.rand(4, 8); small = shrink(m, thin(m), x); save(small, tmp_path/'m')
+    assert difference(small, load(tmp_path/'m', nn.Sequential(L(8, 8), nn.ReLU(), L(8, 3))), x) == 0
+
+def test_merged_factors_can_be_cut_again(zoo):
+    model, xb, g = zoo('resnet20'); mask = thin(model, .2); small = shrink(model, mask, xb); whole = merge(small)
+    assert list(whole.state_dict()) == list(model.state_dict()) and difference(whole, small, xb) < 1e-5 and not any(isinstance(m, Factored) for m in whole.modules()) and any(isinstance(m, Factored) for m in small.modules())
+    assert difference(check(whole, thin(whole, .1), xb, smaller=False), small, xb) > 1e-3 and trace(whole, xb).to_dict() == g.to_dict()
+
+def test_the_factored_model_is_a_model(zoo):
+    "It can be traced, pruned in other units, and trained."
+    model, xb, _ = zoo('lenet5'); small = shrink(model, thin(model), xb); g = trace(small, xb); check(small, quiet(random_scores(small, g, 'weight'), .5), xb, smaller=False)
+    check(small, quiet(random_scores(small, g, 'channel'), .4), xb); F.cross_entropy(small(xb), torch.arange(len(xb))).backward(); assert all(p.grad is not None for p in small.parameters())
+
+R = lambda v, **kw: Mask(v, 'rank', **kw)
+@pytest.mark.parametrize('mask,err,said', [
+    (R({'0': torch.ones(5).bool()}), ValueError, "needs (4,)"), (R({'9': torch.ones(4).bool()}), ValueError, "layer '9' is not in the model"), (R({'0': torch.ones(3, 4).bool()}), ValueError, 'divisor'),
+    (R({'0': torch.ones(2, 4).bool()}), ValueError, 'needs (2, 2)'), (R({'1': torch.ones(2).bool()}), ValueError, 'grouped convolution'), (R({'0': torch.ones(4).bool()}, scale={'0': torch.ones(4)}), ValueError, 'no scale')])
+def test_rank_errors(mask, err, said):
+    m = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2))
+    for f in (lambda: apply(m, mask), lambda: shrink(m, mask, torch.rand(2, 4, 3, 3)), lambda: factorise(m, mask)):
+        with pytest.raises(err) as e: f()
+        assert said in str(e.value)
+
+def test_ranks_have_no_pattern():
+    m = nn.Sequential(L(8, 8), L(8, 2)); mask = thin(m); x = torch.rand(3, 8)
+    for f in (lambda: mask.expand(m), lambda: plan(m, mask, x), lambda: mask.to_torch_prune(m), lambda: keep_tensors(m, mask)):
+        with pytest.raises(ValueError, match='trained as they are'): f()
+    small = shrink(m, mask, x)
+    with pytest.raises(ValueError, match='is a factor already'): apply(small, R({'0.1': torch.ones(len(small[0][0].weight)).bool()}))
+    with pytest.raises(ValueError, match="unit 'rank'"): factorise(m, rows(m, **{'0': [1]}))
+    with pytest.raises(TypeError): factorise(m, None)
+    class Peek(nn.Module):
+        def __init__(self): super().__init__(); self.fc = L(8, 8)
+        def forward(self, x): return F.linear(x, self.fc.weight)
+    with pytest.raises(SurgeryError, match='cannot run'): shrink(Peek(), R({'fc': torch.arange(8) < 1}), x)
