@@ -11,10 +11,11 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
            'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'dead_units', 'prune', 'dense',
            'Result', 'one_shot', 'fine_tuned', 'plot_study', 'summary', 'paired', 'attack', 'robustness',
            'plot_robustness', 'calibration', 'ece', 'plot_reliability', 'run_all', 'grid', 'load_grid', 'gather',
-           'baselines', 'mip', 'mint']
+           'cascade', 'cascades', 'commensurate', 'densities', 'plot_tradeoff', 'plot_budget', 'save_results',
+           'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']
 
 # %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
-from . import core, data, models, graph, allocate, train, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, mint
+from . import core, data, models, graph, allocate, train, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
 from .core import Scores, Mask, Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
 from .data import get_dls, calib_batch, datasets, preset
 from .models import build, models, min_size
@@ -27,6 +28,7 @@ from .blocks import dead_units
 from .pipeline import prune, dense, Result
 from .analysis import one_shot, fine_tuned, plot_study, summary, paired, attack, robustness, plot_robustness, calibration, ece, plot_reliability
 from .batch import run_all, grid, load_grid, gather
+from .cascade import cascade, cascades, commensurate, densities, plot_budget, plot_tradeoff, save_results
 
 # %% ../nbs/24_all.ipynb #all-scores-mask-method-unsuppo
 _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',
@@ -35,4 +37,5 @@ _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa'
          'apply', 'shrink', 'save', 'load', 'plan', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published', 'accounting',
          'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'dead_units', 'prune', 'dense', 'Result',
          'one_shot', 'fine_tuned', 'plot_study', 'summary', 'paired', 'attack', 'robustness', 'plot_robustness', 'calibration', 'ece', 'plot_reliability',
-         'run_all', 'grid', 'load_grid', 'gather', 'baselines', 'mip', 'mint']
+         'run_all', 'grid', 'load_grid', 'gather', 'cascade', 'cascades', 'commensurate', 'densities', 'plot_tradeoff', 'plot_budget', 'save_results',
+         'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']

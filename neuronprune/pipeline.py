@@ -96,7 +96,9 @@ def _round(scores, mask, sparsity, alloc, args, graph):
     "The narrowed mask of one round, with its graph."
     if scores.unit == 'rank': mask = None # the weights have lost those ranks already
     new = alloc(sink(scores, mask), **(dict(sparsity=sparsity) if args.get('threshold') is None else {}), **args)
-    if mask is not None: new, meta = new & mask, new.meta; new.meta = meta
+    if mask is not None: # factors of weights that were drawn; what is gone already has no chance of being drawn
+        new = Mask({k:v & mask.get(k, v) for k,v in new.items()}, new.unit, graph=new.graph, labels=new.labels, meta=new.meta,
+                   scale={k:s*mask.get(k, torch.ones_like(s)) for k,s in new.scale.items()})
     if new.graph is None: new.graph = graph
     return new
 

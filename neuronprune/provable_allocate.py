@@ -10,7 +10,8 @@ import math
 from fnmatch import fnmatch
 from fractions import Fraction
 import numpy as np, torch
-from .core import Mask, Scores, check_choice, check_int, kappa
+from fastcore.basics import patch
+from .core import Mask, Scores, check_int, kappa
 from .allocate import _pool, _slot_ids, weights_left
 from .draws import draw, draws_for, draws_near, expected_unique, reweigh, sample
 from .graph import _components
@@ -156,6 +157,7 @@ def _families(scores, ids, n, tied):
         res[a] = [of[b] if tied and b in of else -1-j for b in slots]
     return np.unique(res, return_inverse=True)[1]
 
+# %% ../nbs/12a_provable_allocate.ipynb #channels
 class _Channels:
     "The candidates of PFP as atoms: their sensitivities, families, and what goes with what."
     def __init__(self, scores, tied, prune_inputs, min_keep, keep):
@@ -173,24 +175,28 @@ class _Channels:
         self.groups = [(i[np.argsort(-s, kind='stable')], -np.sort(-s, kind='stable'), l) for i,s,l in self.groups]
         self.min_keep = min_keep
 
-    def counts(self, tau):
-        "Channels each family keeps at `tau`."
-        res = []
-        for _,s,l in self.groups:
-            live = int((s > 0).sum()); top = s.sum()
-            want = math.ceil(round(float(expected_unique(s/top, tau*top*l)), 9)) if live else 0
-            res.append(min(len(s), max(self.min_keep, min(want, live))))
-        return res
+# %% ../nbs/12a_provable_allocate.ipynb #counts
+@patch
+def counts(self:_Channels, tau):
+    "Channels each family keeps at `tau`."
+    res = []
+    for _,s,l in self.groups:
+        live = int((s > 0).sum()); top = s.sum()
+        want = math.ceil(round(float(expected_unique(s/top, tau*top*l)), 9)) if live else 0
+        res.append(min(len(s), max(self.min_keep, min(want, live))))
+    return res
 
-    def units(self, kept):
-        "Key -> bool per input, from bool per atom."
-        return {k:torch.from_numpy(kept[a]) for k,a in self.ids.items()}
+@patch
+def units(self:_Channels, kept):
+    "Key -> bool per input, from bool per atom."
+    return {k:torch.from_numpy(kept[a]) for k,a in self.ids.items()}
 
-    def kept(self, counts):
-        "Bool per atom: the `counts` most sensitive of each family, and what is spared."
-        res = self.fixed.copy()
-        for (i,_,_),c in zip(self.groups, counts): res[i[:c]] = True
-        return res
+@patch
+def kept(self:_Channels, counts):
+    "Bool per atom: the `counts` most sensitive of each family, and what is spared."
+    res = self.fixed.copy()
+    for (i,_,_),c in zip(self.groups, counts): res[i[:c]] = True
+    return res
 
 # %% ../nbs/12a_provable_allocate.ipynb #find-tau
 def _find_tau(ch, goal):
@@ -213,6 +219,7 @@ def _factors(s, c, variant, rng):
     res = (np.arange(len(q)) < sure).astype(float)
     return res + (sample(rest/rest.sum(), c-sure, rng)[0] if c > sure else 0)
 
+# %% ../nbs/12a_provable_allocate.ipynb #equalise
 def equalise(scores:Scores,  # from `provable.pfp`
              sparsity:float, # fraction of the network's weights to remove, in [0, 1)
              *, tied:bool=True, # channels that can only go together are one candidate
