@@ -221,6 +221,7 @@ class Report:
     peak_mib:float=None
     versions:dict=field(default_factory=versions)
     hardware:dict=field(default_factory=hardware)
+    bounds:dict=field(default_factory=dict)
     extra:dict=field(default_factory=dict)
     def __repr__(self):
         p = '?' if self.params_removed is None else f'{self.params_removed:.1%}'
@@ -322,7 +323,7 @@ def row(self:Report)->dict:
         else: res[f.name] = _plain(v)
     return dict(res, compression=self.compression, speedup_macs=self.speedup_macs)
 
-# %% ../nbs/07_report.ipynb #pct-lambda-v-f-v-2-replace
+# %% ../nbs/07_report.ipynb #group-field-or-property-of-rep
 _pct = lambda v: f'{v:.2%}'.replace('%', ' %')
 _num = lambda v: f'{v:,}'
 _text = lambda v: ', '.join(f'{k}={o}' for k,o in v.items()) if isinstance(v, dict) else str(v)
@@ -333,6 +334,7 @@ _GROUPS = {
     'run': dict(method=_text, method_args=_text, model=_text, dataset=_text, size=_text, unit=_text, seed=_text),
     'fraction removed': dict.fromkeys(['sparsity', *(f'{o}_removed' for o in ('units', 'weights', 'params', 'macs'))], _pct),
     'accuracy on the test set': dict(before=repr, pruned=repr, tuned=repr),
+    'error of a layer’s sums': dict(bounds=None),
     'parameters': dict(params_before=_num, params_after=_num, nonzero_after=_num, compression='{:.2f}×'.format),
     'MACs, one example': dict(macs_before=_num, macs_after=_num, macs_nonzero=_num, speedup_macs='{:.2f}×'.format),
     'memory, dense / csr / csr_npz': dict(memory_before=_mib, memory_after=_mib),
@@ -345,7 +347,7 @@ _LABELS = dict(
     pruned='after pruning', tuned='after fine-tuning', params_after='stored after', nonzero_after='non-zero after',
     macs_nonzero='after, non-zero weights', speedup_macs='theoretical speed-up', secs='time', peak_mib='peak memory')
 
-# %% ../nbs/07_report.ipynb #to_frame
+# %% ../nbs/07_report.ipynb #to-frame
 @patch
 def to_frame(self:Report)->pd.DataFrame:
     "The record for people: rows (group, item), one column; what was not measured is left out."
@@ -354,6 +356,7 @@ def to_frame(self:Report)->pd.DataFrame:
         v = getattr(self, k)
         if v in (None, {}, ''): continue
         if g == 'made with': rows.update({(g, n):str(o) for n,o in v.items()})
+        elif k == 'bounds': rows.update({(g, n):f"bound {o['bound']:.3g}, measured {o['measured']:.3g}; {o['verdict']}" for n,o in v.items()})
         else: rows[g, _LABELS.get(k, k.split('_')[-1])] = f(v)
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=['', ' ']), columns=['value'])
 

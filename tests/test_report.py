@@ -150,3 +150,9 @@ def test_published_figures():
     assert (vgg.params_removed, vgg.accuracy, vgg.memory_mib) == (.8346, .9343, 9.020)
     assert not df.method.str.startswith(('PFP', 'SiPP', 'OAMIP')).any()
     with pytest.raises(ValueError, match='system'): published('pfp')
+
+def test_bounds_stand_in_the_record(tmp_path):
+    r = Report(method='sipp', bounds={'fc1': dict(bound=1.25, measured=.2, verdict='vacuous: it certifies nothing')}, extra=dict(rounds=1))
+    assert r.to_frame().loc[('error of a layer’s sums', 'fc1'), 'value'] == 'bound 1.25, measured 0.2; vacuous: it certifies nothing'
+    r.save(tmp_path/'r.json'); assert Report.load(tmp_path/'r.json').bounds == r.bounds
+    assert 'error of a layer’s sums' not in Report(method='snip').to_frame().index.get_level_values(0)
