@@ -70,7 +70,7 @@ def allocations(xb):
     from neuronprune.core import Scores
     from neuronprune.provable import _input_scores, _logs, _sampling_row
     g, own = trace(model, xb[:1]), layers(model); logs = _logs(g, list(own), 1e-12)
-    sc = Scores(found, 'weight', graph=g, labels={k:(_sampling_row(m.weight), torch.tensor([3*logs[k]])) for k,m in own.items()}, meta=dict(variant='rand', c=3., seed=0))
+    sc = Scores(found, 'weight', graph=g, labels={k:(_sampling_row(m.weight), torch.tensor([3*logs[k]])) for k,m in own.items()}, meta=dict(variant='rand', c=3., seed=0), method='sipp')
     table = _row_table(sc); cat = lambda f: np.concatenate([f(s, l) for s,l in table.values()])
     alpha, weight, room = cat(lambda s, l: 2*l*s.sum(1)), cat(lambda s, l: np.full(len(s), 2/len(s))), cat(lambda s, l: (s > 0).sum(1))
     b = .05*sum(room)
@@ -78,9 +78,9 @@ def allocations(xb):
     x, fast, _ = timed(lambda: spread(alpha, weight, room, b), 9)
     v = [float(weight @ predicted_error(o, alpha)) for o in (x, y)]
     print(f'allocation of {len(alpha)} rows: cvxpy {1e3*slow:.1f} ms, ours {1e3*fast:.2f} ms, ratio {slow/fast:.0f}, objectives {v[0]:.6g} and {v[1]:.6g} (relative difference {abs(v[0]/v[1]-1):.1g})')
-    det = Scores(found, 'weight', meta=dict(variant='det'))
-    p = Scores({f'{k}:in':_input_scores(own[k], v) for k,v in found.items()}, 'channel', graph=g, meta=dict(variant='det', seed=0, c=3., logs=logs))
-    hyb = Scores(found, 'weight', graph=g, labels=sc.labels, meta=dict(variant='hybrid', c=3., seed=0))
+    det = Scores(found, 'weight', meta=dict(variant='det'), method='sipp')
+    p = Scores({f'{k}:in':_input_scores(own[k], v) for k,v in found.items()}, 'channel', graph=g, meta=dict(variant='det', seed=0, c=3., logs=logs), method='pfp')
+    hyb = Scores(found, 'weight', graph=g, labels=sc.labels, meta=dict(variant='hybrid', c=3., seed=0), method='sipp')
     for what, f in (('SiPP det', lambda: sipp_cut(det, .9)), ('SiPP rand', lambda: sipp_cut(sc, .9)), ('SiPP hybrid', lambda: sipp_cut(hyb, .9)), ('PFP', lambda: equalise(p, .9))):
         print(f'{what:12} one ratio of LeNet-300-100: {1e3*timed(f, 5)[1]:.1f} ms')
 

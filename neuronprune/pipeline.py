@@ -50,7 +50,7 @@ def weights_at(learn, # a `Learner` made by `learner`
         learn.model.load_state_dict(own)
         learn.opt, learn.rewind.done = opt, done
 
-# %% ../nbs/20_pipeline.ipynb #score_with
+# %% ../nbs/20_pipeline.ipynb #score-with
 def score_with(learn,      # a `Learner`
                m:Method,   # registered method
                *, at='trained', # moment of the weights
@@ -68,7 +68,7 @@ def score_with(learn,      # a `Learner`
         if scores.graph is None: scores.graph = graph
         scores = scores.to_channels()
     if scores.unit != unit:
-        raise ValueError(f"unit={unit!r}: {m.name} scores {scores.unit} units; expected {scores.unit!r} or 'channel'")
+        raise ValueError(f"unit={unit!r}: {m.name} scores {scores.unit} units; expected {' or '.join(repr(o) for o in dict.fromkeys((scores.unit, 'channel')))}")
     return scores, meter
 
 # %% ../nbs/20_pipeline.ipynb #result

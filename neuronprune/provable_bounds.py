@@ -10,7 +10,7 @@ __all__ = ['bernstein_error', 'bernstein_draws', 'bound', 'certificate', 'verdic
 import math
 import numpy as np, pandas as pd, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_batch, check_fraction, check_type, layers
+from .core import Mask, Scores, as_found, check_batch, check_choice, check_fraction, check_type, layers
 from .data import calib_batch
 from .draws import expected_unique
 from .provable import EPS, SUPPORTED, _columns, _halves, sensitivities
@@ -122,6 +122,7 @@ def certificate(model:nn.Module, # the unpruned network, left as found
     try:
         with as_found(model, train=False), torch.no_grad():
             for x in xb.to(next(model.parameters()).device).split(bs): model(x)
+    except RuntimeError as e: raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(xb.shape)}: {e}") from e
     finally: [h.remove() for h in hooks]
     for k,t in tallies.items():
         n, kept = (_by_sign(o, own[k].weight).T for o in (torch.ones_like(own[k].weight).cpu(), keep[k][0]))
@@ -186,7 +187,7 @@ def failures(model:nn.Module, # the network, left as found
              seed:int=0       # of the draws
             )->dict:
     "How often the error of a drawn row exceeds `eps`: mean over all rows and points, the worst single pair, draws and share of weights the certificate costs."
-    m, seen = layers(model)[layer], []
+    m, seen = layers(model)[check_choice('layer', layer, found)], []
     hook = m.register_forward_pre_hook(lambda _, inp: seen.append(inp[0].detach()))
     try:
         with as_found(model, train=False), torch.no_grad(): model(xb.to(next(model.parameters()).device))

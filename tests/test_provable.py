@@ -193,7 +193,7 @@ def test_draws_are_unbiased_per_weight(target):
 def test_unbiased_through_the_mask():
     "The mean of 2,000 masks is 1 for every weight of a small layer, within 4.5 standard errors, whatever its row was given."
     torch.manual_seed(0); w = torch.randn(4, 8); s = torch.rand(4, 8)*(w > -1.5)
-    sc = Scores({'a': s}, 'weight', labels={'a': (_sampling_row(w), torch.tensor([100.]))}, meta=dict(variant='rand', c=3., seed=0))
+    sc = Scores({'a': s}, 'weight', labels={'a': (_sampling_row(w), torch.tensor([100.]))}, meta=dict(variant='rand', c=3., seed=0), method='sipp')
     x = torch.stack([sipp_cut(sc, .5, seed=i).scale['a'] for i in range(2000)])
     mean, se, live = x.mean(0), x.std(0)/math.sqrt(len(x)), s > 0
     assert ((mean-1).abs()[live] <= 4.5*se[live] + 1e-6).all() and (x[:, ~live] == 0).all()
@@ -249,7 +249,7 @@ def test_pfp_equalises_the_error_and_is_not_a_top_k():
     "Two layers: one with a few loud inputs, one with even ones. Equal errors cut the uneven one deeper; a global ranking does not."
     net = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5)); g = trace(net, torch.rand(2, 40))
     loud = torch.cat([torch.full((4,), .9), torch.full((36,), .02)]); even = torch.linspace(.028, .031, 40)
-    sc = Scores({'2:in':loud, '4:in':even}, 'channel', graph=g, meta=dict(variant='det', seed=0, c=3., logs={'2':5., '4':5.}))
+    sc = Scores({'2:in':loud, '4:in':even}, 'channel', graph=g, meta=dict(variant='det', seed=0, c=3., logs={'2':5., '4':5.}), method='pfp')
     m = equalise(sc, .5); top = allocate(sc, .5, of='network', normalize=None)
     assert int(m['2:in'].sum()) != int(top['2:in'].sum())
     counts = {k:int(v.sum()) for k,v in m.items()}; tau = m.meta['tau']
@@ -313,3 +313,13 @@ def test_messages(trained, dls, rand):
     with pytest.raises(ValueError, match='sparsity'): sipp_cut(rand, 90)
     with pytest.raises(ValueError, match='sparsity'): equalise(pfp(trained.model, dls, n=8), 1.)
     with pytest.raises(ValueError, match='keep'): sipp_cut(rand, .5, keep=('fc1',))
+    det, p = sipp(trained.model, dls, n=8), pfp(trained.model, dls, n=8)
+    for f in (lambda: equalise(det, .5), lambda: sample_rows(det, .5), lambda: sipp_cut(p, .5)):
+        with pytest.raises(ValueError, match='scores: made by'): f()
+    with pytest.raises(ValueError, match="keep='fc9'"): equalise(p, .5, keep='fc9')
+    with pytest.raises(ValueError, match='min_keep'): sipp_cut(rand, .5, min_keep=0)
+    with pytest.raises(ValueError, match='budget=-1'): spread([1.], [1.], [3], -1)
+    with pytest.raises(ValueError, match='expected a Linear or Conv2d'): sensitivity(nn.Conv1d(2, 3, 1), torch.rand(2, 2, 4))
+    with pytest.raises(ValueError, match='expected inputs of Linear'): sensitivity(nn.Linear(4, 3), torch.rand(2, 5))
+    with pytest.warns(UserWarning, match='out of reach'): m = equalise(p, .9999)
+    assert all(int(v.sum()) >= 1 for v in m.values())

@@ -73,7 +73,7 @@ def test_convolutions_and_channels():
     g, found = trace(net, x), sensitivities(net, x)['max']
     own = layers(net)
     sc = Scores({f'{k}:in':torch.rand(m.weight.shape[1]) for k,m in own.items()}, 'channel', graph=g,
-                meta=dict(variant='det', seed=0, c=1., logs=dict.fromkeys(own, 1.)))
+                meta=dict(variant='det', seed=0, c=1., logs=dict.fromkeys(own, 1.)), method='pfp')
     for mask in (equalise(sc, .6), allocate(magnitude(net, unit='channel', graph=g), .4), allocate(magnitude(net), .7)):
         cert = certificate(net, mask, found, x, bs=4)
         assert (cert.over == 0).all() and cert.worst.max() > .05 and set(cert.layer) == set(own)
@@ -91,7 +91,7 @@ def test_verdict_in_words():
 
 def test_drawn_rows_use_bernstein():
     torch.manual_seed(2); net = nn.Sequential(nn.Linear(30, 3)); x = torch.rand(50, 30); found = sensitivities(net, x)['max']; w = net[0].weight
-    sc = Scores(found, 'weight', labels={'0': (_sampling_row(w), torch.tensor([30.]))}, meta=dict(variant='rand', c=1., seed=0))
+    sc = Scores(found, 'weight', labels={'0': (_sampling_row(w), torch.tensor([30.]))}, meta=dict(variant='rand', c=1., seed=0), method='sipp')
     m = sipp_cut(sc, .4); eps = bound(net, m, found, delta=.05)['0']; n = torch.tensor(m.meta['draws']['0']).view(3, 2)
     for o in range(3):
         for j,side in enumerate((1, -1)):
