@@ -500,7 +500,7 @@ def plot_tradeoff(df:pd.DataFrame, # rows of `cascade`
     import matplotlib.pyplot as plt
     check_choice('x', x, ('params', 'macs'))
     d = _measured(df, when); d = d.assign(loss_=100*(d[f'{when}_k']-d.dense_k)/d.dense_n)
-    fig, ax = plt.subplots(figsize=(6.5, 3.2), constrained_layout=True)
+    fig, ax = plt.subplots(figsize=(7.5, 3), constrained_layout=True)
     for n,c in _colours(d).items():
         g = d[d.name == n].groupby('step')
         xs, y, sd = g[f'{x}_density'].mean(), g.loss_.mean(), g.loss_.std().fillna(0)
@@ -508,7 +508,7 @@ def plot_tradeoff(df:pd.DataFrame, # rows of `cascade`
     _log_axis(ax, d[f'{x}_density'])
     ax.axhline(0, color='grey', lw=.8); ax.set_ylim(max(lowest, d.loss_.min()-1), max(d.loss_.max(), 0)+1)
     what = dict(params='parameters', macs='MACs')[x]
-    ax.set(xlabel=f'{what} removed, % (log of what is left)', ylabel='accuracy − dense, points'); ax.legend()
+    ax.set(xlabel=f'{what} removed, % (log of what is left)', ylabel='accuracy − dense, points'); ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     plt.close(fig); return fig
 
 # %% ../nbs/20a_cascade.ipynb #layer-table

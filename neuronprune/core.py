@@ -213,7 +213,7 @@ class Scores(Units):
                  unit:str,         # 'weight', 'channel', 'group' or 'rank'
                  *, method:str='', # name of the method that scored
                  graph=None,       # `Graph` of the model, needed for ties and surgery
-                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'
+                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'; (row each weight is drawn in, coefficient [1]) for 'weight'
                  cost:dict=None,   # key -> weights per unit, a number or a tensor of the score's shape
                  tiebreak:dict=None, # key -> tensor of the score's shape; of two equal scores the lower one here goes first
                  secs:float=math.nan, # seconds the scoring took
