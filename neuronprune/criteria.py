@@ -25,6 +25,7 @@ def _patches(m, x, place, size):
         index.append(p.view(*p.shape, *[1]*d)*s + taps)
     return x.movedim(1, -1)[tuple(index)].flatten(2, -2).transpose(2, 3)
 
+# %% ../nbs/17_criteria.ipynb #contributions-2
 def contributions(m:nn.Module,        # Linear or convolution without groups
                   x:torch.Tensor,     # its input [n, ...]
                   place:torch.Tensor, # places of the outputs, flat, int64 [n, p]

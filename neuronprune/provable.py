@@ -29,23 +29,27 @@ def _columns(m, a):
     cols = F.unfold(a, m.kernel_size, m.dilation, 0, m.stride)
     return cols.view(len(a), m.groups, -1, cols.shape[-1])
 
+# %% ../nbs/12_provable.ipynb #sides
 def _sides(m):
     "Positive and negative part of the weights, float32 [groups, out/groups, K]."
     w = m.weight.detach().float().reshape(getattr(m, 'groups', 1), -1, m.weight[0].numel())
     return w.clamp(min=0), (-w).clamp(min=0)
 
-# %% ../nbs/12_provable.ipynb #room
+# %% ../nbs/12_provable.ipynb #cache-dict-cpu-2-20-other-2-26
 CACHE = dict(cpu=2**20, other=2**26) # elements of a block
 FEW = 64
 
+# %% ../nbs/12_provable.ipynb #room
 def _room(x): return CACHE['cpu' if x.device.type == 'cpu' else 'other']
 
+# %% ../nbs/12_provable.ipynb #max-inner
 def _max_inner(r, a):
     "max over n of r[g, o, n] a[g, k, n] -> [g, o, k]."
     res = a.new_zeros(*r.shape[:2], a.shape[1]); step = max(64, _room(a)//4//res.numel())
     for x,y in zip(r.split(step, 2), a.split(step, 2)): torch.maximum(res, (x[:, :, None]*y[:, None]).amax(3), out=res)
     return res
 
+# %% ../nbs/12_provable.ipynb #max-outer
 def _max_outer(r, a):
     "max over n of r[n, g, o] a[n, g, k] -> [g, o, k]."
     (n, g, n_o), n_k = r.shape, a.shape[-1]
@@ -65,13 +69,15 @@ def _mean_product(r, cols):
     parts = [(x @ c.transpose(2, 3)).amax(0) for x,c in zip(r.split(step), cols.split(step))]
     return torch.stack(parts).amax(0)/cols.shape[-1]
 
-# %% ../nbs/12_provable.ipynb #inverse
+# %% ../nbs/12_provable.ipynb #supported-eps-nn-linear-nn-con
 SUPPORTED, EPS = (nn.Linear, nn.Conv2d), torch.finfo(torch.float32).eps
 
+# %% ../nbs/12_provable.ipynb #inverse
 def _inverse(z):
     "1/z, and 0 where z is no larger than float32's epsilon."
     return torch.where(z > EPS, 1/z, 0.)
 
+# %% ../nbs/12_provable.ipynb #products
 def _products(cols, w, reduce):
     "Reduction -> shares per unit of weight [g, o, k], from columns [n, g, k, p] and the weights [g, o, k] of one sign."
     n, g, k, p = cols.shape
@@ -85,6 +91,7 @@ def _products(cols, w, reduce):
     if 'mean' in reduce: res['mean'] = res['max'] if p == 1 else _mean_product(images(), cols)
     return {o:res[o] for o in reduce}
 
+# %% ../nbs/12_provable.ipynb #sensitivity
 @torch.no_grad()
 def _sensitivity(m, a, reduce):
     "Reduction -> largest shares [like the weight] over the inputs `a`."
@@ -94,6 +101,7 @@ def _sensitivity(m, a, reduce):
         halves.append({o:sum(w*p[o] for w,p in parts) for o in reduce})
     return {o:torch.stack([h[o] for h in halves]).amax(0).view(m.weight.shape) for o in reduce}
 
+# %% ../nbs/12_provable.ipynb #sensitivity-2
 def sensitivity(m:nn.Module,     # `nn.Linear` or `nn.Conv2d`, grouped or not
                 a:torch.Tensor,  # its inputs, [n, ..., in] or [n, c, h, w], on its device
                 reduce:str='max' # over the positions of an image: 'max' | 'mean'
@@ -114,6 +122,7 @@ def _catcher(res, k, reduce):
         res[k] = {o:torch.maximum(v, res[k][o]) if k in res else v for o,v in new.items()}
     return hook
 
+# %% ../nbs/12_provable.ipynb #sensitivities
 def sensitivities(model:nn.Module,   # left as found
                   xb:torch.Tensor,   # images [n, ...]; more of them, never smaller sensitivities
                   reduce=('max',),   # over positions: of 'max' and 'mean'
@@ -152,11 +161,13 @@ def _calibration(model, dls, graph, who, n, delta, c, split, seed):
     n = calib_size(graph, delta, c) if n is None else check_int('n', n, 1)
     return calib_batch(dls, n=n, split=split, seed=seed, device=next(model.parameters()).device)[0], graph
 
+# %% ../nbs/12_provable.ipynb #left-out
 def _left_out(model, found):
     "Layer -> why it has no sensitivities."
     return {k:'unused in the forward pass' if isinstance(m, SUPPORTED) else f'no sensitivities for {type(m).__name__}'
             for k,m in layers(model).items() if k not in found}
 
+# %% ../nbs/12_provable.ipynb #logs
 def _logs(graph, names, delta):
     "Layer -> ln(8 (P+1) taps / delta), the logarithm in the number of samples."
     return {k:math.log(8*(l['positions']+1)*l['taps']/delta) for k in names for l in [graph.layers[k]]}
@@ -166,6 +177,7 @@ def _sampling_row(w):
     "Number of the row of each weight, int32 [like w]: 2 o for the positive, 2 o + 1 for the other weights of output o."
     return (2*torch.arange(len(w)).view(-1, *[1]*(w.ndim-1)) + (w <= 0).cpu()).int()
 
+# %% ../nbs/12_provable.ipynb #sipp-cut
 def sipp_cut(scores:Scores,   # from `sipp`
              sparsity:float,  # fraction of the weights to remove, in [0, 1)
              *, min_keep:int=1, # weights every layer keeps
@@ -208,6 +220,7 @@ def _input_scores(m, s):
     "Largest sensitivity of any weight that reads an input [n_in]."
     return s.amax(0).flatten(1).amax(1) if s.ndim > 2 else s.amax(0)
 
+# %% ../nbs/12_provable.ipynb #pfp
 @method('pfp', unit='channel', needs=('data',), allocate=equalise, paper='Liebenwein 2020')
 def pfp(model:nn.Module,     # trained network
         dls=None,            # where the images come from

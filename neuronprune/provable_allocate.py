@@ -44,10 +44,12 @@ def _slope(t):
 _LOG_T = np.linspace(np.log(1e12), np.log(1e-12), 20001)
 _LOG_SLOPE = np.log(_slope(np.exp(_LOG_T)))
 
+# %% ../nbs/12a_provable_allocate.ipynb #inverse-slope
 def _inverse_slope(log_y):
     "t with log(-eps'(t)) = log_y, interpolated in logarithms."
     return np.exp(np.interp(log_y, _LOG_SLOPE, _LOG_T))
 
+# %% ../nbs/12a_provable_allocate.ipynb #spread
 def spread(alpha,  # coefficients of the rows, >= 0
            weight, # weight of each row's error in the objective, > 0
            room,   # weights each row has
@@ -108,16 +110,19 @@ def _row_table(scores):
         res[k] = np.stack([np.where(minus, 0, s), np.where(minus, s, 0)], 1).reshape(2*len(s), -1), float(log[0])
     return res
 
+# %% ../nbs/12a_provable_allocate.ipynb #dropped
 def _dropped(s, n):
     "Sum of all but the `n` largest entries of each row."
     tail = np.sort(s, 1)[:, ::-1]; tail = np.concatenate([tail, np.zeros((len(s), 1))], 1)[:, ::-1].cumsum(1)[:, ::-1]
     return tail[np.arange(len(s)), n]
 
+# %% ../nbs/12a_provable_allocate.ipynb #top
 def _top(s, n):
     "1 for the `n` largest positive entries of each row, else 0; ties by index."
     rank = np.argsort(np.argsort(-s, 1, kind='stable'), 1, kind='stable')
     return ((rank < n[:, None]) & (s > 0)).astype(float)
 
+# %% ../nbs/12a_provable_allocate.ipynb #row-plan
 def _row_plan(scores, budget):
     "(sensitivities per layer, weights per row, which rows are drawn), the rows of all layers behind each other."
     table, meta = _row_table(scores), scores.meta
@@ -199,11 +204,13 @@ def counts(self:_Channels, tau):
         res.append(min(len(s), max(self.min_keep, min(want, live))))
     return res
 
+# %% ../nbs/12a_provable_allocate.ipynb #units
 @patch
 def units(self:_Channels, kept):
     "Key -> bool per input, from bool per atom."
     return {k:torch.from_numpy(kept[a]) for k,a in self.ids.items()}
 
+# %% ../nbs/12a_provable_allocate.ipynb #kept
 @patch
 def kept(self:_Channels, counts):
     "Bool per atom: the `counts` most sensitive of each family, and what is spared."
@@ -221,6 +228,7 @@ def _find_tau(ch, goal):
         lo, hi = (lo, mid) if left(mid) >= goal else (mid, hi)
     return math.exp(hi)
 
+# %% ../nbs/12a_provable_allocate.ipynb #factors
 def _factors(s, c, variant, rng):
     "Factors per channel of a family, best first, with `c` channels to keep: drawn ('rand'), or the sure ones and the rest drawn ('top')."
     live = s > 0

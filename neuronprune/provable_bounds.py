@@ -15,6 +15,11 @@ from .data import calib_batch
 from .draws import expected_unique
 from .provable import EPS, SUPPORTED, _columns, _halves, sensitivities
 
+# %% ../nbs/12b_provable_bounds.ipynb #check-delta
+def _check_delta(delta):
+    "Raises `ValueError` unless `delta` lies strictly between 0 and 1."
+    if not 0 < check_fraction('delta', delta): raise ValueError(f"delta={delta}: expected a probability in (0, 1)")
+
 # %% ../nbs/12b_provable_bounds.ipynb #bernstein-error
 def bernstein_error(m,     # draws, number or array
                     total, # sum of the row's sensitivities
@@ -22,18 +27,19 @@ def bernstein_error(m,     # draws, number or array
                     c:float=1. # how far shares may exceed the sensitivities
                    )->np.ndarray:
     "Relative error exceeded with probability at most `delta` after `m` draws; infinite for m = 0. `ValueError` for a bad delta."
-    if not 0 < check_fraction('delta', delta): raise ValueError(f"delta={delta}: expected a probability in (0, 1)")
+    _check_delta(delta)
     m, a = np.asarray(m, dtype=np.float64), c*np.asarray(total, dtype=np.float64)*math.log(2/delta)
     with np.errstate(divide='ignore', invalid='ignore'): res = (a+np.sqrt(a*a+18*m*a))/(3*m)
     return np.where(m > 0, res, np.where(a > 0, np.inf, 0.))
 
+# %% ../nbs/12b_provable_bounds.ipynb #bernstein-draws
 def bernstein_draws(eps,   # relative error, > 0
                     total, # sum of the row's sensitivities
                     delta:float=.1, # probability of failure for a single input
                     c:float=1. # how far shares may exceed the sensitivities
                    )->np.ndarray:
     "Fewest draws whose `bernstein_error` is at most `eps`, as whole float64 numbers. `ValueError` for bad eps or delta."
-    if not 0 < check_fraction('delta', delta): raise ValueError(f"delta={delta}: expected a probability in (0, 1)")
+    _check_delta(delta)
     eps = np.asarray(eps, dtype=np.float64)
     if not (np.isfinite(eps) & (eps > 0)).all(): raise ValueError(f"eps={eps}: expected positive numbers")
     return np.ceil((6+2*eps)*c*np.asarray(total, dtype=np.float64)*math.log(2/delta)/(3*eps**2)*(1-1e-12))
@@ -49,6 +55,7 @@ def _pattern(model, mask):
         if k in g.in_slots and getattr(own[k], 'groups', 1) == 1: v[:, g.silent(dead, k)] = False
     return {k:(v, dead[k]) for k,v in res.items()}
 
+# %% ../nbs/12b_provable_bounds.ipynb #by-sign
 def _by_sign(x, w):
     "Sums over each neuron's positive and negative weights [out, 2]."
     x, w = x.flatten(1).double(), w.detach().cpu().flatten(1)
@@ -86,12 +93,14 @@ def _pruned_weights(model, mask):
         res[k] = w*keep.to(w.device)*(1 if f is None else f.to(w.device))
     return res
 
+# %% ../nbs/12b_provable_bounds.ipynb #sums
 def _sums(m, w, a):
     "Sums of the positive and of the negative weights `w` of layer `m` at every point of its inputs `a`, [2, points, out]."
     w = w.reshape(getattr(m, 'groups', 1), -1, w[0].numel())
     pts = torch.cat([_columns(m, h.float()).permute(0, 3, 1, 2).flatten(0, 1) for h in _halves(a)])
     return torch.stack([torch.einsum('ngk,gok->ngo', pts, o).flatten(1) for o in (w.clamp(min=0), (-w).clamp(min=0))])
 
+# %% ../nbs/12b_provable_bounds.ipynb #measure
 def _measure(m, w, eps, tally, tol=1e-4):
     "Forward pre-hook that adds the errors of weights `w` to `tally`: points, sum, largest, and those above `eps`, [2, out] each."
     eps = eps.T.to(w.device, torch.float32)
@@ -212,6 +221,7 @@ def _affordable(s, budget):
     order = s.argsort(1); total = s.gather(1, order).cumsum(1)
     return torch.zeros_like(s, dtype=torch.bool).scatter(1, order, total <= budget+1e-12)
 
+# %% ../nbs/12b_provable_bounds.ipynb #sparsest
 def sparsest(model:nn.Module, # the unpruned network
              found:dict,      # layer -> sensitivities, `sensitivities(model, xb)['max']`
              eps:float,       # relative error every row may have
@@ -230,6 +240,7 @@ def sparsest(model:nn.Module, # the unpruned network
         if not units[k].any(): units[k].view(-1)[s.argmax()] = True
     return Mask(units, 'weight', meta=dict(method='sipp', requested=None, eps=eps, c=c))
 
+# %% ../nbs/12b_provable_bounds.ipynb #sampled-density
 def sampled_density(model:nn.Module, found:dict, eps:float, # as for `sparsest`
                     *, delta:float=.1, c:float=1. # as for `bernstein_draws`
                    )->float:
