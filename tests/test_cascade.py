@@ -476,7 +476,7 @@ def test_the_papers_configurations_are_there():
     assert [v.get('fine_tunes') for v in d.values()] == [None]*3 + [23, 20, 20, 20, 22, 23] + [None]*3
     assert [v.get('fine_tune_epochs') or v['epochs'] for v in d.values()] == [40]*3 + [182]*3 + [150, 300, 200] + [90]*3
     vgg = {k:v for k,v in study({**STUDY, **d['cifar10_vgg16']})[0].items() if k != 'data'}
-    assert (vgg['fit_args']['warmup'], tune_split(vgg)[2]['warmup'], tune_split(vgg)[2]['gamma']) == (10, 5, .5)
+    assert (vgg['fit_args']['warmup'], tuning(vgg)[2]['warmup'], tuning(vgg)[2]['gamma']) == (10, 5, .5)
 
 def test_bad_studies():
     for kw,err,words in [(dict(epoch=3), ValueError, "did you mean 'epochs'"), (dict(methods={}), ValueError, 'methods: empty'), (dict(seeds=3), TypeError, 'seeds'),
