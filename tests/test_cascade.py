@@ -8,6 +8,7 @@ from scipy import stats
 import neuronprune.core as core
 from neuronprune import cascade as C, surgery
 from neuronprune.allocate import allocate
+from neuronprune.batch import tuning
 from neuronprune.cascade import *
 from neuronprune.core import Mask, Scores, layers, load_tensors, method
 from neuronprune.data import get_dls
