@@ -65,9 +65,19 @@ class Rewind(Callback):
 # %% ../nbs/05_train.ipynb #learner-2
 class _Learner(Learner):
     "A fastai `Learner` whose events reach only the callbacks that answer them."
-    def _call_one(self, event_name):
-        for cb in self.cbs.sorted('order'):
-            if event_name in ('after_fit', 'after_cancel_fit') or hasattr(type(cb), event_name) or event_name in vars(cb): cb(event_name)
+    def add_cb(self, cb): self.answering = {}; return super().add_cb(cb)
+    def remove_cb(self, cb): self.answering = {}; return super().remove_cb(cb)
+    def __call__(self, event_name):
+        if event_name not in self.answering: self.answering[event_name] = [cb for cb in self.cbs.sorted('order')
+            if event_name in ('after_fit', 'after_cancel_fit') or hasattr(type(cb), event_name) or event_name in vars(cb)]
+        for cb in self.answering[event_name]: cb(event_name)
+
+# %% ../nbs/05_train.ipynb #crossentropy
+class _CrossEntropy(CrossEntropyLossFlat):
+    "fastai's loss, without its bookkeeping where outputs are [n, classes] and labels [n]."
+    def __call__(self, inp, targ, **kwargs):
+        if inp.ndim != 2 or targ.ndim != 1: return super().__call__(inp, targ, **kwargs)
+        return self.func(inp.as_subclass(torch.Tensor), targ.as_subclass(torch.Tensor), **kwargs)
 
 # %% ../nbs/05_train.ipynb #learner-3
 def learner(model:nn.Module,      # network to train; moved to the device of `dls`
@@ -91,8 +101,8 @@ def learner(model:nn.Module,      # network to train; moved to the device of `dl
     if device is not None: dls.to(torch.device(device))
     cbs = list(L(cbs))
     if not any(isinstance(o, Rewind) for o in cbs): cbs.append(Rewind())
-    learn = _Learner(dls, model.to(getattr(dls, 'device', None)), loss_func=loss_func or CrossEntropyLossFlat(),
-                    opt_func=partial(OptimWrapper, opt=cls, weight_decay=wd, **{**kw, **opt_args}),
+    learn = _Learner(dls, model.to(getattr(dls, 'device', None)), loss_func=loss_func or _CrossEntropy(),
+                     opt_func=partial(OptimWrapper, opt=cls, weight_decay=wd, **{**kw, **opt_args}),
                      lr=usual if lr is None else _check_lr(lr), metrics=accuracy if metrics is None else metrics, cbs=cbs,
                      **({} if splitter is None else dict(splitter=splitter)))
     learn.seed,learn.n_fits,learn.history = check_int('seed', seed),0,[]
