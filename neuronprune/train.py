@@ -68,6 +68,8 @@ class _Learner(Learner):
     def add_cb(self, cb): self.answering = {}; return super().add_cb(cb)
     def remove_cb(self, cb): self.answering = {}; return super().remove_cb(cb)
     def __call__(self, event_name):
+        for o in [event_name] if isinstance(event_name, str) else event_name: self._call_one(o)
+    def _call_one(self, event_name):
         if event_name not in self.answering: self.answering[event_name] = [cb for cb in self.cbs.sorted('order')
             if event_name in ('after_fit', 'after_cancel_fit') or hasattr(type(cb), event_name) or event_name in vars(cb)]
         for cb in self.answering[event_name]: cb(event_name)
