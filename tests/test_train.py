@@ -1,9 +1,15 @@
 """Training: masks hold, rewinds are exact, seeds are kept, intervals agree with SciPy, errors can be read."""
 import copy, random
+from functools import partial
 import pytest, torch
 from torch import nn
+from fastai.callback.core import Callback, event
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest
 from neuronprune.allocate import allocate
@@ -11,6 +17,8 @@ from neuronprune.core import Mask, Scores, layers
 from neuronprune.graph import trace
 from neuronprune.train import (MaskCallback, PruneCallback, Rewind, curves, evaluate, fine_tune, fit, gradual, keep_tensors, sink,
                                learner, rebind, rewind_to, schedule_lr, sign_weights, wilson)
+
+EVENTS = [o for o in vars(event) if o.startswith(('before_', 'after_')) and o != 'after_create']
 
 def data(n=96, seed=0, bs=16):
     g = torch.Generator().manual_seed(seed)
@@ -63,6 +71,31 @@ def test_mask_that_does_not_fit_is_refused():
     m = net()
     with pytest.raises(ValueError, match='no such parameter'): keep_tensors(m, {'9.weight': torch.ones(1).bool()})
     with pytest.raises(ValueError, match='shape'): keep_tensors(m, {'0.weight': torch.ones(1).bool()})
+
+class Tape(Callback):
+    "Writes down every event; `visitor`, if any, comes before the third batch and goes after it."
+    order = 70
+    def __init__(self, tape, tag, visitor=None):
+        self.tape, self.tag, self.visitor = tape, tag, visitor
+        for e in EVENTS: setattr(self, e, partial(self.note, e))
+    def note(self, e):
+        self.tape.append((self.tag, e))
+        if self.visitor and self.train_iter == 2 and e == 'before_batch': self.learn.add_cb(self.visitor)
+        if self.visitor and self.train_iter == 3 and e == 'after_batch': self.learn.remove_cb(self.visitor); self.visitor = None
+
+def test_the_learner_calls_and_computes_what_fastais_does():
+    def run(make):
+        tape, dls = [], data(); torch.manual_seed(0)
+        learn = make(net(), dls, Tape(tape, 'resident', Tape(tape, 'visitor')))
+        torch.manual_seed(1); dls.train.rng = random.Random(1)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2); learn.validate()
+        return tape, {k:v.clone() for k,v in learn.model.state_dict().items()}, learn.recorder.values
+    opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, weight_decay=1e-3, foreach=True)
+    tape, state, values = run(lambda m, dls, cb: learner(m, dls, 'sgd', lr=.1, wd=1e-3, cbs=cb))
+    tape0, state0, values0 = run(lambda m, dls, cb: Learner(dls, m, CrossEntropyLossFlat(), metrics=accuracy, lr=.1, opt_func=opt, cbs=cb))
+    assert tape == tape0 and len(tape) > 100 and tape.count(('visitor', 'after_step')) == 1
+    assert all(torch.equal(v, state[k]) for k,v in state0.items())
+    assert [list(o) for o in values] == [list(o) for o in values0]
 
 def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
