@@ -124,19 +124,37 @@ def _evenly(order, ids, n):
         turn[own] = np.arange(1, len(own)+1)/len(own)
     return order[np.argsort(turn[order], kind='stable')]
 
-def _remove_network(order, safe, scores, ids, sparsity, tied):
-    "(longest prefix of the free atoms in `order` whose removal leaves the weights asked for, is the request out of reach?)"
-    free, total = order[~safe[order]], weights_left(scores.graph, {})
-    goal = total - math.floor(total*Fraction(str(sparsity)))
-    def left(n):
-        kept = np.ones(len(safe), dtype=bool); kept[free[:n]] = False
+# %% ../nbs/04_allocate.ipynb #network-left
+_CLOSE = .005 # relative excess over a budget of the network's weights that is not worth another channel
+
+def _network_left(scores, ids, n, tied):
+    "Function from the atoms removed to the weights of the network left."
+    def left(gone):
+        kept = np.ones(n, dtype=bool); kept[gone] = False
         units = {k:torch.from_numpy(kept[a]) for k,a in ids.items()}
         return weights_left(scores.graph, {**units, **(_rest_of_ties(scores, units) if tied else {})})
-    lo, hi = 0, len(free)+1
+    return left
+
+# %% ../nbs/04_allocate.ipynb #fitting
+def _fitting(left, gone, more, goal):
+    "`gone` and as many of the atoms `more`, in order, as leave at least `goal` weights; the others."
+    lo, hi = 0, len(more)+1
     while hi-lo > 1:
         mid = (lo+hi)//2
-        lo, hi = (mid, hi) if left(mid) >= goal else (lo, mid)
-    return free[:lo], lo == len(free) and left(lo) > goal
+        lo, hi = (mid, hi) if left(np.concatenate([gone, more[:mid]])) >= goal else (lo, mid)
+    return np.concatenate([gone, more[:lo]]), more[lo:]
+
+def _remove_network(order, safe, scores, ids, sparsity, tied):
+    "(free atoms in `order` whose removal leaves the weights asked for, is the request out of reach?)"
+    left, total = _network_left(scores, ids, len(safe), tied), weights_left(scores.graph, {})
+    goal, parts = total - math.floor(total*Fraction(str(sparsity))), list(_parts(ids, len(safe), 'layer'))
+    gone, rest = _fitting(left, order[:0], order[~safe[order]], goal)
+    short = not len(rest) and left(gone) > goal
+    while len(rest) and left(gone) > (1+_CLOSE)*goal:
+        stops = next(p for p in parts if p[rest[0]])[rest]
+        end = np.flatnonzero(stops)[1] if stops.sum() > 1 else len(rest)
+        gone, rest = _fitting(left, gone, rest[:end][~stops[:end]], goal)
+    return gone, short
 
 # %% ../nbs/04_allocate.ipynb #spared
 def _spared(ids, n, keep):

@@ -294,6 +294,43 @@ def test_caps_of_tied_layers_count_their_own_weights():
     for caps,n in ((dict(a=.5), 2), (dict(b=.25), 1), (dict(a=.5, b=.25), 1), (dict(a=.2), 0)): assert int((~quiet(sc, .6, of='params', normalize=None, caps=caps)['a']).sum()) == n
     assert quiet(sc, .6, of='params', normalize=None, caps=dict(a=.5)).meta['layers'] == dict(a=.5, b=.5, c=2/3)
 
+# ---- the whole network's weights
+
+def slow_network(order, sizes, goal):
+    "Channels (layer, unit) one by one in `order` from an MLP with these widths (inputs first, outputs last); the rule in plain words."
+    kept = list(sizes); left = lambda w: sum(a*b for a,b in zip(w, w[1:]))
+    stopped, end = set(), len(order)
+    for i,(l,_) in enumerate(order):
+        if i >= end: break
+        if l in stopped: continue
+        less = [n-(j == l) for j,n in enumerate(kept)]
+        if left(less) >= goal: kept = less; continue
+        if left(kept) <= 1.005*goal: break
+        stopped.add(l); later = [j for j in range(i+1, end) if order[j][0] == l]
+        if later: end = later[0]
+    return kept
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=4, max_size=5), st.floats(.02, .9), st.sampled_from(['global', 'layer']), st.integers(0, 999))
+def test_weights_of_the_network_against_one_at_a_time(sizes, s, scope, seed):
+    net = nn.Sequential(*[o for a,b in zip(sizes, sizes[1:]) for o in (nn.Linear(a, b), nn.ReLU())][:-1])
+    sc = Scores({str(2*l):torch.rand(n, generator=generator(seed+l)) for l,n in enumerate(sizes[1:-1])}, 'channel', graph=trace(net, torch.rand(2, sizes[0])))
+    units = [(l+1, u, float(v)) for l,k in enumerate(sc) for u,v in enumerate(sc[k].double())]
+    best = {l:max((v, u) for k,u,v in units if k == l)[1] for l in range(1, len(sizes)-1)} # min_keep
+    rank = {(l, u):sum(w < v for k,_,w in units if k == l) for l,u,v in units}
+    key = (lambda o: o[2]) if scope == 'global' else (lambda o: (Fraction(rank[o[:2]]+1, sizes[o[0]]), o[2]))
+    order = [o[:2] for o in sorted(units, key=key) if o[1] != best[o[0]]]
+    goal = kappa(sum(a*b for a,b in zip(sizes, sizes[1:])), s)
+    mask = quiet(sc, s, of='network', scope=scope, normalize=None)
+    assert [int(v.sum()) for v in mask.values()] == slow_network(order, sizes, goal)[1:-1]
+
+def test_layers_with_fine_channels_fill_the_budget():
+    net = nn.Sequential(nn.Linear(784, 30), nn.ReLU(), nn.Linear(30, 400), nn.ReLU(), nn.Linear(400, 40)); g = trace(net, torch.rand(2, 784))
+    sc = Scores({'0': torch.arange(30.)*10, '2': torch.arange(400.)/3}, 'channel', graph=g) # thirty of the second for one of the first
+    mask = allocate(sc, .5, of='network', normalize=None); a, b = (int(v.sum()) for v in mask.values())
+    left, goal = 784*a+a*b+40*b, kappa(784*30+12000+16000, .5)
+    assert goal <= left <= 1.005*goal and 784*a+a*(b+2)+40*(b+2) > 1.005*goal
+
 # ---- rounds
 
 @settings(max_examples=80, deadline=None)

@@ -4,6 +4,7 @@ import numpy as np, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate, weights_left
+from neuronprune.cascade import densities
 from neuronprune.core import Mask, Scores, kappa, layers
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.draws import expected_unique
@@ -220,10 +221,10 @@ def test_density_one_changes_nothing_pfp(trained, dls, variant):
 
 def made_scores(name, size=32, seed=0):
     "Random sensitivities for the inputs of a network that is not trained; (scores, model, images)."
-    torch.manual_seed(seed); m = build(name, 3 if name != 'lenet5_conv' else 1, 10, size, seed=seed).eval()
+    torch.manual_seed(seed); m = build(name, 3 if 'lenet' not in name else 1, 10, size, seed=seed).eval()
     for o in m.modules():
         if isinstance(o, nn.BatchNorm2d): nn.init.uniform_(o.weight, .5, 1.5); nn.init.normal_(o.bias); nn.init.normal_(o.running_mean); nn.init.uniform_(o.running_var, .5, 2)
-    x = torch.rand(4, 3 if name != 'lenet5_conv' else 1, size, size); g = trace(m, x)
+    x = torch.rand(4, 3 if 'lenet' not in name else 1, size, size); g = trace(m, x)
     found = {f'{k}:in':l.weight.shape[1] for k,l in layers(m).items() if getattr(l, 'groups', 1) == 1 and k in g.layers}
     meta = dict(variant='det', n=1, delta=1e-12, c=3., seed=0, logs={k.removesuffix(':in'):1+i/10 for i,k in enumerate(found)})
     return Scores({k:torch.rand(n)**3 for k,n in found.items()}, 'channel', graph=g, meta=meta, method='pfp'), m, x
@@ -234,7 +235,7 @@ def test_pfp_meets_the_budget_and_shrinks(name, tied):
     sc, model, x = made_scores(name)
     for s in (.3, .8):
         m = equalise(sc, s, tied=tied, prune_inputs=not tied); total, left = weights_left(sc.graph, {}), weights_left(sc.graph, m)
-        assert left >= kappa(total, s) and (left-kappa(total, s))/kappa(total, s) < (.12 if name == 'lenet5_conv' else .02), left/kappa(total, s)
+        assert left >= kappa(total, s) and (left-kappa(total, s))/kappa(total, s) < (.04 if name == 'lenet5_conv' else .0075), (name, s, left/kappa(total, s))
         masked = apply(copy.deepcopy(model), m); small = shrink(model, m, x)
         assert difference(masked, small, x) <= 1e-5 and difference(model, masked, x) > 1e-3
         if tied: assert sum(o.weight.numel() for o in layers(small).values()) == left
@@ -253,9 +254,12 @@ def test_pfp_equalises_the_error_and_is_not_a_top_k():
     m = equalise(sc, .5); top = allocate(sc, .5, of='network', normalize=None)
     assert int(m['2:in'].sum()) != int(top['2:in'].sum())
     counts = {k:int(v.sum()) for k,v in m.items()}; tau = m.meta['tau']
-    for k,v in sc.items(): # what each layer keeps is what its samples hit, at one and the same predicted error
+    more = []
+    for k,v in sc.items(): # what each layer keeps is what its samples hit, at one and the same predicted error; the one that stopped keeps one more
         draws = tau*float(v.double().sum())*5; alpha = 2*3.*5*float(v.double().sum())
-        assert counts[k] == math.ceil(float(expected_unique((v/v.sum()).numpy(), draws))) and abs(predicted_error(draws, alpha)-m.meta['error']) < 1e-9
+        more.append(counts[k] - math.ceil(float(expected_unique((v/v.sum()).numpy(), draws))))
+        assert abs(predicted_error(draws, alpha)-m.meta['error']) < 1e-9
+    assert sorted(more) in ([0, 0], [0, 1]), more
     errors = [float(predicted_error(_draws(v, int(top[k].sum())), 30.*float(v.sum()))) for k,v in sc.items()]
     assert max(errors)/min(errors) > 2 # the global ranking does not equalise
 
@@ -265,6 +269,21 @@ def _draws(v, kept):
     for _ in range(200):
         mid = (lo+hi)/2; lo, hi = (mid, hi) if expected_unique(q, mid) < min(kept, len(q)-1e-6) else (lo, mid)
     return hi
+
+@pytest.mark.parametrize('seed', range(3))
+def test_pfp_meets_the_budget_of_a_small_network(seed):
+    "Half a per cent from above; no layer is cut further than where another, stopped, would have lost its second channel."
+    sc, model, x = made_scores('lenet300', 28, seed); total = weights_left(sc.graph, {}); slack = []
+    for d in densities('harmonic', lo=.05, count=.8):
+        m = equalise(sc, 1-d); goal = kappa(total, 1-d); left = weights_left(sc.graph, m)
+        counts = {k:int(v.sum()) for k,v in m.items()}; tau, want = m.meta['tau'], {}
+        for k,v in sc.items():
+            q = (v.double()/v.double().sum()).numpy()
+            want[k] = math.ceil(round(float(expected_unique(q, tau*float(v.double().sum())*sc.meta['logs'][k[:-3]])), 9))
+            assert torch.equal(m[k], torch.zeros_like(m[k]).index_fill_(0, v.double().topk(counts[k]).indices, True))
+        assert all(0 <= counts[k]-want[k] <= 1 for k in sc) and left >= goal
+        slack.append(left/goal-1)
+    assert max(slack) <= .005, slack
 
 def test_constants_cancel():
     sc, *_ = made_scores('lenet5_conv'); a = equalise(sc, .6)
