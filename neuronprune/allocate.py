@@ -81,13 +81,22 @@ def _values(scores, normalize):
     res = [v.flatten().double().numpy() for v in scores.values()]
     return [v/d if (d := f(v)) > 0 else v for v in res]
 
+# %% ../nbs/04_allocate.ipynb #in-order
+def _in_order(vals, second):
+    "Positions from the lowest of `vals` to the highest; equals by `second`, then by position."
+    order = np.argsort(vals); v = vals[order]
+    again = np.append(False, v[1:] == v[:-1])
+    if not again.any(): return order
+    i = np.flatnonzero(again | np.append(again[1:], False)); run, o = np.cumsum(~again)[i], order[i]
+    order[i] = o[np.lexsort((o, run) if second is None else (o, second[o], run))]
+    return order
+
 # %% ../nbs/04_allocate.ipynb #ranked
 def _ranked(scores, ids, n, normalize, reduce):
     "(score of each atom, atoms from the first to go to the last)."
     vals = _pool(ids, _values(scores, normalize), n, reduce)
-    if not scores.tiebreak: return vals, np.argsort(vals, kind='stable')
-    second = _pool(ids, [scores.tiebreak[k].flatten().double().numpy() for k in scores], n, reduce)
-    return vals, np.lexsort((second, vals))
+    second = _pool(ids, [scores.tiebreak[k].flatten().double().numpy() for k in scores], n, reduce) if scores.tiebreak else None
+    return vals, _in_order(vals, second)
 
 # %% ../nbs/04_allocate.ipynb #budget
 def _budget(cost, sparsity):
@@ -182,10 +191,11 @@ def _protected(spared, order, scores, ids, layer_costs, caps, min_keep):
 # %% ../nbs/04_allocate.ipynb #remove
 def _remove(order, safe, cost, sparsity):
     "(atoms removed out of those in `order`, is the request out of reach because of what is protected?)"
-    free, kept = order[~safe[order]], cost[order[safe[order]]]
-    budget = _budget(cost[order], sparsity)
-    n = _n_within(cost[free], budget)
-    left = budget - cost[free[:n]].sum()
+    paid, safe = cost[order], safe[order]
+    free, kept, coins = order[~safe], paid[safe], paid[~safe]
+    budget = _budget(paid, sparsity)
+    n = _n_within(coins, budget)
+    left = budget - coins[:n].sum()
     return free[:n], n == len(free) and bool(((kept > 0) & (kept <= left)).any())
 
 # %% ../nbs/04_allocate.ipynb #round
