@@ -15,27 +15,14 @@ from .core import (Scores, as_found, check_batch, check_choice, check_fraction, 
 from fastai.callback.core import Callback
 from fastprogress import progress_bar
 from .data import calib_batch
-from .graph import trace
+from .inputs import traced
 from .allocate import allocate, ratios
 from .blocks import block_cost, block_labels, block_layers, block_mean
-
-# %% ../nbs/10_baselines.ipynb #traced
-def _traced(model, dls, graph):
-    "`graph`, or a trace of `model` with one image of `dls`; `ValueError` without both, or for another model's graph."
-    if graph is None and dls is None:
-        raise ValueError("graph=None: channel and block scores need the network's wiring; "
-                         "pass graph=trace(model, xb), or dls to trace with")
-    g, mods = trace(model, calib_batch(dls, n=1)[0]) if graph is None else graph, all_layers(model)
-    bad = [k for k,l in g.layers.items() if k not in mods or len(mods[k].weight) != l['n_out']]
-    if bad:
-        raise ValueError(f"graph: its layer {bad[0]!r} does not fit the model; "
-                         "expected graph=trace(model, xb) of this very model")
-    return g
 
 # %% ../nbs/10_baselines.ipynb #wiring
 def _wiring(model, dls, graph):
     "The graph of a model some channels of which can be removed; `ValueError` if there are none."
-    g = _traced(model, dls, graph)
+    g = traced(model, dls, graph)
     if not g.removable:
         raise ValueError(f"unit='channel': no channel of this model can be removed ({g.fixed}); use unit='weight'")
     return g
@@ -68,7 +55,7 @@ def _blocks(model, dls, graph, n_groups, grouping, chosen, labels, seed):
     if grouping == 'kmeans':
         raise ValueError("grouping='kmeans': groups of units that behave alike need activations, which a baseline does not look at; "
                          "pass labels=scores.labels of scores that have such groups")
-    graph, res = _traced(model, dls, graph), {}
+    graph, res = traced(model, dls, graph), {}
     names, skipped = block_layers(graph, chosen)
     for k in names:
         child, parent, column = block_labels(graph, k, n_groups, grouping, seed)
