@@ -7,7 +7,7 @@ __all__ = ['OPTS', 'SCHEDULES', 'Rewind', 'learner', 'schedule_lr', 'fit', 'wils
            'plot_curves', 'keep_tensors', 'MaskCallback', 'fine_tune', 'sign_weights', 'rewind_to', 'gradual',
            'PruneCallback', 'sink', 'rebind']
 
-# %% ../nbs/05_train.ipynb #import-math-random
+# %% ../nbs/05_train.ipynb #import-math-random-from-contex
 import math, random
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from .core import as_found, check_choice, check_fraction, check_int, check_type, layers, seed_everything, Mask, Scores
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, event
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
@@ -70,15 +70,22 @@ class _Learner(Learner):
     def __call__(self, event_name):
         for o in [event_name] if isinstance(event_name, str) else event_name: self._call_one(o)
     def _call_one(self, event_name):
-        if event_name not in self.answering: self.answering[event_name] = [cb for cb in self.cbs.sorted('order')
-            if event_name in ('after_fit', 'after_cancel_fit') or hasattr(type(cb), event_name) or event_name in vars(cb)]
+        if event_name == 'before_fit': self.answering = {}
+        if event_name not in self.answering: self.answering[event_name] = _answering(self.cbs.sorted('order'), event_name)
         for cb in self.answering[event_name]: cb(event_name)
+
+def _answering(cbs, event_name):
+    "The callbacks that do something at an event; all of them at the end of a fit, when fastai switches each on again."
+    if not hasattr(event, event_name): raise AttributeError(f"event_name={event_name!r}: not an event of fastai")
+    if event_name in ('after_fit', 'after_cancel_fit'): return list(cbs)
+    own = lambda cb: hasattr(type(cb), event_name) or event_name in vars(cb) or type(cb).__call__ is not Callback.__call__
+    return [cb for cb in cbs if own(cb)]
 
 # %% ../nbs/05_train.ipynb #crossentropy
 class _CrossEntropy(CrossEntropyLossFlat):
-    "fastai's loss, without its bookkeeping where outputs are [n, classes] and labels [n]."
+    "fastai's loss, without its bookkeeping where outputs are [n, classes] and labels int64 [n]."
     def __call__(self, inp, targ, **kwargs):
-        if inp.ndim != 2 or targ.ndim != 1: return super().__call__(inp, targ, **kwargs)
+        if inp.ndim != 2 or targ.ndim != 1 or targ.dtype != torch.int64: return super().__call__(inp, targ, **kwargs)
         return self.func(inp.as_subclass(torch.Tensor), targ.as_subclass(torch.Tensor), **kwargs)
 
 # %% ../nbs/05_train.ipynb #learner-3
