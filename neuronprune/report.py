@@ -225,7 +225,7 @@ class Report:
     extra:dict=field(default_factory=dict)
     def __repr__(self):
         p = '?' if self.params_removed is None else f'{self.params_removed:.1%}'
-        return f"Report({self.method}, {self.model}, {self.dataset}: {p} of the parameters removed, {self.final})"
+        return f"Report({', '.join(filter(None, (self.method, self.model, self.dataset)))}: {p} of the parameters removed, {self.final})"
 
 # %% ../nbs/07_report.ipynb #ratio
 def _ratio(a, b): return None if a is None or not b else a/b
