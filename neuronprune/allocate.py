@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['weights_left', 'allocate', 'ratios']
 
-# %% ../nbs/04_allocate.ipynb #import-math-warnings-from-fnma
+# %% ../nbs/04_allocate.ipynb #import-math-warnings-from-coll
 import math, warnings
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from fractions import Fraction
 from numbers import Real
 import numpy as np, torch
 from .core import *
-from .graph import _components
+from .graph import _components, _depthwise
 
 # %% ../nbs/04_allocate.ipynb #slot_ids
 def _slot_ids(scores, tied):
@@ -109,14 +110,23 @@ def _n_within(cost, budget):
     "How many atoms, from the first on, cost at most `budget` together."
     return int(np.searchsorted(np.cumsum(cost), budget, side='right'))
 
+# %% ../nbs/04_allocate.ipynb #lost
+def _lost(graph, keep):
+    "(layer -> bool [n_out]: channels that go, layer -> bool [n_in]: columns that are cut) for the pattern `keep`."
+    dead, cut = ({k.removesuffix(':in'):~v for k,v in keep.items() if k.endswith(':in') == inp} for inp in (False, True))
+    read = {**{n:v for n,v in dead.items() if _depthwise(graph.layers[n])}, **cut}
+    for p,v in (graph.unread(read) if read else {}).items(): dead[p] = dead[p] | v if p in dead else v
+    for p,o in graph.out_slots.items():
+        if p not in dead or not dead[p].all(): continue
+        for res,slots in ((dead, graph.out_slots), (cut, graph.in_slots)): res.update({n:v & (slots[n] != o[0]) for n,v in res.items()})
+    return dead, cut
+
 # %% ../nbs/04_allocate.ipynb #weights-left
 def weights_left(graph,    # `Graph` of the model
                  keep:dict # layer -> bool [n_out], or `layer:in` -> bool [n_in], True = kept; layers that are not named keep everything
                 )->int:
     "Weights of all linear and convolution layers that are left once dropped channels are cut, their rows and the columns that read them."
-    dead, cut = ({k.removesuffix(':in'):~v for k,v in keep.items() if k.endswith(':in') == inp} for inp in (False, True))
-    for p,v in (graph.unread(cut) if cut else {}).items(): dead[p] = dead[p] | v if p in dead else v
-    left = 0
+    (dead, cut), left = _lost(graph, keep), 0
     for n,l in graph.layers.items():
         rows = l['n_out'] - int(dead[n].sum()) if n in dead else l['n_out']
         gone = graph.silent(dead, n) if any(p in dead for p in graph.sources.get(n, ())) else torch.zeros(l['n_in'], dtype=torch.bool)
@@ -221,14 +231,17 @@ def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
     check_choice('scope', scope, ('global', 'layer'))
     if of is None: of = 'params' if scores.unit == 'group' else 'units'
     check_choice('of', of, ('units', 'params', 'macs', 'network'))
+    if scores.unit == 'rank' and of != 'units':
+        raise ValueError(f"of={of!r}: what a rank saves depends on the ranks that stay, so it has no cost of its own; expected of='units', or lowrank.cut, which counts weights")
     if of == 'network' and (scores.unit != 'channel' or scores.graph is None or threshold is not None):
         raise ValueError(f"of='network': weights left of the whole network; expected channel scores with graph=trace(model, xb) and sparsity=, "
                          f"got unit={scores.unit!r}, {'no graph' if scores.graph is None else 'a graph'}, threshold={threshold}")
     check_choice('normalize', normalize, ('auto', None, 'mean', 'max'))
-    names, keep = [k.removesuffix(':in') for k in scores], (keep,) if isinstance(keep, str) else tuple(keep)
+    names, keep = [k.removesuffix(':in') for k in scores], (keep,) if isinstance(keep, str) else tuple(check_type('keep', keep, Iterable, 'names or patterns of layers'))
     for p in keep:
+        check_type('keep', p, str, 'a name or pattern of layers')
         if not any(fnmatch(n, p) for n in names): check_choice('keep', p, names)
-    caps = caps if isinstance(caps, dict) else {} if caps is None else dict.fromkeys(names, caps)
+    caps = caps if isinstance(caps, Mapping) else {} if caps is None else dict.fromkeys(names, caps)
     for n,c in caps.items(): check_choice('caps', n, names); check_fraction(f'caps[{n!r}]', c, open_hi=False)
     auto = 'mean' if scores.unit == 'channel' and threshold is None else None
     return auto if normalize == 'auto' else normalize, of, caps, keep

@@ -282,15 +282,17 @@ def calibration(model,  # classifier; left as found, runs in eval mode
     return reliability(*confidences(model, dl), n_bins)
 
 # %% ../nbs/21_analysis.ipynb #plot-reliability
-def plot_reliability(tables:dict # name -> table of `reliability` or `calibration`
+def plot_reliability(tables:dict, # name -> table of `reliability` or `calibration`
+                     fewest:int=20 # images a bin needs to be drawn above; the error counts all
                     ):
-    "Accuracy of each bin with its interval against the mean confidence, the diagonal, below the share of images per bin; returns the figure."
+    "Accuracy of each bin with its interval against the mean confidence, the diagonal, below the images per bin on a logarithmic axis; returns the figure."
     import matplotlib.pyplot as plt
+    check_int('fewest', fewest, 1)
     fig, (ax, below) = plt.subplots(2, 1, figsize=(6, 4.4), sharex=True, height_ratios=(3, 1), constrained_layout=True)
     ax.plot([0, 1], [0, 1], color='grey', lw=.8, ls=':')
     for name,df in tables.items():
-        d = df[df.n > 0]
+        d = df[df.n >= fewest]
         ax.errorbar(d.confidence, d.accuracy, [d.accuracy-d.lo, d.hi-d.accuracy], marker='.', capsize=2, lw=1, label=f'{name}, ECE {ece(df):.3f}')
-        below.stairs(df.n/df.n.sum(), [*df.bin_lo, 1.])
-    ax.set(ylabel='accuracy'); ax.legend(fontsize=7); below.set(xlabel='confidence', ylabel='share of images')
+        below.stairs(df.n, [*df.bin_lo, 1.])
+    ax.set(ylabel='accuracy'); ax.legend(fontsize=7); below.set(xlabel='confidence', ylabel='images', yscale='log', ylim=(.8, None))
     plt.close(fig); return fig

@@ -10,8 +10,8 @@ import math, time
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from .core import (Scores, as_found, check_batch, check_choice, check_fraction, check_int, generator,
-                              layers as all_layers, method)
+from .core import (Scores, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
+                              digesting, generator, layers as all_layers, method, twins)
 from fastai.callback.core import Callback
 from fastprogress import progress_bar
 from .data import calib_batch
@@ -31,18 +31,27 @@ def _wiring(model, dls, graph):
 def _candidates(model, unit, dls, graph, units=('weight', 'channel')):
     "(path -> module of the layers to score, graph, path -> why a layer is left out)."
     mods = all_layers(model)
-    if check_choice('unit', unit, units) == 'weight': return mods, graph, {}
+    if check_choice('unit', unit, units) == 'weight':
+        shared = twins(model)
+        return {k:m for k,m in mods.items() if k not in shared}, graph, {k:f"it shares its weight with {o!r}" for k,o in shared.items()}
     g = _wiring(model, dls, graph)
     return {k:mods[k] for k in g.removable}, g, dict(g.fixed)
 
-# %% ../nbs/10_baselines.ipynb #given
+# %% ../nbs/10_baselines.ipynb #check-groups
+def _check_groups(k, pair, need):
+    "Labels of layer `k` are two int64 tensors of the lengths `need`, numbered from 0."
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(o, torch.Tensor) and o.dtype == torch.int64 and o.ndim == 1 for o in pair)):
+        raise TypeError(f"labels[{k!r}]: expected a pair of int64 tensors, the groups of the outputs [n_out] and of the inputs [n_in]")
+    got = tuple(map(len, pair))
+    if got != need: raise ValueError(f"labels[{k!r}]: (outputs, inputs) = {got}, but the model's layer has {need}")
+    for o in pair:
+        if o.min() < 0: raise ValueError(f"labels[{k!r}]: group {int(o.min())}; expected groups numbered from 0")
+
 def _given(model, labels):
-    "(labels, why each other layer is left out) for labels of existing scores; `ValueError` where they do not fit the model."
+    "(labels, why each other layer is left out) for labels of existing scores; `TypeError` or `ValueError` where they do not fit the model."
     mods = all_layers(model)
-    for k,o in labels.items():
-        check_choice('labels', k, mods)
-        got, need = tuple(map(len, o)), tuple(mods[k].weight.shape[:2])
-        if got != need: raise ValueError(f"labels[{k!r}]: (outputs, inputs) = {got}, but the model's layer has {need}")
+    for k,o in check_type('labels', labels, dict, 'scores.labels of existing scores').items():
+        check_choice('labels', k, mods); _check_groups(k, o, tuple(mods[k].weight.shape[:2]))
     return labels, {k:'not among the given blocks' for k in mods if k not in labels}
 
 # %% ../nbs/10_baselines.ipynb #blocks
@@ -62,7 +71,9 @@ def _blocks(model, dls, graph, n_groups, grouping, chosen, labels, seed):
         res[k] = child, parent[column]
     return res, skipped, graph
 
-# %% ../nbs/10_baselines.ipynb #scores
+# %% ../nbs/10_baselines.ipynb #wide
+def _wide(x): "`x` in float32, if it has half of its bits."; return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def _scores(name, units, unit, start, graph, skipped, **meta):
     "The `Scores` of a baseline; `start` is when the clock began."
     units = {k:v.detach().cpu() for k,v in units.items()}
@@ -118,17 +129,19 @@ def _block_norm(w, labels, norm):
 
 # %% ../nbs/10_baselines.ipynb #initial
 def _initial(init, mods, who):
-    "Path -> initial weight on the layer's device; raises `ValueError` when there is none or it does not fit."
+    "Path -> initial weight on the layer's device; raises `ValueError` when there is none or it does not fit, `TypeError` for no state dict."
     if init is None:
         raise ValueError(f"init=None: {who} needs the initial weights; build the learner with neuronprune's learner(…) "
                          "before training, and pass init=learn.rewind.init")
+    check_type('init', init, dict, 'learn.rewind.init')
     for k,m in mods.items():
         w = init.get(f'{k}.weight')
+        if w is not None: check_type(f'init[{k}.weight]', w, torch.Tensor)
         if w is None or w.shape != m.weight.shape:
             found = 'is missing' if w is None else f'has shape {tuple(w.shape)}'
             raise ValueError(f"init: {k}.weight {found}; expected the initial weights of this model, "
                              f"shape {tuple(m.weight.shape)}")
-    return {k:init[f'{k}.weight'].detach().to(m.weight.device) for k,m in mods.items()}
+    return {k:_wide(init[f'{k}.weight'].detach()).to(m.weight.device) for k,m in mods.items()}
 
 # %% ../nbs/10_baselines.ipynb #magnitude-2
 @method('magnitude', unit='weight', paper='Han 2015; Li 2017; He 2018')
@@ -150,7 +163,7 @@ def magnitude(model:nn.Module, # trained model
     start = time.perf_counter()
     check_choice('norm', norm, _ORDERS)
     check_choice('at', at, ('trained', 'init'))
-    def weights(mods): return _initial(init, mods, "magnitude(at='init')") if at == 'init' else {k:m.weight.detach() for k,m in mods.items()}
+    def weights(mods): return _initial(init, mods, "magnitude(at='init')") if at == 'init' else {k:_wide(m.weight.detach()) for k,m in mods.items()}
     if unit == 'group':
         blocks, ws = _blocks(model, dls, graph, n_groups, grouping, layers, labels, seed), weights(all_layers(model))
         return _block_scores('magnitude', lambda k,lab,cost: _block_norm(ws[k], lab, norm), model, blocks, start, norm=norm, at=at)
@@ -163,15 +176,17 @@ def magnitude(model:nn.Module, # trained model
 def _loss(out, y, loss_func):
     "Mean loss of a chunk; cross-entropy on checked labels unless the user brings another."
     if loss_func is not None: return loss_func(out, y)
-    check_batch(out.detach(), y, out.shape[1])
+    check_batch(check_finite('outputs of the model', out.detach()), y, out.shape[1])
     return F.cross_entropy(out, y)
 
 # %% ../nbs/10_baselines.ipynb #batch
 def _batch(model, dls, who, n_per_class, n, split, seed):
-    "Calibration batch on the model's device; raises `ValueError` without `dls`."
+    "Calibration batch on the model's device, images in its floating dtype; raises `ValueError` without `dls`."
     if dls is None:
         raise ValueError(f"dls=None: {who} needs labelled images; pass fastai DataLoaders, such as get_dls('digits')")
-    return calib_batch(dls, n_per_class, n, split=split, seed=seed, device=next(model.parameters()).device)
+    p = next(p for p in model.parameters() if p.is_floating_point())
+    xb, yb = calib_batch(dls, n_per_class, n, split=split, seed=seed, device=p.device)
+    return xb.to(p.dtype) if xb.is_floating_point() else xb, yb
 
 # %% ../nbs/10_baselines.ipynb #gradients
 def _gradients(model, names, xb, yb, keep=None, loss_func=None, bs=256):
@@ -182,12 +197,10 @@ def _gradients(model, names, xb, yb, keep=None, loss_func=None, bs=256):
     total = dict.fromkeys(leaves)
     with as_found(model, train=False), torch.enable_grad():
         for x,y in zip(xb.split(bs), yb.split(bs)):
-            try: out = functional_call(model, {**state, **leaves}, (x,))
-            except RuntimeError as e:
-                raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(x.shape)}: {e}") from e
+            with digesting(x): out = functional_call(model, {**state, **leaves}, (x,))
             loss = _loss(out, y, loss_func) * (len(x)/len(xb))
             for k,g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)):
-                if g is not None: total[k] = g if total[k] is None else total[k]+g
+                if g is not None: total[k] = _wide(g) if total[k] is None else total[k]+g
     return {k:(state[k], g) for k,g in total.items() if g is not None}
 
 # %% ../nbs/10_baselines.ipynb #sensitivity
@@ -239,7 +252,7 @@ def snip(model:nn.Module,     # the network before training (or after, as the pr
     xb, yb = _batch(model, dls, 'snip', n_per_class, n, split, seed)
     look = lambda mask: _sensitivity(model, mods, unit, xb, yb, mask, loss_func)
     units = _iterate(look, sparsity, rounds, graph, unit, progress)
-    why = 'no gradient: unused in the forward pass, or its weight is shared with another layer'
+    why = 'no gradient: unused in the forward pass, or its weight is shared with another module'
     skipped.update({k:why for k in mods if k not in units})
     return _scores('snip', units, unit, start, graph, skipped, n=len(xb), n_per_class=n_per_class, split=split,
                    rounds=rounds, sparsity=sparsity, seed=seed)
@@ -292,7 +305,7 @@ def _gate(rows, m):
         return out * rows[-1].view(shape)
     return hook
 
-# %% ../nbs/10_baselines.ipynb #gate_gradients
+# %% ../nbs/10_baselines.ipynb #gate-gradients
 def _gate_gradients(model, mods, xb, yb, loss_func=None, bs=256):
     "Path -> derivative of each example's loss with respect to a gate on each output channel, at 1 [n, out]."
     res = {k:[] for k in mods}
@@ -300,10 +313,12 @@ def _gate_gradients(model, mods, xb, yb, loss_func=None, bs=256):
         for x,y in zip(xb.split(bs), yb.split(bs)):
             gates = {k:[] for k in mods}
             hooks = [m.register_forward_hook(_gate(gates[k], m)) for k,m in mods.items()]
-            try: loss = _loss(model(x), y, loss_func) * len(x)
+            try:
+                with digesting(x): out = model(x)
             finally: [h.remove() for h in hooks]
+            loss = _loss(out, y, loss_func) * len(x)
             grads = torch.autograd.grad(loss, [gates[k][0] for k in mods], materialize_grads=True)
-            for k,g in zip(mods, grads): res[k].append(g)
+            for k,g in zip(mods, grads): res[k].append(_wide(g))
     return {k:torch.cat(v) for k,v in res.items()}
 
 # %% ../nbs/10_baselines.ipynb #batchnorms-nn-batchnorm1d-nn

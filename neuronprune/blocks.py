@@ -69,7 +69,8 @@ def parent_of(graph,    # `Graph` of the model
 # %% ../nbs/08_blocks.ipynb #no-blocks
 def _no_blocks(graph):
     "Layer -> why it has no blocks."
-    why = {n:r for n,r in graph.fixed.items() if n not in graph.layers or r.startswith('it shares its weight')}
+    why = {n:r for n,r in graph.fixed.items() if n not in graph.layers}
+    why.update({n:f"it shares its weight with {o!r}" for n,o in graph.twins.items()})
     for n,l in graph.layers.items():
         if not graph.producers[n]: why[n] = "reads the network's input, not another layer's channels"
         elif l['groups'] > 1: why[n] = "grouped convolution: a block would cross the groups"

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRUNABLE', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'check_type', 'check_finite', 'check_batch',
-           'UnsupportedLayerError', 'layers', 'kappa', 'generator', 'seed_everything', 'as_found', 'Units', 'Scores',
-           'Mask', 'replacing', 'save_tensors', 'load_tensors', 'Method', 'method', 'Methods', 'methods']
+           'digesting', 'UnsupportedLayerError', 'layers', 'twins', 'kappa', 'generator', 'seed_everything', 'as_found',
+           'Units', 'Scores', 'Mask', 'replacing', 'save_tensors', 'load_tensors', 'Method', 'method', 'Methods',
+           'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import importlib, json, math, os, random, difflib, warnings
@@ -62,15 +63,16 @@ def check_choice(name:str, # argument name
     hint = f"; did you mean {near[0]!r}?" if near else ''
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{hint}")
 
-# %% ../nbs/00_core.ipynb #check_type
+# %% ../nbs/00_core.ipynb #check-type
 def check_type(name:str, # argument name
                value,    # what the user passed
-               cls,      # class it must be of
+               cls,      # class it must be of, or a tuple of classes
                fix:str='' # what to do instead
               ):
     "`value` if it is a `cls`; otherwise a `TypeError`."
     if isinstance(value, cls): return value
-    what = 'an nn.Module' if cls is nn.Module else f'a {cls.__name__}'
+    names = ['nn.Module' if c is nn.Module else c.__name__ for c in (cls if isinstance(cls, tuple) else (cls,))]
+    what = ' or '.join(f"{'an' if n.startswith(('nn.', *'AEIO')) else 'a'} {n}" for n in names)
     raise TypeError(f"{name}: expected {what}{fix and f', {fix}'}, got {type(value).__name__}")
 
 # %% ../nbs/00_core.ipynb #check_finite
@@ -99,6 +101,18 @@ def check_batch(xb:torch.Tensor,      # inputs [n, ...]
         top = 'n_out-1' if n_out is None else n_out-1
         raise ValueError(f"yb: labels from {int(yb.min())} to {int(yb.max())}; expected 0 to {top}")
 
+# %% ../nbs/00_core.ipynb #digesting
+@contextmanager
+def digesting(*xb:torch.Tensor, # the model's inputs
+              name:str='xb'     # argument they came from, for the message
+             ):
+    "Inside the block the model's `RuntimeError` or `IndexError` becomes a `ValueError` with the shapes of `xb`; lack of memory stays what it is."
+    try: yield
+    except (RuntimeError, IndexError) as e:
+        if isinstance(e, torch.cuda.OutOfMemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e): raise
+        shapes = ', '.join(str(tuple(o.shape)) for o in xb)
+        raise ValueError(f"{name}: the model cannot digest a batch of shape {shapes}: {e}") from e
+
 # %% ../nbs/00_core.ipynb #unsupportedlayererror
 class UnsupportedLayerError(ValueError):
     "A method met a layer it has no theory for; the message names the module."
@@ -112,6 +126,13 @@ def layers(model:nn.Module # any model
     res = {n:m for n,m in model.named_modules() if isinstance(m, PRUNABLE)}
     if not res: raise ValueError(f"model={type(model).__name__}: no Linear or Conv layer to prune")
     return res
+
+# %% ../nbs/00_core.ipynb #twins
+def twins(model:nn.Module # any model
+         )->dict:
+    "Layer -> the first layer that holds the same weight tensor, for every layer but that first one."
+    first = {}
+    return {n:o for n,m in layers(model).items() if (o := first.setdefault(m.weight, n)) != n}
 
 # %% ../nbs/00_core.ipynb #kappa
 def kappa(n:int, # number of candidate units
@@ -157,6 +178,22 @@ def as_found(model:nn.Module,      # model to borrow
         for m,t in modes.items(): m.training = t
         for p,(r,g) in flags.items(): p.grad = g; p.requires_grad_(r)
 
+# %% ../nbs/00_core.ipynb #tensor
+def _tensor(name, value):
+    "`value` as a detached CPU tensor; a `TypeError` that names it otherwise."
+    try: return torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name}: expected a tensor, got {type(value).__name__} ({e})") from None
+
+def _tensors(name, d):
+    "Key -> tensor of a dictionary that may be None."
+    return {k:_tensor(f'{name}[{k!r}]', v) for k,v in check_type(name, d or {}, Mapping, 'key -> tensor').items()}
+
+def _pairs(name, d):
+    "Key -> two tensors of a dictionary that may be None."
+    for k,v in check_type(name, d or {}, Mapping, 'key -> two tensors').items():
+        if len(check_type(f'{name}[{k!r}]', v, (tuple, list))) != 2: raise ValueError(f"{name}[{k!r}]: {len(v)} tensors; expected two")
+    return {k:tuple(_tensor(f'{name}[{k!r}]', o) for o in v) for k,v in (d or {}).items()}
+
 # %% ../nbs/00_core.ipynb #check-labels
 UNITS = ('weight', 'channel', 'group', 'rank')
 
@@ -182,8 +219,7 @@ class Units(Mapping):
     def __init__(self, units, unit, graph=None, labels=None, meta=None):
         check_choice('unit', unit, UNITS); check_type('units', units, Mapping, 'key -> tensor')
         if not units: raise ValueError("units: empty; expected at least one layer")
-        self.units = {k:torch.as_tensor(v).detach().cpu() for k,v in units.items()}
-        self.labels = {k:tuple(torch.as_tensor(o).cpu() for o in v) for k,v in (labels or {}).items()}
+        self.units, self.labels = _tensors('units', units), _pairs('labels', labels)
         self.unit,self.graph,self.meta = unit,graph,dict(meta or {})
         for k,v in self.units.items():
             if v.numel() == 0: raise ValueError(f"units[{k!r}]: empty tensor; expected at least one unit")
@@ -223,8 +259,7 @@ class Scores(Units):
         super().__init__(units, unit, graph, labels, meta)
         for k,v in self.units.items(): self.units[k] = check_finite(f'scores[{k!r}]', v if v.is_floating_point() else v.float())
         self.method,self.secs,self.skipped = method,secs,dict(skipped or {})
-        self.cost = {k:torch.as_tensor(v).cpu() for k,v in (cost or {}).items()}
-        self.tiebreak = {k:torch.as_tensor(v).detach().cpu() for k,v in (tiebreak or {}).items()}
+        self.cost, self.tiebreak = _tensors('cost', cost), _tensors('tiebreak', tiebreak)
         if self.tiebreak: _check_tiebreak(self.tiebreak, self.units)
 
     def __repr__(self):
@@ -292,7 +327,7 @@ class Mask(Units):
                  meta:dict=None    # requested sparsity, method, …, JSON-able
                 ):
         super().__init__(units, unit, graph, labels, meta)
-        self.scale = {k:check_finite(f'scale[{k!r}]', torch.as_tensor(v).detach().cpu()) for k,v in (scale or {}).items()}
+        self.scale = {k:check_finite(f'scale[{k!r}]', v) for k,v in _tensors('scale', scale).items()}
         for k,v in self.units.items():
             if v.dtype != torch.bool: raise TypeError(f"mask[{k!r}]: dtype {v.dtype}; expected torch.bool, True = kept")
             s = self.scale.get(k)

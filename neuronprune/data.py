@@ -9,8 +9,8 @@ __all__ = ['AUGMENTATIONS', 'Source', 'Set', 'IMAGENET', 'CIFAR', 'DATASETS', 'L
            'read_imagenet', 'read_folder', 'datasets', 'split_parts', 'norm_stats', 'store', 'dl_record', 'find_source',
            'get_dls', 'balanced', 'calib_batch', 'preset']
 
-# %% ../nbs/01_data.ipynb #import-csv-os
-import csv, os
+# %% ../nbs/01_data.ipynb #import-csv-hashlib-os-from-col
+import csv, hashlib, os
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -164,7 +164,7 @@ class Files:
                  c:int=3,         # 1 = grey, 3 = colour
                  size:int=None,   # side, None = as stored (then all must agree)
                  how:str='squash',# 'squash' to a square, or 'centre': short side to 8/7 size, then the central square
-                 crop=None        # seed of a random resized crop per image and epoch, None = never
+                 crop=None        # seed of a random resized crop per image and `epoch`, a number the loader draws; None = never
                 ):
         self.paths,self.y = list(paths),torch.as_tensor(y).long()
         self.c,self.size,self.how,self.crop,self.epoch = c,size,how,crop,0
@@ -246,7 +246,8 @@ class ImageDL(DataLoader):
         return super().new(dataset, cls, **{**dict(prep=self.prep, seed=self.seed), **kwargs})
     def get_idxs(self):
         return torch.randperm(self.n, generator=self.g).tolist() if self.shuffle else list(range(self.n))
-    def before_iter(self): self.dataset.epoch = getattr(self.dataset, 'epoch', 0) + 1
+    def before_iter(self):
+        if getattr(self.dataset, 'crop', None) is not None: self.dataset.epoch = int(torch.randint(2**31, (), generator=self.g))
     def after_batch(self, b): return self.prep(b[0], self.g),b[1]
     def to(self, device):
         self.device = device
@@ -477,6 +478,15 @@ def dl_record(name, dls, train, how, mean, std, augment, said, seed, native)->di
                 normalize=how, mean=mean, std=std, augment='+'.join(names) or 'none',
                 split=said or 'as published', seed=seed, resident=train.resident, bs=dls.train.bs)
 
+# %% ../nbs/01_data.ipynb #listing
+def _listing(src:Source # of image files
+            )->str:
+    "Hash of the files' names below their common folder, and of their sizes in bytes; the pixels are not read."
+    paths = [Path(p) for part in src[:3] if part is not None for p in part.paths]
+    top = os.path.commonpath([p.parent for p in paths])
+    rows = sorted(f'{Path(os.path.relpath(p, top)).as_posix()} {p.stat().st_size}' for p in paths)
+    return hashlib.sha256('\n'.join(rows).encode()).hexdigest()[:16]
+
 # %% ../nbs/01_data.ipynb #find_source
 def find_source(name, root, download, official):
     "(name, `Set`, `Source`) of a data set by name or by the path of an image folder."
@@ -527,7 +537,7 @@ def _resized_crop(part, side, c_in, seed, resident):
         raise ValueError("augment='resized_crop': cuts files as they are read; this set is resident, use 'crop+flip'")
     return part.new(size=check_int('size', side, 1), c=c_in, crop=seed)
 
-# %% ../nbs/01_data.ipynb #make_dls
+# %% ../nbs/01_data.ipynb #make-dls
 def _make_dls(name, info, src, parts, said, aug, o):
     "The three loaders, and what they know about themselves."
     train,_,_ = parts
@@ -548,6 +558,7 @@ def _make_dls(name, info, src, parts, said, aug, o):
     dls.n_out = dls.c = len(dls.vocab)
     for dl in dls.loaders: dl.vocab = dls.vocab
     dls.record = dl_record(name, dls, train, how, mean, std, aug, said, o['seed'], info.size or side)
+    if info is DATASETS['folder']: dls.record['files'] = _listing(src)
     return dls
 
 # %% ../nbs/01_data.ipynb #balanced

@@ -36,11 +36,12 @@ def _log_miss(q):
     return np.log1p(-np.minimum(q, 1-2**-53))
 
 def expected_unique(q, # probabilities [..., k]
-                    n  # number of draws per row, [...] or one number
+                    n  # number of draws per row, [...] or one number, `inf` too
                    )->np.ndarray:
     "Expected number of distinct items in `n` draws with replacement, float64 [...]; `ValueError` for bad rows or negative `n`."
     q = _rows(q)
-    return -np.expm1(_per_row('n', n, q, 0, np.inf)[..., None]*_log_miss(q)).sum(-1)
+    n = _per_row('n', n, q, 0, np.inf)[..., None]
+    return -np.expm1(np.multiply(n, _log_miss(q), out=np.zeros(q.shape), where=q > 0)).sum(-1)
 
 # %% ../nbs/09_draws.ipynb #newton
 MAX_DRAWS = 2**53
@@ -119,7 +120,7 @@ def sample(q,      # probabilities [..., k]
            target, # distinct items wanted per row, in [0, k], [...] or one number
            rng:np.random.Generator # from `np.random.default_rng(seed)`
           )->tuple:
-    "(factors float64 [..., k] with mean 1 where q > 0, draws int64 [...], 0 for rows kept whole), targets met in total; `ValueError` for bad rows or targets."
+    "(factors float64 [..., k] with mean 1 where q and target are > 0, draws int64 [...], 0 for rows kept whole), targets met in total; `ValueError` for bad rows or targets."
     q = _rows(q)
     exact = _per_row('target', target, q, 0, q.shape[-1]) >= (q > 0).sum(-1)
     n = np.where(exact, 0, draws_near(q, np.where(exact, 0, target)))

@@ -35,7 +35,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU)
 
 def _slots(m, x):
     "`x` [batch, …] as [batch, slots, rest] with the channels of module `m` in the middle."
-    d = x.ndim-1 if isinstance(m, nn.Linear) else 1
+    d = getattr(m, 'channel_dim', -1 if isinstance(m, nn.Linear) else 1)
     return x.movedim(d, 1).flatten(2) if x.ndim > 2 else x[..., None]
 
 # %% ../nbs/03_graph.ipynb #probe
@@ -142,6 +142,7 @@ class Graph:
     outputs: list   # layers whose channels are the network's output
     fixed: dict = field(default_factory=dict) # layer -> why its channels cannot be removed
     mixed: dict = field(default_factory=dict) # place -> slots fed by channels that were mixed on the way
+    twins: dict = field(default_factory=dict) # layer -> another layer that holds the same weight
 
     def __repr__(self): return f"Graph({len(self.layers)} layers, {len(self.removable)} with removable channels, {len(self.ties)} ties)"
     def _repr_html_(self): return f"<p>{self!r}</p>{self.frame().to_html(index=False)}"
@@ -192,11 +193,10 @@ def _mixed(found):
     return res
 
 # %% ../nbs/03_graph.ipynb #twins
-def _twins(probe):
+def _twins(model):
     "Layer -> another layer that holds the same weight tensor."
-    first = {}
-    same = {n:first.setdefault(id(m.weight), n) for n,m in probe.layers.items()}
-    return {a:b for n,o in same.items() if n != o for a,b in ((n, o), (o, n))}
+    same = twins(model)
+    return {o:n for n,o in reversed(same.items())} | same
 
 def _loud(probe):
     "Place -> bool per slot: is it non-zero although all layers emit zeros?"
@@ -204,11 +204,11 @@ def _loud(probe):
     return {k:x.abs().amax((0, 2)).cpu() > 1e-6 for k,x in probe.seen.items()}
 
 # %% ../nbs/03_graph.ipynb #reasons
-def _reasons(probe, found):
-    "Layer -> why its channels cannot be removed, from the experiments `found[layer]`."
+def _reasons(probe, found, twin):
+    "Layer -> why its channels cannot be removed, from the experiments `found[layer]` and the layers that share weights."
     depthwise = lambda m: getattr(m, 'groups', 1) == getattr(m, 'in_channels', 0) == getattr(m, 'out_channels', 0)
     grouped = {n for n,m in probe.layers.items() if getattr(m, 'groups', 1) > 1 and not depthwise(m)}
-    loud, mixed, twin = _loud(probe), _mixed(found), _twins(probe)
+    loud, mixed = _loud(probe), _mixed(found)
     res = {n:f"used {probe.calls.get(n, 0)} times in the forward pass" for n in probe.layers if n not in found}
     for n,reach in found.items():
         to = [k for k in reach if k in probe.layers]
@@ -252,10 +252,11 @@ def _info(m, shape):
     return dict(kind=type(m).__name__, n_out=n_out, n_in=n_in, taps=1 if lin else math.prod(m.kernel_size),
                 groups=getattr(m, 'groups', 1), positions=math.prod(shape)//n_out, weights=m.weight.numel(), bias=m.bias is not None)
 
-# %% ../nbs/03_graph.ipynb #check_plain
+# %% ../nbs/03_graph.ipynb #check-plain
 def _check_plain(model):
-    "Raises `ValueError` for a layer whose weight is computed from other parameters."
+    "Raises `ValueError` for a layer whose weight is computed from other parameters, and for a layer that is the whole model."
     for n,m in layers(model).items():
+        if not n: raise ValueError(f"model: a bare {type(m).__name__} has no name in a mask; expected it in a container, nn.Sequential(layer)")
         if 'weight' in m._parameters: continue
         raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.prune.remove(layer, 'weight') "
                          "or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
@@ -266,11 +267,9 @@ def trace(model:nn.Module, # any model; left as it was found
          )->Graph:
     "The `Graph` of `model`. Raises `ValueError` for a model without prunable layers or an input it cannot digest."
     _check_plain(model); check_batch(xb)
-    try: probe = _sources(_Probe(model, xb))
-    except (RuntimeError, IndexError) as e:
-        raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(xb.shape)}: {e}") from e
-    found = _follow(probe)
-    fixed, sources = _reasons(probe, found), {}
+    with digesting(xb): probe = _sources(_Probe(model, xb))
+    found, twin = _follow(probe), _twins(model)
+    fixed, sources = _reasons(probe, found, twin), {}
     for p,reach in found.items():
         for k,(chan,mixed) in reach.items():
             if k and not mixed: s = (chan >= 0).nonzero()[:,0]; sources.setdefault(k, {})[p] = (s, chan[s])
@@ -284,7 +283,7 @@ def trace(model:nn.Module, # any model; left as it was found
     norm_slots = {n:_place(probe.seen[n].shape[1], sources.get(n, {}), out_slots) for n in probe.norms if n in probe.seen}
     mixed = {k:v.nonzero()[:,0] for k,v in _mixed(found).items() if k}
     return Graph(live, sources, out_slots, in_slots, norm_slots, [n for n,r in found.items() if '' in r],
-                 {n:fixed[n] for n in probe.layers if n in fixed}, mixed)
+                 {n:fixed[n] for n in probe.layers if n in fixed}, mixed, twin)
 
 # %% ../nbs/03_graph.ipynb #silent
 @patch
@@ -311,7 +310,11 @@ def unread(self:Graph, cut:dict # consumer -> bool tensor [n_in], True = input c
         if n not in self.layers: continue
         for p,(s,c) in src.items():
             if p in res: res[p][c[~cut[n][s]] if n in cut else c] = False
-    return {p:v for p,v in res.items() if v.any()}
+    deep = {n:v | cut[n] if n in cut else v for n,v in res.items() if _depthwise(self.layers[n])}
+    done = all(torch.equal(v, cut[n]) if n in cut else not v.any() for n,v in deep.items())
+    return {p:v for p,v in res.items() if v.any()} if done else self.unread({**cut, **deep})
+
+def _depthwise(l): return l['groups'] == l['n_out'] == l['n_in'] > 1
 
 # %% ../nbs/03_graph.ipynb #channel_masks
 def _channel_masks(mask, g, params):
@@ -368,23 +371,23 @@ def expand(self:Mask, model:nn.Module # the model the mask was made for
     _check_plain(model)
     if self.unit == 'rank': raise ValueError("mask: ranks have no pattern of zeros that could be kept; expected surgery.apply or surgery.shrink, "
                                              "and the factors trained as they are, without a mask")
-    params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    params = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     _check_fit(self, params)
     if self.unit == 'weight': res = {f'{k}.weight':v for k,v in self.items()}
     elif self.unit == 'channel': res = _channel_masks(self, self.graph, params)
     else: res = {f'{k}.weight':_block_mask(v, *self.labels[k], params[f'{k}.weight']) for k,v in self.items()}
     return {k:v.to(params[k].device) for k,v in res.items()}
 
-# %% ../nbs/03_graph.ipynb #to_dict
+# %% ../nbs/03_graph.ipynb #to-dict
 @patch
 def to_dict(self:Graph)->dict:
     "Plain lists and dictionaries, ready for JSON."
     src = {k:{p:[s.tolist(), c.tolist()] for p,(s,c) in v.items()} for k,v in self.sources.items()}
     slots = {o:{k:v.tolist() for k,v in getattr(self, o).items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
     mixed = {k:v.tolist() for k,v in self.mixed.items()}
-    return dict(layers=self.layers, sources=src, outputs=self.outputs, fixed=self.fixed, mixed=mixed, **slots)
+    return dict(layers=self.layers, sources=src, outputs=self.outputs, fixed=self.fixed, mixed=mixed, twins=self.twins, **slots)
 
-# %% ../nbs/03_graph.ipynb #from_dict
+# %% ../nbs/03_graph.ipynb #from-dict
 @patch(cls_method=True)
 def from_dict(cls:Graph, d:dict # what `to_dict` gave
              )->Graph:
@@ -393,14 +396,14 @@ def from_dict(cls:Graph, d:dict # what `to_dict` gave
     src = {k:{p:(t(s), t(c)) for p,(s,c) in v.items()} for k,v in d['sources'].items()}
     slots = {o:{k:t(v) for k,v in d[o].items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
     mixed = {k:t(v) for k,v in d['mixed'].items()}
-    return cls(layers=d['layers'], sources=src, outputs=d['outputs'], fixed=d['fixed'], mixed=mixed, **slots)
+    return cls(layers=d['layers'], sources=src, outputs=d['outputs'], fixed=d['fixed'], mixed=mixed, twins=d.get('twins', {}), **slots)
 
-# %% ../nbs/03_graph.ipynb #to_torch_prune
+# %% ../nbs/03_graph.ipynb #to-torch-prune
 @patch
 def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get torch's pruning reparametrisation
                   )->nn.Module:
     "Hand the mask to `torch.nn.utils.prune`; returns `model`."
-    params = dict(model.named_parameters())
+    params = dict(model.named_parameters(remove_duplicate=False))
     for n,m in self.expand(model).items():
         mod, p = n.rpartition('.')[::2]
         if n in params: torch_prune.custom_from_mask(model.get_submodule(mod), p, m)

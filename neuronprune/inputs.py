@@ -8,20 +8,22 @@ __all__ = ['traced', 'own_input', 'readers', 'column_groups']
 # %% ../nbs/09a_inputs.ipynb #import-pandas-as-pd-torch-from
 import pandas as pd, torch
 from torch import nn
-from .core import check_choice, layers
+from .core import check_choice, check_type, layers
 from .data import calib_batch
-from .graph import Graph, trace
+from .graph import Graph, trace, _info
 
 # %% ../nbs/09a_inputs.ipynb #traced
 def traced(model:nn.Module, # any model
            dls=None,        # `DataLoaders` to take an image from
            graph=None       # `Graph` of the model, if it is known
           )->Graph:
-    "`graph`, or a trace of `model`; `ValueError` without graph and `dls`, or for the graph of another model."
+    "`graph`, or a trace of `model`; `ValueError` without graph and `dls`, or for the graph of another model or another size of image."
     mods = layers(model)
     if graph is None and dls is None: raise ValueError("graph=None, dls=None: the network's wiring is needed; pass graph=trace(model, xb), or dls to trace with")
     if graph is None: return trace(model, calib_batch(dls, n=1)[0])
-    bad = [k for k,l in graph.layers.items() if k not in mods or len(mods[k].weight) != l['n_out']]
+    facts = lambda l: [l[o] for o in ('n_out', 'n_in', 'taps', 'groups')]
+    have = {k:facts(_info(m, m.weight.shape[:1])) for k,m in mods.items()}
+    bad = [k for k,l in check_type('graph', graph, Graph).layers.items() if have.get(k) != facts(l)]
     if bad: raise ValueError(f"graph: its layer {bad[0]!r} does not fit the model; expected graph=trace(model, xb) of this very model")
     return graph
 
@@ -39,9 +41,10 @@ def readers(graph,        # `Graph` of the model
             own:bool=False # also layers that read the network's own input?
            )->tuple:
     "(paths of the layers whose inputs can be cut, layer -> reason for the others); `ValueError` if there are none."
-    why = {n:r for n,r in graph.fixed.items() if n not in graph.layers or r.startswith('it shares its weight')}
+    why = {n:r for n,r in graph.fixed.items() if n not in graph.layers}
     for n,l in graph.layers.items():
-        if l['groups'] > 1: why[n] = "grouped convolution: an input column belongs to several channels"
+        if n in graph.twins: why[n] = f"it shares its weight with {graph.twins[n]!r}"
+        elif l['groups'] > 1: why[n] = "grouped convolution: an input column belongs to several channels"
         elif not own and own_input(graph, n).any(): why[n] = "reads the network's own input"
     names = [n for n in graph.layers if n not in why]
     if not names: raise ValueError(f"model: no layer has inputs that can be cut ({', '.join(f'{k}: {v}' for k,v in why.items())})")

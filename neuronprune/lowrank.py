@@ -10,23 +10,22 @@ __all__ = ['VARIANTS', 'folded', 'spectrum', 'tail_error', 'cut', 'svd', 'groupi
 import bisect, math, time, warnings
 from fnmatch import fnmatch
 from fractions import Fraction
-from numbers import Real
 import numpy as np, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_choice, check_finite, check_fraction, check_int, check_type, generator, layers, method
+from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, generator, layers, method
+from .allocate import _setup
 from .data import calib_batch
-from .graph import _slots
+from .graph import _slots, _twins
 
 # %% ../nbs/16_lowrank.ipynb #folded
 def folded(model:nn.Module # any model
           )->tuple:
     "(layer -> weight [O, K] float64 on the CPU, layer -> why it is skipped); `ValueError` when nothing is left."
-    mods, owner, res, skipped = layers(model), {}, {}, {}
-    for n,m in mods.items(): owner.setdefault(id(m.weight), []).append(n)
-    for n,m in mods.items():
-        w = check_finite(f'{n}.weight', m.weight.detach()).cpu().double().flatten(1); twins = [o for o in owner[id(m.weight)] if o != n]
+    shared, res, skipped = _twins(model), {}, {}
+    for n,m in layers(model).items():
+        w = check_finite(f'{n}.weight', m.weight.detach()).cpu().double().flatten(1)
         if getattr(m, 'groups', 1) > 1: skipped[n] = "grouped convolution: its weight is not one matrix"
-        elif twins: skipped[n] = f"it shares its weight with {twins[0]!r}"
+        elif n in shared: skipped[n] = f"it shares its weight with {shared[n]!r}"
         elif sum(w.shape) >= w.numel(): skipped[n] = "one rank has as many weights as the layer"
         else: res[n] = w
     if not res: raise ValueError(f"model={type(model).__name__}: no layer can be factored ({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
@@ -84,18 +83,6 @@ def _form(tables, steps, t):
     w, _, k, kept = min((form(*o, a >= t) for o,a in zip(tables, steps)), key=lambda o: o[:3])
     return (w, k, kept) if w < whole else (whole, 1, np.ones(r, dtype=bool))
 
-# %% ../nbs/16_lowrank.ipynb #check-cut
-def _check_cut(scores, sparsity, threshold, keep):
-    "Layers to spare, as a tuple; raises on bad arguments."
-    if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
-    if sparsity is not None: check_fraction('sparsity', sparsity)
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not np.isfinite(threshold)):
-        raise ValueError(f"threshold={threshold!r}: expected a finite number in the unit of the scores")
-    keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    for p in keep:
-        if not any(fnmatch(n, p) for n in scores): check_choice('keep', p, scores)
-    return keep
-
 # %% ../nbs/16_lowrank.ipynb #cut
 def cut(scores:Scores,       # unit='rank', one score per component, with `cost`
         sparsity:float=None, # fraction of the layers' weights to save, in [0, 1)
@@ -104,7 +91,7 @@ def cut(scores:Scores,       # unit='rank', one score per component, with `cost`
         min_keep:int=1       # ranks every layer (and group) keeps
        )->Mask:
     "The mask of ranks, [r] or [k, r], that one threshold over all layers gives; `ValueError` on bad arguments, a warning when the budget is out of reach."
-    tables = _tables(scores); keep = _check_cut(scores, sparsity, threshold, keep)
+    tables = _tables(scores); *_, keep = _setup(scores, sparsity, threshold, scope='global', of='units', normalize=None, caps=None, keep=keep)
     steps, vals = _schedule(tables, keep, check_int('min_keep', min_keep, 1))
     forms = lambda t: {n:_form(o, steps[n], t) for n,o in tables.items()}
     total, left = sum(o[0] for o in forms(0).values()), lambda t: sum(o[0] for o in forms(t).values())
@@ -192,8 +179,8 @@ def output_moments(model:nn.Module, # left as found
     hooks = [watch(n, m) for n,m in mods.items()]
     try:
         with as_found(model, train=False):
-            for x in xb.split(bs): model(x)
-    except (RuntimeError, IndexError) as e: raise ValueError(f"dls: the model cannot digest images of shape {tuple(xb.shape[1:])}: {e}") from e
+            for x in xb.split(bs):
+                with digesting(x): model(x)
     finally: [h.remove() for h in hooks]
     return got
 
@@ -223,7 +210,8 @@ def pca(model:nn.Module,    # trained model
     "Explained share per price of every principal direction of each layer's outputs; the directions are in `labels`. `ValueError` without images."
     start = time.perf_counter(); mats, skipped = folded(model); check_choice('per', per, ('params', 'macs')); check_int('max_columns', max_columns, 1)
     if dls is None: raise ValueError("dls=None: pca needs images; pass fastai DataLoaders, such as get_dls('digits')")
-    xb, _ = calib_batch(dls, n=n, split=split, seed=seed, device=next(model.parameters()).device)
+    p = next(p for p in model.parameters() if p.is_floating_point()); xb, _ = calib_batch(dls, n=n, split=split, seed=seed, device=p.device)
+    if xb.is_floating_point(): xb = xb.to(p.dtype)
     got = output_moments(model, xb, mats, max_columns, seed)
     skipped |= {k:'never reached in the forward pass' for k in mats if k not in got}
     units, labels, cost = {}, {}, {}

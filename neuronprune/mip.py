@@ -464,7 +464,7 @@ def _sequential(make, xb, yb, solved, n_jobs, bar):
     parts = [_split(p, r.s) for p,(r,_) in zip(ps, rs)]
     return {k:torch.stack([o[k] for o in parts]).mean(0) for k in parts[0]}, _summary([m for _,m in rs]), ps[:len(rs)]
 
-# %% ../nbs/11_mip.ipynb #backward-2
+# %% ../nbs/11_mip.ipynb #backward
 def _backward(make, model, graph, names, threshold, solved, bar):
     "Two layers at a time from the end; what was scored is pruned before the next step."
     if not 0 < _positive('step_threshold', threshold) <= 1: raise ValueError(f"step_threshold={threshold}: expected a number in (0, 1]")
@@ -475,7 +475,7 @@ def _backward(make, model, graph, names, threshold, solved, bar):
         p = make(model=model, layers=new, start=new[0]); r, note = solved(p)
         units = {**_split(p, r.s), **units}; metas.append(note); ps.append(p)
         part = Scores({k:units[k] for k in new}, 'channel', graph=graph)
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         for k,m in allocate(part, threshold=threshold, tied=False).expand(model).items(): state[k].data.masked_fill_(~m, 0)
         if r.status != 'optimal': break
     return units, _summary(metas), ps

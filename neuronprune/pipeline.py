@@ -15,9 +15,10 @@ from fastcore.basics import patch
 from . import surgery
 from .core import *
 from .graph import trace
-from .allocate import allocate, ratios
+from .allocate import allocate, ratios, weights_left
 from .data import calib_batch
 from .models import build
+from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from .train import _state, evaluate, fine_tune, fit, learner, rebind, rewind_to, schedule_lr, sink
 from .report import Report, metered
@@ -91,13 +92,19 @@ def save(self:Result, folder # made if missing
     surgery.save(self.model, d/'model.safetensors'); self.mask.save(d/'mask.safetensors')
     self.scores.save(d/'scores.safetensors'); self.report.save(d/'record.json')
 
-# %% ../nbs/20_pipeline.ipynb #round
+# %% ../nbs/20_pipeline.ipynb #recounted
+def _recounted(meta, units, graph):
+    "`meta` with what the narrowed `units` achieve of a budget of the network's weights."
+    if meta.get('of') != 'network': return meta
+    return dict(meta, achieved=1-weights_left(graph, units)/weights_left(graph, {}), layers={k:1-float(units[k].float().mean()) for k in meta['layers']})
+
 def _round(scores, mask, sparsity, alloc, args, graph):
     "The narrowed mask of one round, with its graph."
     if scores.unit == 'rank': mask = None # the weights have lost those ranks already
     new = alloc(sink(scores, mask), **(dict(sparsity=sparsity) if args.get('threshold') is None else {}), **args)
     if mask is not None: # factors of weights that were drawn; what is gone already has no chance of being drawn
-        new = Mask({k:v & mask.get(k, v) for k,v in new.items()}, new.unit, graph=new.graph, labels=new.labels, meta=new.meta,
+        units = {k:v & mask.get(k, v) for k,v in new.items()}
+        new = Mask(units, new.unit, graph=new.graph, labels=new.labels, meta=_recounted(new.meta, units, new.graph or graph),
                    scale={k:s*mask.get(k, torch.ones_like(s)) for k,s in new.scale.items()})
     if new.graph is None: new.graph = graph
     return new
@@ -220,30 +227,45 @@ def channel_table(res:Result,         # from `prune`
     for r in rows if as_channels else (): r['left_as_channels'] = int(as_channels.get(r['layer'], torch.ones(r['channels'])).sum())
     return pd.DataFrame(rows)
 
-# %% ../nbs/20_pipeline.ipynb #digest-2
+# %% ../nbs/20_pipeline.ipynb #digest
 def _digest(d): return hashlib.sha256(json.dumps(d, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+def _dense_file(learn, out, init=None, stop=None, **args):
+    "The file of a dense network: a hash of data, network and training; what was added later counts only where it is used."
+    more = {k:v for k,v in dict(init=init, stop=stop).items() if v is not None}
+    key = dict(data=learn.dls.record, bs=learn.dls.train.bs, model=learn.model.spec, lr=learn.lr, **args, **more)
+    return Path(out)/'dense'/f'{_digest(key)}.safetensors'
+
+class _Stop(Callback):
+    "End the fit after `n` epochs."
+    order = 90
+    def __init__(self, n): self.n = n
+    def after_train(self):
+        if self.epoch+1 == self.n: raise CancelFitException()
+
+# %% ../nbs/20_pipeline.ipynb #dense
 def dense(dls,            # from `get_dls`
           model:str,      # a name of the zoo
           epochs:int,     # training epochs
           *, opt='sgd', lr:float=None, seed:int=0, weights:str=None, init:str=None, # as for `learner`, `build`
           opt_args:dict=None, # further arguments of `learner`, such as wd and nesterov
           out=None,       # folder; the network is cached in out/dense
+          stop:int=None,  # leave the training after so many epochs, None = at its end
           progress:bool=False, **fit_args # arguments of `fit`
          ):
     "A `Learner` with the trained dense network and a fresh optimiser, from the cache under `out` if it is there."
     net = build(model, dls.c_in, dls.n_out, dls.size, seed=seed, weights=weights, init=init)
     learn = learner(net, dls, opt=opt, lr=lr, seed=seed, **(opt_args or {}))
-    key = _digest(dict(data=dls.record, bs=dls.train.bs, model=learn.model.spec, weights=weights, epochs=epochs, opt=opt, lr=learn.lr,
-                       opt_args=opt_args or {}, seed=seed, fit=fit_args, **({} if init is None else dict(init=init))))
-    path = None if out is None else Path(out)/'dense'/f'{key}.safetensors'
+    if stop is not None and check_int('stop', stop, 0) > epochs: raise ValueError(f"stop={stop}: expected at most epochs={epochs}")
+    path = None if out is None else _dense_file(learn, out, init, stop, weights=weights, epochs=epochs, opt=opt, opt_args=opt_args or {},
+                                                seed=seed, fit=fit_args)
     if path is not None and path.exists():
         state, h = load_tensors(path)
         learn.rewind.states[0] = {k.removeprefix('init/'):v for k,v in state.items() if k.startswith('init/')}
         learn.model.load_state_dict({k.removeprefix('trained/'):v for k,v in state.items() if k.startswith('trained/')})
-        learn.history, learn.n_fits, learn.rewind.done = h['history'], h['n_fits'], epochs
+        learn.history, learn.n_fits, learn.rewind.done = h['history'], h['n_fits'], epochs if stop is None else stop
         return learn
-    fit(learn, epochs, progress=progress, **fit_args)
+    if stop != 0: fit(learn, epochs, progress=progress, **{**fit_args, **({} if stop is None else dict(cbs=[_Stop(stop)]))})
     learn.opt = None
     if path is not None:
         parts = {'init': learn.rewind.init, 'trained': learn.model.state_dict()}

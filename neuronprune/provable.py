@@ -9,10 +9,11 @@ __all__ = ['CACHE', 'FEW', 'SUPPORTED', 'EPS', 'sensitivity', 'sensitivities', '
 import math, time
 import torch, torch.nn.functional as F
 from torch import nn
-from .core import (Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, layers, method)
+from .core import (Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, layers, method,
+                              twins)
 from .allocate import allocate
 from .data import calib_batch
-from .graph import trace
+from .inputs import traced
 from .provable_allocate import check_scores, equalise, sample_rows
 
 # %% ../nbs/12_provable.ipynb #halves
@@ -106,12 +107,14 @@ def sensitivity(m:nn.Module,     # `nn.Linear` or `nn.Conv2d`, grouped or not
                 a:torch.Tensor,  # its inputs, [n, ..., in] or [n, c, h, w], on its device
                 reduce:str='max' # over the positions of an image: 'max' | 'mean'
                )->torch.Tensor:
-    "Largest share of each weight in the sum of its sign, over the inputs, float32 [like the weight], in [0, 1]; 0 for zero weights (Baykal 2022). `ValueError` for other layers or inputs."
+    "Largest share of each weight in the sum of its sign, over the inputs, float32 [like the weight], in [0, 1]; 0 for zero weights (Baykal 2022). `ValueError` for other layers, or inputs that do not fit or are NaN."
     check_choice('reduce', reduce, ('max', 'mean'))
     if not isinstance(m, SUPPORTED): raise UnsupportedLayerError(f"m: {type(m).__name__}; expected a Linear or Conv2d layer")
     need = m.in_features if isinstance(m, nn.Linear) else m.in_channels
-    if a.ndim < 2 or a.shape[-1 if isinstance(m, nn.Linear) else 1] != need:
-        raise ValueError(f"a: shape {tuple(a.shape)}; expected inputs of {m}")
+    check_type('a', a, torch.Tensor)
+    if (a.ndim < 2 if isinstance(m, nn.Linear) else a.ndim != 4) or a.shape[-1 if isinstance(m, nn.Linear) else 1] != need or a.numel() == 0:
+        raise ValueError(f"a: shape {tuple(a.shape)}; expected inputs of {m}, a batch of at least one")
+    check_finite('a', a)
     return _sensitivity(m, a, [reduce])[reduce]
 
 # %% ../nbs/12_provable.ipynb #catcher
@@ -135,37 +138,45 @@ def sensitivities(model:nn.Module,   # left as found
     for k,m in mods.items(): check_finite(f'{k}.weight', m.weight)
     hooks = [m.register_forward_pre_hook(_catcher(res, k, reduce)) for k,m in mods.items()]
     try:
-        with as_found(model, train=False), torch.no_grad():
+        with as_found(model, train=False), torch.no_grad(), digesting(xb):
             for x in xb.to(next(model.parameters()).device).split(bs): model(x)
-    except RuntimeError as e:
-        raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(xb.shape)}: {e}") from e
     finally: [h.remove() for h in hooks]
+    for k,o in twins(model).items():
+        if k in res and o in res: res[k] = res[o] = {r:torch.maximum(v, res[o][r]) for r,v in res[k].items()}
     return {o:{k:check_finite(f'activations into {k!r}', res[k][o]).cpu() for k in mods if k in res} for o in reduce}
+
+# %% ../nbs/12_provable.ipynb #check-constants
+def _check_constants(delta, c):
+    "Raises `ValueError` unless 0 < delta < 1 and 0 < c < infinity."
+    if not 0 < check_fraction('delta', delta): raise ValueError(f"delta={delta}: expected a probability in (0, 1)")
+    if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 < c < math.inf: raise ValueError(f"c={c!r}: expected a positive number")
 
 # %% ../nbs/12_provable.ipynb #calib-size
 def calib_size(graph,             # `Graph` of the network
                delta:float=1e-12, # probability of failure, in (0, 1)
                c:float=3.         # how far shares on unseen images may exceed those seen
               )->int:
-    "Number of images the sensitivities are taken from, ceil(c ln(8 eta eta*/delta))."
-    if not 0 < check_fraction('delta', delta): raise ValueError(f"delta={delta}: expected a probability in (0, 1)")
-    if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 < c < math.inf: raise ValueError(f"c={c!r}: expected a positive number")
+    "Number of images the sensitivities are taken from, ceil(c ln(8 eta eta*/delta)); `ValueError` for a bad delta or c."
+    _check_constants(delta, c)
     sizes = [l['n_out']*l['positions'] for l in graph.layers.values()]
     return math.ceil(c*math.log(8*max(sizes)*sum(sizes)/delta))
 
 # %% ../nbs/12_provable.ipynb #calibration
 def _calibration(model, dls, graph, who, n, delta, c, split, seed):
-    "(images on the model's device, graph) for a method; `ValueError` without data."
+    "(images on the model's device, graph) for a method; `ValueError` without data, for bad constants or another model's graph."
     if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits')")
-    if graph is None: graph = trace(model, calib_batch(dls, n=1)[0])
+    _check_constants(delta, c); graph = traced(model, dls, graph)
+    if lost := [k for k in layers(model) if k not in graph.layers and k not in graph.fixed]:
+        raise ValueError(f"graph: it does not know the model's layer {lost[0]!r}; expected graph=trace(model, xb) of this very model")
     n = calib_size(graph, delta, c) if n is None else check_int('n', n, 1)
     return calib_batch(dls, n=n, split=split, seed=seed, device=next(model.parameters()).device)[0], graph
 
 # %% ../nbs/12_provable.ipynb #left-out
 def _left_out(model, found):
-    "Layer -> why it has no sensitivities."
-    return {k:'unused in the forward pass' if isinstance(m, SUPPORTED) else f'no sensitivities for {type(m).__name__}'
-            for k,m in layers(model).items() if k not in found}
+    "Layer -> why it has no sensitivities, or those of another layer."
+    res = {k:'unused in the forward pass' if isinstance(m, SUPPORTED) else f'no sensitivities for {type(m).__name__}'
+           for k,m in layers(model).items() if k not in found}
+    return {**{k:f'it shares its weight with {o!r}' for k,o in twins(model).items()}, **res}
 
 # %% ../nbs/12_provable.ipynb #logs
 def _logs(graph, names, delta):
@@ -204,16 +215,18 @@ def sipp(model:nn.Module,     # trained network
          seed:int=0,          # of the images and of the draws
          progress:bool=False  # has no effect: nothing takes long
         )->Scores:
-    "Empirical sensitivity of every weight [like w] (Baykal 2022); `ValueError` without images."
+    "Empirical sensitivity of every weight [like w] (Baykal 2022); `ValueError` without images, for bad constants or another model's graph."
     start = time.perf_counter()
     check_choice('variant', variant, ('det', 'rand', 'hybrid'))
     reduce = check_choice('reduce', reduce or ('mean' if variant == 'det' else 'max'), ('max', 'mean'))
     xb, graph = _calibration(model, dls, graph, 'sipp', n, delta, c, split, seed)
-    units = sensitivities(model, xb, (reduce,))[reduce]
-    logs, own = _logs(graph, [k for k in units if k in graph.layers], delta), layers(model)
+    found = sensitivities(model, xb, (reduce,))[reduce]
+    skipped, own = _left_out(model, found), layers(model)
+    if variant != 'det': skipped |= {k:graph.fixed[k] for k in found if k not in graph.layers}
+    units = {k:v for k,v in found.items() if k not in skipped}; logs = _logs(graph, [k for k in units if k in graph.layers], delta)
     labels = None if variant == 'det' else {k:(_sampling_row(own[k].weight), torch.tensor([c*logs[k]])) for k in units}
     meta = dict(variant=variant, reduce=reduce, n=len(xb), delta=delta, c=c, split=split, seed=seed)
-    return Scores(units, 'weight', method='sipp', labels=labels, secs=time.perf_counter()-start, meta=meta, skipped=_left_out(model, units))
+    return Scores(units, 'weight', method='sipp', labels=labels, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
 
 # %% ../nbs/12_provable.ipynb #input-scores
 def _input_scores(m, s):
@@ -233,12 +246,12 @@ def pfp(model:nn.Module,     # trained network
         seed:int=0,          # of the images and of the draws
         progress:bool=False  # has no effect: nothing takes long
        )->Scores:
-    "Largest sensitivity among the readers of every input channel, `layer:in` [n_in] (Liebenwein 2020); `ValueError` without images."
+    "Largest sensitivity among the readers of every input channel, `layer:in` [n_in] (Liebenwein 2020); `ValueError` without images, for bad constants or another model's graph."
     start = time.perf_counter()
     check_choice('variant', variant, ('det', 'rand', 'top'))
     xb, graph = _calibration(model, dls, graph, 'pfp', n, delta, c, split, seed)
     own, found = layers(model), sensitivities(model, xb)['max']
-    skipped = _left_out(model, found)
+    skipped = {**{o:f'it shares its weight with {k!r}' for k,o in twins(model).items()}, **_left_out(model, found)}
     skipped.update({k:'grouped convolution: its inputs go with the channels they come from' for k in found if getattr(own[k], 'groups', 1) > 1})
     skipped.update({k:graph.fixed[k] for k in found if k not in graph.layers})
     units = {f'{k}:in':_input_scores(own[k], v) for k,v in found.items() if k not in skipped}

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['check_scores', 'predicted_error', 'spread', 'whole', 'spread_cvxpy', 'sample_rows', 'equalise']
 
-# %% ../nbs/12a_provable_allocate.ipynb #import-math-warnings-from-fnma
+# %% ../nbs/12a_provable_allocate.ipynb #import-math-warnings-from-bise
 import math, warnings
+from bisect import bisect_left
 from fnmatch import fnmatch
-from fractions import Fraction
 import numpy as np, torch
 from fastcore.basics import patch
 from .core import Mask, Scores, check_choice, check_int, check_type, kappa
 from .allocate import _CLOSE, _pool, _slot_ids, weights_left
 from .draws import draw, draws_for, draws_near, expected_unique, reweigh, sample
 from .graph import _components
+from .inputs import own_input
 
 # %% ../nbs/12a_provable_allocate.ipynb #check-scores
 def check_scores(scores,       # what an allocator was given
@@ -101,11 +102,12 @@ def spread_cvxpy(alpha, weight, room, budget, # as for `spread`; all alpha > 0
     return np.clip(alpha*t.value, 0, room)
 
 # %% ../nbs/12a_provable_allocate.ipynb #row-table
-def _row_table(scores):
-    "Per layer: (rows' sensitivities [2 out, K] with zeros where the other sign sits, coefficient L)."
+def _row_table(scores, spared=()):
+    "Per layer: (rows' sensitivities [2 out, K] with zeros where the other sign or a spared weight sits, coefficient L)."
     res = {}
     for k,v in scores.items():
-        s, (row, log) = v.flatten(1).double().numpy(), scores.labels[k]
+        s, (row, log) = v.flatten(1).double().numpy().copy(), scores.labels[k]
+        if k in spared: np.put(s, spared[k], 0)
         minus = (row.flatten(1) % 2).bool().numpy()
         res[k] = np.stack([np.where(minus, 0, s), np.where(minus, s, 0)], 1).reshape(2*len(s), -1), float(log[0])
     return res
@@ -123,17 +125,37 @@ def _top(s, n):
     return ((rank < n[:, None]) & (s > 0)).astype(float)
 
 # %% ../nbs/12a_provable_allocate.ipynb #row-plan
-def _row_plan(scores, budget):
-    "(sensitivities per layer, weights per row, which rows are drawn), the rows of all layers behind each other."
-    table, meta = _row_table(scores), scores.meta
+def _row_plan(scores, budget, spared):
+    "Per layer: (sensitivities [2 out, K] without the `spared` weights, weights per row, which rows are drawn)."
+    table, meta = _row_table(scores, spared), scores.meta
     cat = lambda f: np.concatenate([f(s, log) for s,log in table.values()])
+    split = lambda x: np.split(x, np.cumsum([len(s) for s,_ in table.values()])[:-1])
     alpha, room = cat(lambda s, log: 2*log*s.sum(1)), cat(lambda s, log: (s > 0).sum(1))
     n = whole(spread(alpha, cat(lambda s, log: np.full(len(s), 2/len(s))), room, budget), room, budget)
     drawn = n < room
     if meta['variant'] == 'hybrid':
-        it = iter(np.split(n, np.cumsum([len(s) for s,_ in table.values()])[:-1]))
+        it = iter(split(n))
         drawn &= meta['c']*cat(lambda s, log: _dropped(s, next(it))) > predicted_error(n, alpha)
-    return {k:s for k,(s,_) in table.items()}, n, drawn
+    return {k:(s, *o) for (k,(s,_)),*o in zip(table.items(), split(n), split(drawn))}
+
+# %% ../nbs/12a_provable_allocate.ipynb #safe-plan
+def _safe_plan(scores, budget, min_keep):
+    "(`_row_plan`, layer -> flat numbers of the weights kept as they are), such that no draw can leave a layer with fewer than `min_keep` weights."
+    spared = {}
+    while True:
+        plan = _row_plan(scores, max(budget-sum(map(len, spared.values())), 0), spared)
+        short = [k for k,(_,n,drawn) in plan.items() if k not in spared and np.where(drawn, n > 0, n).sum() < min(min_keep, scores[k].numel())]
+        if not short: return plan, spared
+        spared.update({k:np.argsort(-scores[k].double().numpy(), axis=None, kind='stable')[:min_keep] for k in short})
+
+# %% ../nbs/12a_provable_allocate.ipynb #row-factors
+def _row_factors(s, n, drawn, rng):
+    "(factors [out, K], draws per row [2 out]) of a layer: `drawn` rows drawn for `n` distinct weights, the best `n` of the others kept as they are."
+    total = s.sum(1, keepdims=True)
+    q = np.divide(s, total, out=np.zeros_like(s), where=total > 0)
+    draws = draws_near(q, np.where(drawn, n, 0))
+    f = np.where(drawn[:, None], reweigh(q, draws, draw(q, draws, rng)), _top(s, n))
+    return f.reshape(-1, 2, s.shape[1]).sum(1), draws
 
 # %% ../nbs/12a_provable_allocate.ipynb #sample-rows
 def sample_rows(scores:Scores,  # from `provable.sipp`, variant 'rand' or 'hybrid'
@@ -141,24 +163,23 @@ def sample_rows(scores:Scores,  # from `provable.sipp`, variant 'rand' or 'hybri
                 *, min_keep:int=1, # weights every layer keeps
                 seed:int=None   # of the draws, None = that of the scores
                ):
-    "`Mask` with the factors of the draws: the rows' shares add up to exactly the number asked for, the weights hit to that number on average."
+    "`Mask` with the factors of the draws: the rows' shares add up to the number asked for (or it warns), the weights hit on average to that."
     check_scores(scores, 'sipp', ('rand', 'hybrid')); check_int('min_keep', min_keep, 1)
     total, meta = sum(v.numel() for v in scores.values()), scores.meta
     budget = kappa(total, sparsity)
     if budget == total: return Mask.ones_like(scores)
-    table, n, drawn = _row_plan(scores, budget)
-    rng, scale, draws_of, at = np.random.default_rng(meta['seed'] if seed is None else check_int('seed', seed, 0)), {}, {}, 0
-    for k,s in table.items():
-        own = slice(at, at := at+len(s))
-        q = np.divide(s, s.sum(1, keepdims=True), out=np.zeros_like(s), where=s.sum(1, keepdims=True) > 0)
-        draws = draws_near(q, np.where(drawn[own], n[own], 0))
-        f = reweigh(q, draws, draw(q, draws, rng))
-        f[~drawn[own]] = _top(s, n[own])[~drawn[own]]
-        if (f > 0).sum() < min_keep: np.put(f, np.argsort(-s, axis=None, kind='stable')[:min_keep], 1.)
-        scale[k] = torch.from_numpy(f.reshape(-1, 2, s.shape[1]).sum(1)).float().view(scores[k].shape); draws_of[k] = np.where(drawn[own], draws, 0).tolist()
-    units = {k:v > 0 for k,v in scale.items()}
+    plan, spared = _safe_plan(scores, budget, min_keep)
+    if (given := sum(int(n.sum()) for _,n,_ in plan.values()) + sum(map(len, spared.values()))) != budget:
+        warnings.warn(f"sample_rows: sparsity {sparsity} asks for {budget} weights, {given} are given out; every layer keeps {min_keep}, "
+                      "and weights without sensitivity cannot be drawn")
+    rng, scale, draws_of = np.random.default_rng(meta['seed'] if seed is None else check_int('seed', seed, 0)), {}, {}
+    for k,(s,n,drawn) in plan.items():
+        f, draws = _row_factors(s, n, drawn, rng)
+        if k in spared: np.put(f, spared[k], 1.)
+        scale[k] = torch.from_numpy(f).float().view(scores[k].shape); draws_of[k] = draws.tolist()
+    units, sums = {k:v > 0 for k,v in scale.items()}, {k:s.sum(1).tolist() for k,(s,_) in _row_table(scores).items()}
     info = dict(method=scores.method, requested=sparsity, achieved=1-sum(int(v.sum()) for v in units.values())/total, of='units', scope='global',
-                allocated=int(n.sum()), draws=draws_of, layers={k:1-float(v.float().mean()) for k,v in units.items()})
+                allocated=given, draws=draws_of, sums=sums, layers={k:1-float(v.float().mean()) for k,v in units.items()})
     return Mask(units, 'weight', graph=scores.graph, scale=scale, meta=info)
 
 # %% ../nbs/12a_provable_allocate.ipynb #families
@@ -188,7 +209,7 @@ class _Channels:
             name = k.removesuffix(':in')
             np.maximum.at(log, fam[a], scores.meta['logs'][name])
             spare = any(fnmatch(name, p) for p in keep)
-            self.fixed[a] |= spare | (False if prune_inputs else (scores.graph.in_slots[name] < 0).numpy())
+            self.fixed[a] |= spare | (False if prune_inputs else own_input(scores.graph, name).numpy())
         self.groups = [(i, self.s[i], log[f]) for f in range(len(log)) if len(i := np.flatnonzero((fam == f) & ~self.fixed))]
         self.groups = [(i[np.argsort(-s, kind='stable')], -np.sort(-s, kind='stable'), l) for i,s,l in self.groups]
         self.min_keep = min_keep
@@ -226,13 +247,21 @@ def _log_tau(ok, lo=-60., hi=60.):
         lo, hi = (lo, mid) if ok(mid) else (mid, hi)
     return lo, hi
 
+# %% ../nbs/12a_provable_allocate.ipynb #fill
+def _fill(ch, counts, goal):
+    "`counts` with as many channels of score 0 given back, family after family, as it takes to leave `goal` weights."
+    room = np.array([len(i) for i,_,_ in ch.groups])-counts; before = room.cumsum()-room
+    more = lambda n: counts + np.clip(n-before, 0, room)
+    return more(bisect_left(range(room.sum()), True, key=lambda n: weights_left(ch.scores.graph, ch.units(ch.kept(more(n)))) >= goal)).tolist()
+
 # %% ../nbs/12a_provable_allocate.ipynb #find-tau
 def _find_tau(ch, goal):
-    "(tau of the layers that went furthest, channels each family keeps): at least `goal` weights are left."
+    "(tau of the layers that went furthest, infinite if even that leaves too little, and channels each family keeps): at least `goal` weights are left."
     stop, floor = {}, -60.
     at = lambda t: [stop.get(f, c) for f,c in enumerate(ch.counts(math.exp(t)))]
     left = lambda t: weights_left(ch.scores.graph, ch.units(ch.kept(at(t))))
     lo, hi = _log_tau(lambda t: left(t) >= goal)
+    if left(hi) < goal: return math.inf, _fill(ch, at(hi), goal)
     while left(hi) > (1+_CLOSE)*goal:
         late = {f:c for f,(c,below) in enumerate(zip(at(hi), at(lo))) if below < c}
         if not late: break
@@ -242,16 +271,17 @@ def _find_tau(ch, goal):
     return math.exp(hi), at(hi)
 
 # %% ../nbs/12a_provable_allocate.ipynb #factors
-def _factors(s, c, variant, rng):
-    "Factors per channel of a family, best first, with `c` channels to keep: drawn ('rand'), or the sure ones and the rest drawn ('top')."
-    live = s > 0
-    if c >= live.sum(): return live.astype(float)
-    q = s/s.sum()
-    if variant == 'rand': return sample(q, c, rng)[0]
-    sure = min(int((q*draws_for(q, c) >= 1).sum()), c)
-    rest = np.where(np.arange(len(q)) < sure, 0, q)
-    res = (np.arange(len(q)) < sure).astype(float)
-    return res + (sample(rest/rest.sum(), c-sure, rng)[0] if c > sure else 0)
+def _factors(s, c, variant, min_keep, rng):
+    "Per channel of a family, best first, with `c` to keep: (factors, draws it expects; 0 = not left to chance): the sure ones as they are, the rest drawn."
+    first, q = np.arange(len(s)), s/max(s.sum(), 1e-300)
+    sure = int((q*draws_for(q, c) >= 1).sum()) if variant == 'top' else 0
+    sure = min(max(sure, min_keep if min_keep > 1 else 0), c)   # a draw is certain of one channel
+    if c >= (s > 0).sum(): sure = c
+    res = (first < sure).astype(float)
+    if sure == c: return res, 0*res
+    rest = np.where(first < sure, 0, s); rest /= rest.sum()
+    f, n = sample(rest, c-sure, rng)
+    return res+f, n*rest
 
 # %% ../nbs/12a_provable_allocate.ipynb #equalise
 def equalise(scores:Scores,  # from `provable.pfp`
@@ -262,7 +292,7 @@ def equalise(scores:Scores,  # from `provable.pfp`
              keep=(),        # layers whose inputs are spared, names or patterns
              seed:int=None   # of the draws, None = that of the scores
             ):
-    "`Mask` over input channels with the same predicted error in every layer; the budget counts rows and columns and is met from above, within half a per cent where channels are fine enough (Liebenwein 2020)."
+    "`Mask` of input channels with one predicted error in all layers; the budget counts rows and columns, 'det' meets it from above, draws on average."
     check_scores(scores, 'pfp', ('det', 'rand', 'top'))
     graph, meta, keep = scores.graph, scores.meta, (keep,) if isinstance(keep, str) else tuple(keep)
     for p in keep:
@@ -271,15 +301,15 @@ def equalise(scores:Scores,  # from `provable.pfp`
     if goal == total: return Mask.ones_like(scores)
     ch = _Channels(scores, tied, prune_inputs, check_int('min_keep', min_keep, 1), keep)
     tau, counts = _find_tau(ch, goal)
-    factor = ch.kept(counts).astype(float)
+    factor, draws = ch.kept(counts).astype(float), np.zeros(ch.n)
     if (left := weights_left(graph, ch.units(factor > 0))) > goal and all(c <= min(min_keep, len(i)) for (i,_,_),c in zip(ch.groups, counts)):
         warnings.warn(f"equalise: sparsity {sparsity} is out of reach, {1-left/total:.4g} achieved; every layer keeps {min_keep}, and what is spared stays")
     if meta['variant'] != 'det':
         rng = np.random.default_rng(meta['seed'] if seed is None else check_int('seed', seed, 0))
-        for (i,s,_),c in zip(ch.groups, counts): factor[i] = _factors(s, c, meta['variant'], rng)
+        for (i,s,_),c in zip(ch.groups, counts): factor[i], draws[i] = _factors(s, c, meta['variant'], min_keep, rng)
     units = ch.units(factor > 0)
     scale = {} if meta['variant'] == 'det' else {k:torch.from_numpy(factor[a]).float() for k,a in ch.ids.items()}
-    u = 2*meta['c']/(3*tau)
     info = dict(method=scores.method, requested=sparsity, achieved=1-weights_left(graph, units)/total, of='network', tied=tied, tau=tau,
-                error=(u+math.sqrt(u*u+6*u))/2, layers={k:1-float(v.float().mean()) for k,v in units.items()})
+                error=float(predicted_error(tau, 2*meta['c'])), layers={k:1-float(v.float().mean()) for k,v in units.items()})
+    if scale: info['draws'] = {k:draws[a].tolist() for k,a in ch.ids.items()}
     return Mask(units, 'channel', graph=graph, scale=scale, meta=info)

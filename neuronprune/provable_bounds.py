@@ -10,15 +10,11 @@ __all__ = ['bernstein_error', 'bernstein_draws', 'bound', 'certificate', 'verdic
 import math
 import numpy as np, pandas as pd, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_batch, check_choice, check_fraction, check_type, layers
+from .core import Mask, Scores, as_found, check_batch, check_choice, check_int, check_type, digesting, layers, twins
 from .data import calib_batch
 from .draws import expected_unique
-from .provable import EPS, SUPPORTED, _columns, _halves, sensitivities
-
-# %% ../nbs/12b_provable_bounds.ipynb #check-delta
-def _check_delta(delta):
-    "Raises `ValueError` unless `delta` lies strictly between 0 and 1."
-    if not 0 < check_fraction('delta', delta): raise ValueError(f"delta={delta}: expected a probability in (0, 1)")
+from .inputs import column_groups
+from .provable import EPS, _check_constants, _columns, _halves, sensitivities
 
 # %% ../nbs/12b_provable_bounds.ipynb #bernstein-error
 def bernstein_error(m,     # draws, number or array
@@ -26,8 +22,8 @@ def bernstein_error(m,     # draws, number or array
                     delta:float=.1, # probability of failure for a single input
                     c:float=1. # how far shares may exceed the sensitivities
                    )->np.ndarray:
-    "Relative error exceeded with probability at most `delta` after `m` draws; infinite for m = 0. `ValueError` for a bad delta."
-    _check_delta(delta)
+    "Relative error exceeded with probability at most `delta` after `m` draws; infinite for m = 0. `ValueError` for a bad delta or c."
+    _check_constants(delta, c)
     m, a = np.asarray(m, dtype=np.float64), c*np.asarray(total, dtype=np.float64)*math.log(2/delta)
     with np.errstate(divide='ignore', invalid='ignore'): res = (a+np.sqrt(a*a+18*m*a))/(3*m)
     return np.where(m > 0, res, np.where(a > 0, np.inf, 0.))
@@ -38,8 +34,8 @@ def bernstein_draws(eps,   # relative error, > 0
                     delta:float=.1, # probability of failure for a single input
                     c:float=1. # how far shares may exceed the sensitivities
                    )->np.ndarray:
-    "Fewest draws whose `bernstein_error` is at most `eps`, as whole float64 numbers. `ValueError` for bad eps or delta."
-    _check_delta(delta)
+    "Fewest draws whose `bernstein_error` is at most `eps`, as whole float64 numbers. `ValueError` for bad eps, delta or c."
+    _check_constants(delta, c)
     eps = np.asarray(eps, dtype=np.float64)
     if not (np.isfinite(eps) & (eps > 0)).all(): raise ValueError(f"eps={eps}: expected positive numbers")
     return np.ceil((6+2*eps)*c*np.asarray(total, dtype=np.float64)*math.log(2/delta)/(3*eps**2)*(1-1e-12))
@@ -47,8 +43,8 @@ def bernstein_draws(eps,   # relative error, > 0
 # %% ../nbs/12b_provable_bounds.ipynb #pattern
 def _pattern(model, mask):
     "Layer -> (bool like its weight: kept; bool [out]: neurons that are gone), columns of dropped channels dropped too."
-    keep, own, g = mask.expand(model), layers(model), mask.graph
-    res = {k:keep.get(f'{k}.weight', torch.ones_like(m.weight, dtype=torch.bool)).cpu().clone() for k,m in own.items()}
+    keep, own, g, name = mask.expand(model), layers(model), mask.graph, twins(model)
+    res = {k:keep.get(f'{name.get(k, k)}.weight', torch.ones_like(m.weight, dtype=torch.bool)).cpu().clone() for k,m in own.items()}
     if mask.unit != 'channel': return {k:(v, torch.zeros(len(v), dtype=torch.bool)) for k,v in res.items()}
     dead = {k:~v.flatten(1).any(1) for k,v in res.items()}
     for k,v in res.items():
@@ -61,34 +57,82 @@ def _by_sign(x, w):
     x, w = x.flatten(1).double(), w.detach().cpu().flatten(1)
     return torch.stack([(x*(w > 0)).sum(1), (x*(w < 0)).sum(1)], 1)
 
+# %% ../nbs/12b_provable_bounds.ipynb #check-found
+def _check_found(model, found):
+    "Raises `ValueError` unless `found` has a tensor of sensitivities for every layer it names."
+    shapes, given = {k:m.weight.shape for k,m in layers(model).items()}, found if isinstance(found, dict) else {}
+    if given and all(getattr(v, 'shape', None) == shapes.get(k, ()) for k,v in given.items()): return
+    raise ValueError(f"found: {list(given) or type(found).__name__}; expected sensitivities of layers of the model, sensitivities(model, xb)['max']")
+
+# %% ../nbs/12b_provable_bounds.ipynb #check-drawn
+def _check_drawn(mask):
+    "Raises `TypeError` or `ValueError` for a mask with factors whose draws are not known."
+    check_type('mask', mask, Mask); meta = mask.meta
+    if mask.scale and not ('draws' in meta and (mask.unit == 'channel' or 'sums' in meta)):
+        raise ValueError(f"mask: its factors do not say how they were drawn (method {meta.get('method')!r}); "
+                         "expected a mask without factors, or one of sipp or pfp")
+
+# %% ../nbs/12b_provable_bounds.ipynb #weights-drawn
+def _weights_drawn(mask, k, w, s):
+    "(largest share one draw can have per row [out, 2], 0 for rows that are not drawn; bool like `w`: left to chance?) for drawn weights."
+    n, sums, have = *(torch.tensor(mask.meta[o][k], dtype=torch.float64).view(-1, 2) for o in ('draws', 'sums')), _by_sign(s, w)
+    on = n > 0
+    if not torch.allclose(sums[on], have[on], rtol=1e-3):
+        raise ValueError(f"found: the draws of {k!r} were made with other sensitivities; "
+                         "expected sensitivities(model, xb)['max'] of the same images, and draws with reduce='max'")
+    plus, minus = (on[:, j].view(-1, *[1]*(w.ndim-1)) for j in (0, 1))
+    return torch.where(on, have/n, 0.), torch.where(w > 0, plus, minus)
+
+# %% ../nbs/12b_provable_bounds.ipynb #channels-drawn
+def _channels_drawn(mask, k, w, s):
+    "The same for drawn input channels: what the row gets from a channel over the draws expected of it, the largest."
+    n = torch.tensor(mask.meta['draws'][f'{k}:in'], dtype=torch.float64)
+    group = column_groups(mask.graph, k) if mask.tied else torch.arange(len(n))
+    per = torch.stack([(s*(side*w > 0)).double().reshape(len(w), len(n), -1).sum(2) for side in (1, -1)], 1)
+    per, draws = per.new_zeros(len(w), 2, len(n)).index_add(2, group, per), n.new_zeros(len(n)).index_put((group,), n)
+    return torch.where(draws > 0, per/draws, 0.).amax(2), (n > 0).view(1, -1, *[1]*(w.ndim-2)).expand(w.shape)
+
+# %% ../nbs/12b_provable_bounds.ipynb #drawn
+def _drawn(mask, k, w, s):
+    "What `_weights_drawn` or `_channels_drawn` says, zeros for a layer without draws."
+    draws = mask.meta.get('draws', {}) if mask.scale else {}
+    if k in draws: return _weights_drawn(mask, k, w, s)
+    if f'{k}:in' in draws: return _channels_drawn(mask, k, w, s)
+    return torch.zeros(len(w), 2, dtype=torch.float64), torch.zeros_like(w, dtype=torch.bool)
+
+# %% ../nbs/12b_provable_bounds.ipynb #bounds
+def _bounds(model, mask, found, c, delta, union):
+    "(layer -> (bound, drawn?, does the row have an error?), [out, 2] each; delta of a single row)."
+    _check_drawn(mask); _check_found(model, found); _check_constants(delta, c)
+    own, res = {k:m.weight.detach().cpu() for k,m in layers(model).items()}, {}
+    parts = {k:_drawn(mask, k, own[k], s) for k,s in found.items()}
+    if union: delta = delta/max(1, sum(int((m > 0).sum()) for m,_ in parts.values()))
+    for k,(keep,gone) in _pattern(model, mask).items():
+        if k not in found: continue
+        w, s, (m, chance) = own[k], found[k], parts[k]
+        eps = c*_by_sign(s*~keep*~chance, w) + torch.from_numpy(bernstein_error(1, m.numpy(), delta, c))
+        unseen = (_by_sign(s, w) == 0) & (_by_sign(~keep, w) > 0)
+        exists = (_by_sign(torch.ones_like(w), w) > 0) & ~gone[:, None]
+        res[k] = eps.masked_fill(unseen | ~exists, math.nan), m > 0, exists
+    return res, delta
+
 # %% ../nbs/12b_provable_bounds.ipynb #bound
 def bound(model:nn.Module, # the unpruned network
           mask:Mask,       # any unit but ranks; from any method
           found:dict,      # layer -> sensitivities, `sensitivities(model, xb)['max']`
           *, c:float=1.,   # how far shares on other images may exceed the sensitivities; 1 = the images of `found`
-          delta:float=.1   # for rows that were drawn: probability of failure for a single image
+          delta:float=.1,  # for what was drawn: probability of failure at a single point, of one row
+          union:bool=False # is `delta` meant for all drawn rows together?
          )->dict:
-    "Layer -> bound on the relative error of every row [out, 2], positive and negative weights; NaN for rows without weights or of neurons that are gone."
-    check_type('mask', mask, Mask)
-    own, drawn, res = layers(model), mask.meta.get('draws', {}), {}
-    if mask.scale and not drawn: raise ValueError("mask: it has factors but does not say how they were drawn; expected a mask without factors, or one of `sipp`")
-    for k,(keep,gone) in _pattern(model, mask).items():
-        if k not in found: continue
-        w, s = own[k].weight, found[k]
-        eps = c*_by_sign(s*~keep, w)
-        if k in drawn:
-            n = torch.tensor(drawn[k]).view(-1, 2)
-            eps = torch.where(n > 0, torch.from_numpy(bernstein_error(n.numpy(), _by_sign(s, w).numpy(), delta, c)), eps)
-        empty = _by_sign(torch.ones_like(w).cpu(), w) == 0
-        res[k] = eps.masked_fill(empty | gone[:, None], math.nan)
-    return res
+    "Layer -> bound on the relative error of every row [out, 2]; NaN for rows unseen, without weights or gone. `ValueError` for unknown draws."
+    return {k:eps for k,(eps,_,_) in _bounds(model, mask, found, c, delta, union)[0].items()}
 
 # %% ../nbs/12b_provable_bounds.ipynb #pruned-weights
 def _pruned_weights(model, mask):
     "Layer -> weight after `mask`, factors multiplied in, columns of dropped channels zero."
     res = {}
     for k,(keep,_) in _pattern(model, mask).items():
-        w = layers(model)[k].weight.detach().float(); f = mask.scale.get(k)
+        w = layers(model)[k].weight.detach().float(); f = mask.scale.get(twins(model).get(k, k))
         if f is None and f'{k}:in' in mask.scale: f = mask.scale[f'{k}:in'].view(1, -1, *[1]*(w.ndim-2))
         res[k] = w*keep.to(w.device)*(1 if f is None else f.to(w.device))
     return res
@@ -103,7 +147,7 @@ def _sums(m, w, a):
 # %% ../nbs/12b_provable_bounds.ipynb #measure
 def _measure(m, w, eps, tally, tol=1e-4):
     "Forward pre-hook that adds the errors of weights `w` to `tally`: points, sum, largest, and those above `eps`, [2, out] each."
-    eps = eps.T.to(w.device, torch.float32)
+    eps = eps.T.nan_to_num(math.inf).to(w.device, torch.float32)
     def hook(_, inp):
         z, hat = (_sums(m, o, inp[0]) for o in (m.weight.detach().float(), w))
         live = z > EPS
@@ -121,36 +165,40 @@ def certificate(model:nn.Module, # the unpruned network, left as found
                 xb:torch.Tensor, # images to measure the errors on
                 *, c:float=1.,   # as for `bound`
                 delta:float=.1,  # as for `bound`
+                union:bool=False, # as for `bound`
                 bs:int=32        # images per forward pass
                )->pd.DataFrame:
-    "One row per layer, neuron and sign: weights, kept, the bound, the mean and the worst measured relative error, points, and how many exceed the bound."
-    check_batch(xb)
-    eps, own, tallies, rows = bound(model, mask, found, c=c, delta=delta), layers(model), {}, []
+    "One row per layer, neuron and sign: weights, kept, bound (NaN: unseen), delta (0: not drawn), mean and worst error, points, and how many exceed the bound."
+    check_batch(xb); check_int('bs', bs, 1)
+    (eps, delta), own, tallies, rows = _bounds(model, mask, found, c, delta, union), layers(model), {}, []
     hat, keep = _pruned_weights(model, mask), _pattern(model, mask)
-    hooks = [own[k].register_forward_pre_hook(_measure(own[k], hat[k], e, tallies.setdefault(k, {}))) for k,e in eps.items()]
+    hooks = [own[k].register_forward_pre_hook(_measure(own[k], hat[k], e, tallies.setdefault(k, {}))) for k,(e,_,_) in eps.items()]
     try:
-        with as_found(model, train=False), torch.no_grad():
+        with as_found(model, train=False), torch.no_grad(), digesting(xb):
             for x in xb.to(next(model.parameters()).device).split(bs): model(x)
-    except RuntimeError as e: raise ValueError(f"xb: the model cannot digest a batch of shape {tuple(xb.shape)}: {e}") from e
     finally: [h.remove() for h in hooks]
     for k,t in tallies.items():
         n, kept = (_by_sign(o, own[k].weight).T for o in (torch.ones_like(own[k].weight).cpu(), keep[k][0]))
         for j,sign in enumerate('+-'):
-            d = pd.DataFrame(dict(layer=k, neuron=range(len(n[j])), sign=sign, weights=n[j].long(), kept=kept[j].long(), bound=eps[k][:, j],
+            e, drawn, exists = (o[:, j] for o in eps[k])
+            d = pd.DataFrame(dict(layer=k, neuron=range(len(n[j])), sign=sign, weights=n[j].long(), kept=kept[j].long(), bound=e, delta=drawn*delta,
                                   mean=(t['sum'][j]/t['points'][j].clamp(min=1)).cpu(), worst=t['worst'][j].cpu().double(),
                                   points=t['points'][j].long().cpu(), over=t['over'][j].long().cpu(), cancellation=float(np.median(t['cancel']))))
-            rows.append(d)
-    return pd.concat(rows, ignore_index=True).dropna(subset='bound')
+            rows.append(d[exists.numpy()])
+    return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/12b_provable_bounds.ipynb #verdict
 def verdict(cert # from `certificate`
            )->pd.DataFrame:
-    "One row per layer: weights kept, median bound and share of vacuous rows (bound >= 1), measured errors, points above the bound; and what to conclude."
+    "One row per layer: weights kept, median and largest bound, share of rows with none (>= 1 or unseen), measured errors, points above the bound; a conclusion."
     rows = []
     for k,d in cert.groupby('layer', sort=False):
-        lost = d.bound >= 1
-        says = 'vacuous: it certifies nothing' if lost.all() else f'vacuous in {lost.sum()} of {len(d)} rows' if lost.any() else 'every row is certified'
-        rows.append(dict(layer=k, rows=len(d), kept_pct=100*d.kept.sum()/d.weights.sum(), bound=d.bound.median(), vacuous_pct=100*lost.mean(),
+        unseen, lost = d.bound.isna(), ~(d.bound < 1)
+        says = 'vacuous: it certifies nothing' if lost.all() else f'vacuous in {(lost & ~unseen).sum()} of {len(d)} rows' if lost.any() else 'every row is certified on S'
+        says += f', {unseen.sum()} unseen' if unseen.any() else ''
+        says += f', drawn ones with probability {1-d.delta.max():.6g} each' if d.delta.any() and not lost.all() else ''
+        rows.append(dict(layer=k, rows=len(d), kept_pct=100*d.kept.sum()/d.weights.sum(),
+                         bound=d.bound.median(), bound_max=d.bound.max(), vacuous_pct=100*lost.mean(),
                          measured=np.average(d['mean'], weights=d.points.clip(lower=1)), worst=d.worst.max(),
                          over_pct=100*d.over.sum()/max(d.points.sum(), 1), cancellation=d.cancellation.median(), verdict=says))
     return pd.DataFrame(rows)
@@ -167,6 +215,17 @@ def growth(found:dict, # layer -> sensitivities on the images looked at
                          unseen_pct=100*float(((more[k] > 0) & ~live).double().mean())))
     return pd.DataFrame(rows)
 
+# %% ../nbs/12b_provable_bounds.ipynb #both-batches
+def _both_batches(meta, dls, n):
+    "(calibration images, at most `n` others, where those come from)."
+    draw = lambda split, k: calib_batch(dls, n=k, split=split, seed=meta['seed'])[0]
+    sizes = dict(zip(('train', 'valid', 'test'), (len(o.dataset) for o in getattr(dls, 'loaders', dls)))); size = sizes[meta['split']]
+    if 'test' in sizes and meta['split'] != 'test': return draw(meta['split'], meta['n']), draw('test', min(n, sizes['test'])), 'test'
+    if size == meta['n']:
+        raise ValueError(f"dls: no other test set, and all {size} images of its {meta['split']} part were used for the scores; expected some to measure on")
+    both = draw(meta['split'], min(size, meta['n']+n))   # the first of a larger sample are the smaller sample
+    return both[:meta['n']], both[meta['n']:], f"{meta['split']}, not in S"
+
 # %% ../nbs/12b_provable_bounds.ipynb #bound-report
 def bound_report(model:nn.Module, # the unpruned network
                  scores:Scores,   # from `sipp` or `pfp`: how many images, from where, with which seed
@@ -174,17 +233,15 @@ def bound_report(model:nn.Module, # the unpruned network
                  dls,             # the `DataLoaders` of the scores
                  *, n:int=256,    # test images to measure on, at most all
                  c:float=1.,      # as for `bound`
-                 delta:float=.1   # as for `bound`
+                 delta:float=.1,  # as for `bound`
+                 union:bool=False # as for `bound`
                 )->pd.DataFrame:
-    "One row per layer: weights kept, bound, share of vacuous rows, measured errors on the calibration images and on test images, points above the bound there, verdict."
-    meta, test = scores.meta, dls.loaders[2] if len(dls.loaders) > 2 else dls.valid
-    seen, _ = calib_batch(dls, n=meta['n'], split=meta['split'], seed=meta['seed'])
-    other = torch.cat([x for x,_ in test][:1+n//test.bs])[:n].as_subclass(torch.Tensor)
+    "One row per layer: weights kept, bound, errors on the calibration images and on the `tested` ones, points above the bound there, verdict. `ValueError` without others."
+    seen, other, tested = _both_batches(scores.meta, dls, check_int('n', n, 1))
     found = sensitivities(model, seen)['max']
-    a, b = (verdict(certificate(model, mask, found, x, c=c, delta=delta)) for x in (seen, other))
-    res = a[['layer', 'kept_pct', 'bound', 'vacuous_pct']].assign(measured_seen=a.measured, measured_test=b.measured, worst_test=b.worst,
-                                                                over_pct_test=b.over_pct, verdict=a.verdict)
-    return res
+    a, b = (verdict(certificate(model, mask, found, x, c=c, delta=delta, union=union)) for x in (seen, other))
+    return a[['layer', 'kept_pct', 'bound', 'bound_max', 'vacuous_pct']].assign(measured_seen=a.measured, tested=tested, measured_test=b.measured, worst_test=b.worst,
+                                                                                over_pct_test=b.over_pct, verdict=a.verdict)
 
 # %% ../nbs/12b_provable_bounds.ipynb #failures
 def failures(model:nn.Module, # the network, left as found
@@ -195,16 +252,18 @@ def failures(model:nn.Module, # the network, left as found
              n_trials:int=200, # masks drawn
              seed:int=0       # of the draws
             )->dict:
-    "How often the error of a drawn row exceeds `eps`: mean over all rows and points, the worst single pair, draws and share of weights the certificate costs."
+    "How often the error of a drawn row exceeds `eps`: mean over rows and points, the worst pair, and what the certificate costs. `ValueError` for unknown layers."
+    _check_found(model, found); _check_constants(delta, c); check_batch(xb)
     m, seen = layers(model)[check_choice('layer', layer, found)], []
     hook = m.register_forward_pre_hook(lambda _, inp: seen.append(inp[0].detach()))
     try:
-        with as_found(model, train=False), torch.no_grad(): model(xb.to(next(model.parameters()).device))
+        with as_found(model, train=False), torch.no_grad(), digesting(xb): model(xb.to(next(model.parameters()).device))
     finally: hook.remove()
     w, s = m.weight.detach().flatten(1).double().cpu(), found[layer].flatten(1).double()
-    pts = torch.cat([_columns(m, h.double()).permute(0, 3, 1, 2).flatten(0, 2) for h in _halves(seen[0])]).cpu()
+    groups = torch.cat([_columns(m, h.double()).permute(1, 0, 3, 2).flatten(1, 2) for a in seen for h in _halves(a)], 1).cpu()
     rng, pairs, kept, draws, size = np.random.default_rng(seed), [], 0., 0., 0
     for o in range(len(w)):
+        pts = groups[o*len(groups)//len(w)]
         for side in (1, -1):
             on = (side*w[o] > 0) & (s[o] > 0); z = pts[:, on] @ (side*w[o, on])
             if on.sum() < 2 or not (live := z > EPS).any(): continue
@@ -212,8 +271,9 @@ def failures(model:nn.Module, # the network, left as found
             f = rng.multinomial(int(n), q, n_trials)/(n*q)
             err = ((pts[live][:, on]*(side*w[o, on])) @ torch.from_numpy(f.T)/z[live, None] - 1).abs()
             pairs.append((err > eps).double().mean(1)); kept += float(expected_unique(q, n)); draws += n; size += int(on.sum())
-    p = torch.cat(pairs)
-    return dict(layer=layer, eps=eps, delta=delta, images=len(xb), draws=draws/len(pairs), kept_pct=100*kept/size, failures=float(p.mean()), worst_pair=float(p.max()))
+    p = torch.cat(pairs) if pairs else torch.full((1,), math.nan)
+    return dict(layer=layer, eps=eps, delta=delta, images=len(xb), draws=draws/max(len(pairs), 1), kept_pct=100*kept/max(size, 1),
+                failures=float(p.mean()), worst_pair=float(p.max()))
 
 # %% ../nbs/12b_provable_bounds.ipynb #affordable
 def _affordable(s, budget):
@@ -229,6 +289,7 @@ def sparsest(model:nn.Module, # the unpruned network
             )->Mask:
     "The mask with the most zeros whose deterministic bound is at most `eps` in every row; its `sparsity` is the answer. `ValueError` unless eps > 0."
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf: raise ValueError(f"eps={eps!r}: expected a positive number")
+    _check_found(model, found); _check_constants(.5, c)
     units = {}
     for k,s in found.items():
         w, s = layers(model)[k].weight.detach().cpu(), s.double().flatten(1)
@@ -244,7 +305,8 @@ def sparsest(model:nn.Module, # the unpruned network
 def sampled_density(model:nn.Module, found:dict, eps:float, # as for `sparsest`
                     *, delta:float=.1, c:float=1. # as for `bernstein_draws`
                    )->float:
-    "Expected fraction of the weights kept when every row is drawn often enough for an error of `eps`, or kept whole where that is cheaper."
+    "Expected fraction of the weights kept when every row is drawn often enough for an error of `eps`. `ValueError` for bad eps, delta or c."
+    _check_found(model, found)
     kept = size = 0
     for k,s in found.items():
         w, s = layers(model)[k].weight.detach().cpu().flatten(1), s.double().flatten(1)

@@ -9,7 +9,7 @@ __all__ = ['NORMS', 'probabilities', 'cut', 'uniform', 'sampling']
 import time, warnings
 import numpy as np, torch
 from torch import nn
-from .core import Mask, Scores, check_choice, check_finite, check_int, check_type, generator, kappa, layers, method
+from .core import Mask, Scores, check_choice, check_finite, check_int, check_type, generator, kappa, layers, method, twins
 from .allocate import allocate
 from .draws import expected_unique, sample
 from .inputs import readers, traced
@@ -84,18 +84,12 @@ def cut(scores:Scores,  # from `uniform` or `sampling`
                 layers={k:1-v.float().mean().item() for k,v in keep.items()}, draws={k:int(o[1].sum()) for k,o in res.items()})
     return Mask(keep, 'weight', graph=scores.graph, scale={k:o[0] for k,o in res.items()}, meta=meta)
 
-# %% ../nbs/18_sampling.ipynb #own-weights
-def _own_weights(model):
-    "(path -> module, path -> reason) without layers whose weight another layer holds as well."
-    mods, first = layers(model), {}
-    twins = {k:f"it shares its weight with {o!r}" for k,m in mods.items() if (o := first.setdefault(id(m.weight), k)) != k}
-    return {k:m for k,m in mods.items() if k not in twins}, twins
-
+# %% ../nbs/18_sampling.ipynb #weight-scores
 def _weight_scores(name, model, graph, start, seed, norm, **meta):
-    "`Scores` of weights: their probabilities."
-    check_int('seed', seed, 0)
-    mods, skipped = _own_weights(model)
-    units = {k:probabilities(check_finite(f'{k}.weight', m.weight.detach()), norm, meta.get('compat')) for k,m in mods.items()}
+    "`Scores` of weights, their probabilities; a weight that several layers hold is scored with the first."
+    check_int('seed', seed, 0); shared = twins(model)
+    units = {k:probabilities(check_finite(f'{k}.weight', m.weight.detach()), norm, meta.get('compat')) for k,m in layers(model).items() if k not in shared}
+    skipped = {k:f"it shares its weight with {o!r}" for k,o in shared.items()}
     return Scores(units, 'weight', method=name, graph=graph, secs=time.perf_counter()-start, meta=dict(norm=norm, seed=seed, **meta), skipped=skipped)
 
 # %% ../nbs/18_sampling.ipynb #uniform-2

@@ -11,7 +11,7 @@ import copy, json, math
 import torch, torch_pruning as tp
 from torch import nn
 from .core import *
-from .graph import trace, NORMS, _check_fit, _slots
+from .graph import trace, NORMS, _check_fit, _check_plain, _depthwise, _slots, _twins
 
 # %% ../nbs/06_surgery.ipynb #factors
 def _factors(m, keep, label):
@@ -36,9 +36,11 @@ class Factored(nn.Sequential):
 # %% ../nbs/06_surgery.ipynb #decompose
 def _decompose(model, mask):
     "Layer -> its factors, for those layers of a rank mask that lose something."
-    _check_fit(mask, dict(model.named_parameters()))
+    _check_plain(model); _check_fit(mask, dict(model.named_parameters(remove_duplicate=False)))
     if mask.scale: raise ValueError("mask: a mask of ranks takes no scale; expected plain True and False")
+    twin = _twins(model)
     for k in mask:
+        if k in twin: raise UnsupportedLayerError(f"mask: {k!r} shares its weight with {twin[k]!r}; factors of one would not be those of the other")
         if getattr(model.get_submodule(k), 'groups', 1) > 1: raise UnsupportedLayerError(f"mask: {k!r} is a grouped convolution, whose weight is not one matrix")
         if isinstance(model.get_submodule(k.rpartition('.')[0]), Factored): raise ValueError(f"mask: {k!r} is a factor already; expected a mask for merge(model)")
     return {k:_factors(model.get_submodule(k), v, mask.labels.get(k)) for k,v in mask.items() if not v.all()}
@@ -58,15 +60,15 @@ def _scale(model, mask):
     "Multiply the mask's factors into rows (outputs), columns (`:in` keys) or single weights."
     for k,s in mask.scale.items():
         n = k.removesuffix(':in'); m = model.get_submodule(n); w = m.weight
-        s = s.to(w)
-        if mask.unit == 'weight': w.mul_(s)
+        s = s.to(w.device, torch.promote_types(w.dtype, torch.float32))
+        if mask.unit == 'weight': w.copy_(w*s)
         elif mask.unit == 'group':
             child, parent = (o.to(s.device) for o in mask.labels[k])
-            w.mul_(s[child][:, parent].view(w.shape[0], -1, *[1]*(w.ndim-2)))
-        elif k != n: w.mul_(s.view(1, -1, *[1]*(w.ndim-2)))
+            w.copy_(w*s[child][:, parent].view(w.shape[0], -1, *[1]*(w.ndim-2)))
+        elif k != n: w.copy_(w*s.view(1, -1, *[1]*(w.ndim-2)))
         else:
-            w.mul_(s.view(-1, *[1]*(w.ndim-1)))
-            if m.bias is not None: m.bias.mul_(s)
+            w.copy_(w*s.view(-1, *[1]*(w.ndim-1)))
+            if m.bias is not None: m.bias.copy_(m.bias*s)
 
 # %% ../nbs/06_surgery.ipynb #apply-2
 @torch.no_grad()
@@ -75,7 +77,7 @@ def apply(model:nn.Module, # changed in place
          )->nn.Module:
     "Zero what `mask` drops (and multiply its `scale` in, once), or write the truncated products; changes `model` in place and returns it."
     if mask.unit == 'rank': return _truncate(model, _decompose(model, mask))
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for n,keep in mask.expand(model).items(): state[n].masked_fill_(~keep, 0)
     _scale(model, mask)
     return model
@@ -83,10 +85,8 @@ def apply(model:nn.Module, # changed in place
 # %% ../nbs/06_surgery.ipynb #pattern
 def _pattern(model, mask, g):
     "Layer -> bool tensor like its weight, True = kept."
-    keep, params = mask.expand(model), dict(model.named_parameters())
+    keep, params = mask.expand(model), dict(model.named_parameters(remove_duplicate=False))
     return {n:keep.get(f'{n}.weight', torch.ones_like(params[f'{n}.weight'], dtype=torch.bool)).cpu().clone() for n in g.layers}
-
-def _depthwise(l): return l['groups'] == l['n_out'] == l['n_in'] > 1
 
 def _read(w): "Input columns [n_in] with a weight left in some row."; return w.any(0).flatten(1).any(1) if w.ndim > 2 else w.any(0)
 
@@ -226,11 +226,12 @@ def difference(a:nn.Module, # reference
               )->float:
     "max|a(x)-b(x)| / max|a(x)| in evaluation mode; both models are left as found."
     with as_found(a, train=False), as_found(b, train=False): ya, yb = a(xb), b(xb)
-    return ((ya-yb).abs().max() / ya.abs().max().clamp(min=1e-12)).item()
+    return (ya-yb).abs().max().item() / max(ya.abs().max().item(), 1e-12)
 
 # %% ../nbs/06_surgery.ipynb #groupedlinear
 class GroupedLinear(nn.Conv1d):
     "A block-diagonal linear map without bias: each of `groups` equal parts of the inputs has outputs of its own, [..., in] -> [..., out]."
+    channel_dim = -1
     def __init__(self, n_in, n_out, groups, device=None): super().__init__(n_in, n_out, 1, groups=groups, bias=False, device=device)
     def forward(self, x): return super().forward(x.reshape(-1, self.in_channels, 1)).view(*x.shape[:-1], self.out_channels)
 
@@ -301,14 +302,14 @@ def _masked_and_small(model, mask, xb):
     masked = apply(copy.deepcopy(model), mask)
     cuts, worth = _plan(model, mask, xb)
     small = _cut_all(_fold(copy.deepcopy(masked), worth), cuts)
-    for p,q in zip(model.parameters(), small.parameters()): q.requires_grad_(p.requires_grad)
+    for n,p in model.named_parameters(remove_duplicate=False): small.get_parameter(n).requires_grad_(p.requires_grad)
     return masked, small
 
 # %% ../nbs/06_surgery.ipynb #shrink-2
 def shrink(model:nn.Module, # dense or masked; not changed
            mask:Mask,       # what to drop
            xb:torch.Tensor, # a batch of inputs for the check
-           tol:float=1e-5   # largest relative difference allowed
+           tol:float=None   # largest relative difference allowed; None = 1e-5, in half precision eight times the dtype's `eps`
           )->nn.Module:
     "A new, smaller model that computes what the masked one does, or `SurgeryError`; what cannot be removed stays as zeros."
     check_batch(xb); xb = xb.to(next(model.parameters()).device)
@@ -316,7 +317,8 @@ def shrink(model:nn.Module, # dense or masked; not changed
     try: d = difference(masked, small, xb)
     except (RuntimeError, AttributeError) as e:
         raise SurgeryError(f"the shrunken model cannot run: {e}. Does its forward rely on the original layers or widths (a hard-coded view, split or attribute)?") from e
-    if not d <= tol: raise SurgeryError(f"masked and shrunken model differ by {d:.2g} of the largest output; allowed are {tol:g}")
+    if tol is None: tol = max([1e-5, *(8*torch.finfo(p.dtype).eps for p in model.parameters() if p.dtype in (torch.half, torch.bfloat16))])
+    if not d <= tol: raise SurgeryError(f"masked and shrunken model differ by {d:.2g} of the largest output; allowed are tol={tol:g}")
     return small
 
 # %% ../nbs/06_surgery.ipynb #save

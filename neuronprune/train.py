@@ -17,7 +17,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from .core import as_found, check_choice, check_fraction, check_int, check_type, layers, seed_everything, Mask, Scores
+from .core import as_found, check_choice, check_fraction, check_int, check_type, digesting, layers, seed_everything, Mask, Scores
 from fastai.callback.core import Callback, CancelFitException, event
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -182,18 +182,12 @@ def _keep_history(learn):
     for i,v in enumerate(learn.recorder.values):
         rows.append(dict(fit=learn.n_fits, epoch=start+i+1, **{k:o for k,o in zip(names, v) if k != 'time'}))
 
-# %% ../nbs/05_train.ipynb #outputs
-def _outputs(model, xb):
-    "What `model` makes of the inputs `xb`; a `ValueError` in plain words if it cannot take them."
-    try: return model(*xb)
-    except (RuntimeError, IndexError) as e:
-        raise ValueError(f"xb: the model cannot digest a batch of shape {', '.join(str(tuple(o.shape)) for o in xb)}: {e}") from e
-
+# %% ../nbs/05_train.ipynb #try-batch
 def _try_batch(learn):
     "One batch through the network before the first fit: do shapes and labels fit?"
     model = learn.model; dev = next((p.device for p in model.parameters()), torch.device('cpu'))
     *xb, yb = [o.to(dev) for o in next(iter(learn.dls.train))]
-    with as_found(model, train=False), torch.no_grad(): out = _outputs(model, xb)
+    with as_found(model, train=False), torch.no_grad(), digesting(*xb): out = model(*xb)
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or yb.ndim != 1 or yb.is_floating_point(): return
     if yb.min() < 0 or yb.max() >= out.shape[1]:
         raise ValueError(f"yb: labels from {int(yb.min())} to {int(yb.max())}, but the network has {out.shape[1]} outputs; "
@@ -278,7 +272,7 @@ def _tally(model, dl, dev):
         if yb.is_floating_point() or yb.ndim != 1:
             raise TypeError(f"yb: {yb.dtype} labels of shape {tuple(yb.shape)}; expected one class number per input")
         with torch.inference_mode():
-            out = _outputs(model, xb)
+            with digesting(*xb): out = model(*xb)
             if out.ndim != 2: raise ValueError(f"model: outputs of shape {tuple(out.shape)}; expected [n, classes]")
             bad = (yb < 0) | (yb >= out.shape[1])
             yb = yb.as_subclass(torch.Tensor).clamp(0, out.shape[1]-1)
@@ -328,12 +322,12 @@ def plot_curves(learn:Learner # a learner trained with `fit`
     plt.close(fig)
     return fig
 
-# %% ../nbs/05_train.ipynb #keep_tensors
+# %% ../nbs/05_train.ipynb #keep-tensors
 def keep_tensors(model:nn.Module, # network the mask belongs to
                  mask             # a `Mask`, or a dict parameter name -> bool tensor (True = kept)
                 )->tuple:         # (parameters, masks as 0/1 tensors of their dtype, on their device)
     "The parameters `mask` touches and what to multiply them with; raises `ValueError` if name or shape do not fit."
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     keeps = mask.expand(model) if isinstance(mask, Mask) else mask
     for k,v in keeps.items():
         if k not in named: raise ValueError(f"mask[{k!r}]: no such parameter; was the mask made for another network?")

@@ -4,10 +4,13 @@ from fractions import Fraction
 import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
-from neuronprune.allocate import allocate, ratios
-from neuronprune.core import Mask, Scores, generator, kappa
+from neuronprune.allocate import allocate, ratios, weights_left
+from neuronprune.core import Mask, Scores, generator, kappa, layers
 from neuronprune.graph import trace
-from test_graph import X, nets
+from neuronprune.inputs import readers
+from neuronprune.models import build
+from neuronprune.surgery import shrink
+from test_graph import X, nets, partition
 
 def quiet(*a, **kw):
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); return allocate(*a, **kw)
@@ -126,6 +129,7 @@ sc = Scores({'a': torch.rand(4), 'b': torch.rand(4)}, 'channel')
     (dict(scope='layers'), ValueError, "did you mean 'layer'?"), (dict(of='parameters'), ValueError, "expected one of 'units', 'params', 'macs'"), (dict(normalize='l2'), ValueError, 'normalize='),
     (dict(reduce='avg'), ValueError, "reduce='avg'"), (dict(round_to=0), ValueError, 'round_to=0'), (dict(min_keep=0), ValueError, 'min_keep=0'), (dict(min_keep=1.5), TypeError, 'min_keep'),
     (dict(keep=['c']), ValueError, "keep='c'"), (dict(caps={'c': .5}), ValueError, "caps='c'"), (dict(caps=90), ValueError, 'did you mean 0.9?'), (dict(caps={'a': 1.1}), ValueError, "caps['a']=1.1: expected a fraction in [0, 1]"), (dict(caps=-.1), ValueError, 'caps['),
+    (dict(keep=3), TypeError, 'keep: expected an Iterable, names or patterns of layers, got int'), (dict(keep=['a', 3]), TypeError, 'keep: expected a str'), (dict(caps='half'), TypeError, 'caps['), (dict(caps={3: .5}), ValueError, 'caps=3'),
     (dict(of='params'), ValueError, 'cost of a channel'), (dict(of='macs'), ValueError, 'trace(model, xb)')])
 def test_errors(kw, err, said):
     with pytest.raises(err) as e: allocate(sc, **({'sparsity': .5} if kw and not {'sparsity', 'threshold'} & set(kw) else {}) | kw)
@@ -330,6 +334,100 @@ def test_layers_with_fine_channels_fill_the_budget():
     mask = allocate(sc, .5, of='network', normalize=None); a, b = (int(v.sum()) for v in mask.values())
     left, goal = 784*a+a*b+40*b, kappa(784*30+12000+16000, .5)
     assert goal <= left <= 1.005*goal and 784*a+a*(b+2)+40*(b+2) > 1.005*goal
+
+def tied_scores(g, names, seed, ins=False):
+    gen = generator(seed); size = lambda k: g.layers[k]['n_in' if ins else 'n_out']
+    return Scores({f'{k}:in' if ins else k:torch.rand(size(k), generator=gen) for k in names}, 'channel', graph=g)
+
+def cut_weights(model, mask, x):
+    "Weights of the linear and convolution layers once the mask's channels have been cut."
+    return sum(m.weight.numel() for m in layers(shrink(model, mask, x)).values())
+
+CUTTABLE = ['seq', 'add', 'proj', 'cat', 'gate', 'dw', 'prelu']
+
+@settings(max_examples=60, deadline=None)
+@given(nets(CUTTABLE), st.booleans(), st.floats(.1, .95), st.integers(0, 99))
+def test_weights_left_are_those_of_the_shrunken_network(model, ins, s, seed):
+    g = trace(model, X); names = readers(g)[0] if ins else g.removable
+    mask = quiet(tied_scores(g, names, seed, ins), s)
+    assert weights_left(g, mask) == cut_weights(model, mask, X)
+
+def separable(*widths):
+    "Pointwise and depthwise convolutions in turn, two depthwise ones in a row between the first pair."
+    C, ms = nn.Conv2d, [nn.Conv2d(2, widths[0], 3, padding=1)]
+    for i,(a,b) in enumerate(zip(widths, widths[1:])): ms += [nn.ReLU(), *[C(a, a, 3, padding=1, groups=a) for _ in range(2 if i == 0 else 1)], nn.BatchNorm2d(a), nn.ReLU(), C(a, b, 1)]
+    return nn.Sequential(*ms, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3)).eval()
+
+@pytest.mark.parametrize('ins', [False, True])
+@pytest.mark.parametrize('s', [.2, .5, .9])
+def test_weights_left_go_through_depthwise_layers(ins, s):
+    for model,x in ((separable(6, 8, 5), X), (build('mobilenet_v3_small', 3, 10, 16, seed=0).eval(), torch.randn(2, 3, 16, 16, generator=generator(0)))):
+        g = trace(model, x); sc = tied_scores(g, readers(g)[0] if ins else g.removable, 0, ins); mask = quiet(sc, s)
+        assert weights_left(g, mask) == cut_weights(model, mask, x)
+        half = quiet(sc, s, of='network'); left = cut_weights(model, half, x); assert left >= kappa(weights_left(g, {}), s) and half.meta['achieved'] == 1-left/weights_left(g, {})
+
+def test_weights_left_of_an_untied_depthwise_mask():
+    "A channel dropped behind the depthwise layer is read by nobody; one dropped before it leaves a row with a bias."
+    m = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1)); g = trace(m, torch.rand(1, 2, 5, 5)); three = torch.arange(4) > 0
+    assert weights_left(g, {'1': three}) == weights_left(g, {'0': three, '1': three}) == 3*2 + 3*9 + 3*2 and weights_left(g, {'0': three}) == 3*2 + 4*9 + 4*2
+
+def test_a_layer_keeps_its_first_channel():
+    class Cat(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(3, 2), nn.Linear(3, 4), nn.Linear(6, 2)
+        def forward(self, x): return self.c(torch.cat([self.a(x), self.b(x)], 1).relu())
+    m, x = Cat(), torch.rand(4, 3); g = trace(m, x)
+    for mask in ({'c:in': torch.arange(6) > 2}, {'a': torch.zeros(2).bool()}, {'a': torch.zeros(2).bool(), 'b': torch.arange(4) > 1}):
+        mask = Mask(mask, 'channel', graph=g); assert weights_left(g, mask) == cut_weights(m, mask, x)
+
+def safe_atoms(atom, value, cost, caps, min_keep, keep):
+    "Atoms that must stay: spared, the best of a key, and what is left once a layer has lost as much as its cap lets go."
+    safe = {a for k,ids in atom.items() if k in keep for a in ids}
+    for ids in atom.values(): safe |= set(sorted(set(ids), key=value.get)[-min_keep:])
+    for k,ids in atom.items():
+        if k not in caps: continue
+        free, room = [a for a in sorted(set(ids), key=value.get) if a not in safe], caps[k]*cost[k]*len(ids)
+        while free and (c := cost[k]*ids.count(free[0])) <= room*(1+1e-12): room -= c; free.pop(0)
+        safe |= set(free)
+    return safe
+
+@settings(max_examples=80, deadline=None)
+@given(nets(CUTTABLE), st.booleans(), st.floats(.05, .9), st.sampled_from(['global', 'layer']), st.data())
+def test_promises_of_a_budget_of_the_network(model, ins, s, scope, data):
+    g = trace(model, X); sc = tied_scores(g, readers(g)[0] if ins else g.removable, data.draw(st.integers(0, 99)), ins); layer = lambda k: k.removesuffix(':in')
+    caps, keep, min_keep = data.draw(st.fixed_dictionaries({}, optional={layer(k):st.sampled_from([.3, .6]) for k in sc})), data.draw(st.sets(st.sampled_from([layer(k) for k in sc]), max_size=1)), data.draw(st.integers(1, 2))
+    mask = quiet(sc, s, of='network', scope=scope, normalize=None, caps=caps, keep=keep, min_keep=min_keep)
+    total = weights_left(g, {}); goal, left = kappa(total, s), cut_weights(model, mask, X)
+    assert left >= goal and mask.meta['achieved'] == 1-left/total
+    for k,v in mask.items(): assert k not in sc or ((v.all() or layer(k) not in keep) and mask.meta['layers'][k] <= caps.get(layer(k), 1)+1e-12)
+    atom = {k:(g.in_slots[layer(k)] if ins else g.out_slots[k]).tolist() for k in sc}; members = {}
+    for k,ids in atom.items():
+        assert len({a for a,o in zip(ids, mask[k].tolist()) if o}) >= min(min_keep, len(set(ids)))
+        for i,a in enumerate(ids): members.setdefault(a, []).append((k, i))
+    value = {a:np.mean([float(sc[k][i]) for k,i in o]) for a,o in members.items()}; gone = {a for a,o in members.items() if not mask[o[0][0]][o[0][1]]}
+    safe = safe_atoms(atom, value, {k:g.layers[layer(k)]['weights']/len(sc[k]) for k in sc}, {k:caps[layer(k)] for k in sc if layer(k) in caps}, min_keep, {k for k in sc if layer(k) in keep})
+    assert not gone & safe
+    if left <= 1.005*goal: return
+    parts = {a:frozenset(p) for p in partition(atom.values()) for a in p}; rank = {a:(sum(value[b] < value[a] for b in parts[a])+1)/len(parts[a]) for a in members}
+    order = sorted(set(members) - safe - gone, key=value.get if scope == 'global' else lambda a: (rank[a], value[a])); place = {a:i for i,a in enumerate(order)}
+    def overshoots(a):
+        units = {k:v.clone() for k,v in mask.items()}
+        for k,v in units.items(): v[(g.in_slots[layer(k)] if ins else g.out_slots[k]) == a] = False
+        return weights_left(g, units) < goal
+    queues = [[a for a in order if parts[a] == p] for p in set(parts.values())]; queues = [q for q in queues if q]; stopped = [overshoots(q[0]) for q in queues]
+    bound = min([place[q[1]] for q,o in zip(queues, stopped) if o and len(q) > 1], default=len(order))
+    assert all(o or place[q[0]] > bound for q,o in zip(queues, stopped))
+
+def test_budgets_of_the_network_are_not_nested():
+    net = nn.Sequential(nn.Linear(20, 3), nn.ReLU(), nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 2)); g = trace(net, torch.rand(2, 20)); found = []
+    for seed in range(8):
+        sc = tied_scores(g, ['0', '2'], seed); masks = [quiet(sc, i/40, of='network') for i in range(1, 32)]
+        found.append(any((b[k] & ~a[k]).any() for a,b in zip(masks, masks[1:]) for k in sc))
+    assert any(found)
+
+def test_ranks_are_counted_in_units():
+    sc = Scores({'a': torch.rand(4)}, 'rank'); assert allocate(sc, .5).counts() == (2, 4)
+    for of in ('params', 'macs', 'network'):
+        with pytest.raises(ValueError, match=f"of='{of}'.*lowrank.cut"): allocate(sc, .5, of=of)
 
 # ---- rounds
 

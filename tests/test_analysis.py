@@ -286,7 +286,14 @@ def test_calibration_of_stated_probabilities():
 def test_calibration_leaves_all_alone(learn, dls, untouched):
     df = calibration(learn.model, dls.test); e = evaluate(learn, dls.test); assert df.n.sum() == e.n and df.k.sum() == e.k and len(df) == 15 and 0 < ece(df) < .2
     conf, ok = confidences(learn.model, dls.test); assert conf.dtype == np.float64 and ok.dtype == bool and ok.sum() == e.k
-    fig = plot_reliability({'a': df, 'b': reliability([.8]*10, [True, False]*5)}); assert fig.axes[0].get_legend_handles_labels()[1][1] == 'b, ECE 0.300'
+
+def test_bins_with_few_images_are_not_drawn_but_counted():
+    p = [.1]*3 + [.5]*20 + [.9]*60; df = reliability(p, [True]*len(p), 5); b = reliability([.8]*10, [True, False]*5)
+    for kw,drawn in ((dict(), [[.5, .9], []]), (dict(fewest=10), [[.5, .9], [.8]]), (dict(fewest=1), [[.1, .5, .9], [.8]])):
+        top, below = plot_reliability({'a': df, 'b': b}, **kw).axes
+        assert top.get_legend_handles_labels()[1] == [f'a, ECE {ece(df):.3f}', 'b, ECE 0.300'] and [o[0].get_xdata().tolist() for o in top.containers] == [pytest.approx(o) for o in drawn]
+        assert below.get_yscale() == 'log' and below.patches[0].get_data().values.tolist() == [3, 0, 20, 0, 60]
+    with pytest.raises(ValueError, match='fewest=0'): plot_reliability({'a': df}, fewest=0)
 
 def test_calibration_refuses(learn, dls):
     for args, words in ((([.5], [True, False]), 'shape'), (([], []), 'shape'), (([1.1], [True]), r'\[0, 1\]'), (([math.nan], [True]), r'\[0, 1\]'), (([.5], [True], 0), 'n_bins=0')):

@@ -14,6 +14,7 @@ from neuronprune.data import calib_batch, get_dls
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.pipeline import prune
+from neuronprune.surgery import apply
 from neuronprune.train import fit, learner
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -99,6 +100,40 @@ def test_what_is_missing_is_named(name, kw):
         other = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
         with pytest.raises(ValueError, match='does not fit the model'): m(model, data(), graph=trace(other, torch.rand(1, 2)), **kw)
 
+def shared():
+    "Two layers that hold one weight, and a third."
+    with torch.random.fork_rng(): torch.manual_seed(0); m = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    m[3].weight = m[1].weight
+    return m
+
+@pytest.mark.parametrize('name,kw', [c for c in CASES if c[1].get('unit', 'weight') == 'weight' and methods()[c[0]].unit == 'weight'], ids=ids)
+def test_a_shared_weight_is_scored_once_and_masked_once(name, kw):
+    model, m = shared(), methods()[name]
+    if name == 'magsign' or kw.get('at') == 'init': kw = {**kw, 'init': init_of(model)}
+    sc = m(model, data(), **kw); assert list(sc) == ['1', '5'] and sc.skipped == {'3': "it shares its weight with '1'"}
+    mask = allocate(sc, .5, **m.allocate); assert mask.counts() == (152, 304)
+    cut = apply(copy.deepcopy(model), mask); assert cut[3].weight is cut[1].weight and torch.equal(cut[3].weight, model[1].weight*mask['1'])
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize('name,kw', [c for c in CASES if 'rounds' not in c[1]], ids=ids)
+def test_other_dtypes(name, kw, dtype):
+    model, m, g = Net().to(dtype), methods()[name], trace(Net(), X)
+    if name == 'magsign' or kw.get('at') == 'init': kw = {**kw, 'init': {k:v.to(dtype) for k,v in init_of(Net()).items()}}
+    got, want = (m(o, data(), graph=g, **kw) for o in (model, copy.deepcopy(model).float()))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for k,v in want.items(): assert (got[k].double()-v.double()).abs().max() <= (1e-5 if dtype == torch.float64 else .05)*v.abs().max()
+
+def test_half_precision_neither_overflows_nor_underflows():
+    pair = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)).half(); pair[0].weight.data[:, 0], pair[1].weight.data[0] = torch.tensor([1., 3]), torch.tensor([2., 1])
+    dls = DataLoaders(*[DataLoader([(torch.ones(1), 0)], bs=1)]*2, device=torch.device('cpu')); g = trace(copy.deepcopy(pair).float(), torch.ones(1, 1))
+    for f,p in ((lambda **kw: taylor(pair, dls, **kw), 2), (lambda **kw: snip(pair, dls, unit='channel', **kw), 1)):
+        assert np.allclose(f(n=1, graph=g, loss_func=lambda out, y: (out*1e-4).mean())['0'], [2e-4**p, 3e-4**p], rtol=.01, atol=0)
+    pair[0].weight.data *= 1e-4; pair[1].weight.data *= 1e-3
+    assert np.allclose(snip(pair, dls, n=1, loss_func=lambda out, y: out.mean())['0'][:, 0], [2e-7, 3e-7], rtol=.01, atol=0)
+    big = nn.Sequential(nn.Linear(100, 2), nn.Linear(2, 1)).half(); big[0].weight.data.fill_(1000); big[1].weight.data.fill_(1e-4)
+    assert magnitude(big, unit='channel', graph=trace(copy.deepcopy(big).float(), torch.ones(1, 100)))['0'].tolist() == [1e5, 1e5]
+    whole = {'1': (torch.zeros(1).long(), torch.zeros(2).long())}; assert magnitude(big, unit='group', norm='l2', labels=whole)['1'].item() == pytest.approx(1e-4, rel=1e-3)
+
 def test_global_random_state_is_left_alone():
     dls, model = get_dls('digits', device='cpu'), build('mlp', size=8, seed=0); state = torch.get_rng_state()
     for name in ('snip', 'taylor'): methods()[name](model, dls, n_per_class=2)
@@ -112,6 +147,18 @@ def test_other_slips():
     with pytest.raises(ValueError, match='labels from 0 to 4'): snip(model, data(c=5))
     with pytest.raises(ValueError, match='no channel of this model'): fpgm(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), dls)
     with pytest.raises(TypeError, match='nn.Module'): magnitude('mlp')
+    for init,text in (([1], 'init: expected a dict'), ({**init_of(model), 'b.weight': 3}, r'init\[b.weight\]: expected a Tensor, got int')):
+        for f in (lambda: magnitude(model, at='init', init=init), lambda: magsign(model, init=init)):
+            with pytest.raises(TypeError, match=text): f()
+
+def test_what_the_model_does_with_the_batch_is_named():
+    g = trace(Net(), X)
+    for f in (snip, taylor, lambda *o, **kw: taylor(*o, variant='norm', **kw)):
+        model = Net()
+        with pytest.raises(ValueError, match=r'xb: the model cannot digest a batch of shape \(40, 1, 5, 5\)'): f(model, data(shape=(1, 5, 5)), graph=g, n=40)
+        assert not any(o._forward_hooks for o in model.modules())
+        model.fc2.weight.data[0, 0] = torch.inf
+        with pytest.raises(ValueError, match='outputs of the model: .* NaN or infinite'): f(model, data(), graph=g)
 
 def test_tags():
     m = methods()
@@ -151,7 +198,8 @@ def test_random_blocks_draw_from_one_range():
     (dict(grouping='kmeans'), ValueError, 'pass labels='), (dict(n_groups=(2, 50)), ValueError, "layer 'b' has only 4 units"), (dict(n_groups=3), TypeError, 'n_groups=3'),
     (dict(layers=['a']), ValueError, "layers: 'a' has no blocks"), (dict(layers=['d']), ValueError, "layers='d'"), (dict(grouping='contigous'), ValueError, "did you mean 'contiguous'?"),
     (dict(labels={'d': (T0 := torch.zeros(4).long(), T0)}), ValueError, "labels='d'"), (dict(labels={'b': (T0, T0)}, layers=['b']), ValueError, 'leave out'),
-    (dict(labels={'b': (T0, torch.zeros(5).long())}), ValueError, "labels['b']: (outputs, inputs) = (4, 5)")])
+    (dict(labels={'b': (T0, torch.zeros(5).long())}), ValueError, "labels['b']: (outputs, inputs) = (4, 5)"), (dict(labels=[1]), TypeError, 'labels: expected a dict'), (dict(labels={'b': None}), TypeError, "labels['b']: expected a pair"),
+    (dict(labels={'b': (T0,)}), TypeError, 'a pair'), (dict(labels={'b': (T0, T0.float())}), TypeError, 'a pair'), (dict(labels={'b': ([0]*4, [0]*4)}), TypeError, 'a pair'), (dict(labels={'b': (T0, T0-1)}), ValueError, "labels['b']: group -1")])
 def test_block_arguments_are_checked(f, kw, err, said):
     model = Net()
     with pytest.raises(err) as e: f(model, graph=trace(model, X), unit='group', **kw)

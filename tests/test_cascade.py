@@ -6,16 +6,17 @@ import numpy as np, pandas as pd, papermill as pm, pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 import neuronprune.core as core
-from neuronprune import cascade as C, surgery
+from neuronprune import cascade as C, pipeline as P, surgery
 from neuronprune.allocate import allocate
 from neuronprune.batch import tuning
 from neuronprune.cascade import *
-from neuronprune.core import Mask, Scores, layers, load_tensors, method
+from neuronprune.core import Mask, Scores, layers, load_tensors, method, save_tensors
 from neuronprune.data import get_dls
 from neuronprune.models import build
 from neuronprune.pipeline import dense
 from neuronprune.report import count_params
 from neuronprune.train import Rewind, evaluate, fit, learner
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT/'nbs'/'params'/'provable').glob('*.yml'))
@@ -113,7 +114,7 @@ def test_dead_weights_take_no_budget(dls, home, registered):
     assert df.weights.tolist() == df.budget.tolist(), 'from the second cut on, the living score as low as the dead'
 
 def test_what_is_gone_stays_gone_whatever_the_allocator(dls, tmp_path, registered):
-    shift = iter((0, 3, 5))
+    shift = iter((0, 0, 3, 5)) # the first call is the rehearsal
     def loose(scores, sparsity, **kw):
         m, n = allocate(scores, sparsity), next(shift)
         return Mask({k:v.roll(n, 0) for k,v in m.items()}, 'weight')
@@ -161,10 +162,10 @@ def test_one_shot_cuts_the_dense_network(dls, home, monkeypatch):
     calls, real = [], C.score_with
     monkeypatch.setattr(C, 'score_with', lambda *a, **k: (calls.append(1), real(*a, **k))[1])
     three, one = chain(dls, home, mode='one_shot', seed=3), chain(dls, home, mode='one_shot', ds=(.1,), seed=3)
-    assert len(calls) == 2, 'scored once per chain'
+    assert len(calls) == 3, 'scored once per chain, and once by the rehearsal before the training'
     assert three.pruned_k.iloc[-1] == one.pruned_k.iloc[0] and three.pruned_loss.iloc[-1] == one.pruned_loss.iloc[0]
     again = chain(dls, home, seed=3)
-    assert len(calls) == 5 and again.pruned_loss.iloc[0] == three.pruned_loss.iloc[0] and again.pruned_loss.iloc[1] != three.pruned_loss.iloc[1]
+    assert len(calls) == 6 and again.pruned_loss.iloc[0] == three.pruned_loss.iloc[0] and again.pruned_loss.iloc[1] != three.pruned_loss.iloc[1]
 
 def started(dls, out, monkeypatch, name, args, mode, **kw):
     "(networks the fine-tunings start from, their arguments)"
@@ -233,8 +234,8 @@ def test_factors_are_multiplied_in_once(dls, tmp_path, registered, monkeypatch, 
         assert all(((network(d, i)[k] == 0) == (s[k] == 0)).all() for k in s if k.endswith('weight')), 'the pattern is kept while training'
 
 def test_factors_of_channels_too(dls, tmp_path, registered, monkeypatch):
-    def double(scores, sparsity, **kw):
-        m = allocate(scores, sparsity, of='network')
+    def double(scores, sparsity, *, of='units'):
+        m = allocate(scores, sparsity, of=of)
         return Mask(m.units, 'channel', graph=m.graph, scale={k:2.*v for k,v in m.items()})
     @registered('fdoubling', unit='channel', allocate=double)
     def fdoubling(model, dls=None, *, graph=None, seed=0):
@@ -253,15 +254,30 @@ def test_pruned_inputs_stay_zero(dls, tmp_path, registered):
 
 # Interruptions, seeds
 
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('name,args', [*KINDS, ('random', {})], ids=['weights', 'channels', 'random'])
-def test_resuming_is_bit_identical(dls, tmp_path, monkeypatch, mode, name, args):
-    whole = chain(dls, tmp_path/'a', name, args, mode=mode)
+def interrupted(run, tmp_path, monkeypatch):
+    "(rows of a whole chain under a, rows of one under b that was stopped before its third cut)"
+    whole, real = run(tmp_path/'a'), C._prune
     with monkeypatch.context() as m:
-        real = C._prune
         m.setattr(C, '_prune', lambda run, i, b: (_ for _ in ()).throw(KeyboardInterrupt) if i == 2 else real(run, i, b))
-        with pytest.raises(KeyboardInterrupt): chain(dls, tmp_path/'b', name, args, mode=mode)
-    parts = chain(dls, tmp_path/'b', name, args, mode=mode)
+        with pytest.raises(KeyboardInterrupt): run(tmp_path/'b')
+    return whole, run(tmp_path/'b')
+
+@pytest.mark.parametrize('mode', ['cascade', 'rewind'])
+def test_resuming_with_random_crops_is_bit_identical(tmp_path, monkeypatch, mode):
+    noise = np.random.default_rng(0)
+    for part,n in (('train', 12), ('test', 4)):
+        for c in 'ab':
+            (tmp_path/'pictures'/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(noise.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(tmp_path/'pictures'/part/c/f'{i}.png')
+    data = lambda: get_dls(str(tmp_path/'pictures'), 8, bs=4, valid_pct=.25, augment='resized_crop', resident=False)
+    whole, parts = interrupted(lambda out: chain(data(), out, ds=(.9, .8, .7), mode=mode, epochs=3, fine_tune_epochs=2, lr=.01), tmp_path, monkeypatch)
+    pd.testing.assert_frame_equal(timeless(whole), timeless(parts))
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name,args', [*KINDS, ('random', {}), ('svd', {})], ids=['weights', 'channels', 'random', 'ranks'])
+def test_resuming_is_bit_identical(dls, tmp_path, monkeypatch, mode, name, args):
+    if name == 'svd' and mode not in MODES[:2]: pytest.skip('ranks have no such mode')
+    whole, parts = interrupted(lambda out: chain(dls, out, name, args, mode=mode), tmp_path, monkeypatch)
     pd.testing.assert_frame_equal(timeless(whole), timeless(parts))
     a, b = (folder(dls, tmp_path/o, name, args, mode=mode) for o in 'ab')
     for i in range(3): assert (a/f'step{i:03d}.safetensors').read_bytes() == (b/f'step{i:03d}.safetensors').read_bytes()
@@ -271,11 +287,31 @@ def test_initial_weights_survive_an_interruption(dls, tmp_path, registered, monk
     @registered('moved', unit='channel', allocate=dict(of='network'))
     def moved(model, dls=None, *, graph=None, init=None, seed=0):
         return Scores({k:(getattr(model, k).weight-init[f'{k}.weight']).abs().sum(1) for k in ('fc1', 'fc2')}, 'channel', graph=graph)
-    whole, real = chain(dls, tmp_path/'a', 'moved'), C._prune
-    with monkeypatch.context() as m:
-        m.setattr(C, '_prune', lambda run, i, b: (_ for _ in ()).throw(KeyboardInterrupt) if i == 2 else real(run, i, b))
-        with pytest.raises(KeyboardInterrupt): chain(dls, tmp_path/'b', 'moved')
-    pd.testing.assert_frame_equal(timeless(whole), timeless(chain(dls, tmp_path/'b', 'moved')))
+    whole, parts = interrupted(lambda out: chain(dls, out, 'moved'), tmp_path, monkeypatch)
+    pd.testing.assert_frame_equal(timeless(whole), timeless(parts))
+
+def test_rewinding_shares_one_snapshot(dls, tmp_path, monkeypatch):
+    a = chain(dls, tmp_path, mode='rewind')
+    assert len(list((tmp_path/'dense').iterdir())) == 2 and not list(tmp_path.rglob('rewind.safetensors'))
+    fits, real = [], P.fit
+    monkeypatch.setattr(P, 'fit', lambda *o, **k: (fits.append(1), real(*o, **k))[1])
+    b = chain(dls, tmp_path, 'random', mode='rewind')
+    assert not fits and a.dense_loss[0] == b.dense_loss[0]
+
+def test_the_snapshot_of_an_older_chain_is_read(dls, tmp_path):
+    want = chain(dls, tmp_path/'a', mode='rewind'); d = folder(dls, tmp_path/'b', mode='rewind')
+    state = dense(dls, 'lenet300', 2, lr=.05, stop=1).model.state_dict()
+    save_tensors(d/'rewind.safetensors', state, dict(kind='rewind', epoch=1))
+    pd.testing.assert_frame_equal(timeless(want), timeless(chain(dls, tmp_path/'b', mode='rewind')))
+    assert len(list((tmp_path/'b'/'dense').iterdir())) == 1
+
+def test_names_of_files_do_not_change(dls):
+    "Runs of months are found again under these."
+    args = dict(model='lenet300', method='magnitude', densities=[.5, .2], epochs=40, lr=.01, fit_args=dict(schedule='step', milestones=[30]), tune_args=dict(gamma=.2))
+    assert cascade_folder(check_cascade(args, 1, 10, 8), dls).name == 'magnitude-9ba9a84e2a3f7a99'
+    net = learner(build('lenet300', 1, 10, 8, seed=0), dls, lr=.01)
+    assert P._dense_file(net, 'x', weights=None, epochs=40, opt='sgd', opt_args={}, seed=0, fit=dict(schedule='step')).stem == '856799e20a2ae79b'
+    assert P._dense_file(net, 'x', init='kaiming', weights=None, epochs=40, opt='sgd', opt_args={}, seed=0, fit={}).stem == '497f722ad3462a35'
 
 def test_dying_while_writing(dls, tmp_path, monkeypatch):
     whole = chain(dls, tmp_path/'a')
@@ -309,19 +345,66 @@ def test_the_folder_is_a_function_of_what_matters(dls, tmp_path):
 @pytest.mark.parametrize('kw,err,words', [
     (dict(name='magnitud'), ValueError, "did you mean 'magnitude'"), (dict(model='lenet3000'), ValueError, "did you mean 'lenet300'"),
     (dict(mode='oneshot'), ValueError, "did you mean 'one_shot'"), (dict(args=dict(sparsity=.5)), ValueError, 'argument of magnitude'),
-    (dict(args=dict(unit='group')), ValueError, "unit='group'"), (dict(args=dict(threshold=1.)), ValueError, 'goes by densities'),
+    (dict(args=dict(unit='group')), ValueError, "unit of magnitude='group'"), (dict(args=dict(threshold=1.)), ValueError, 'goes by densities'),
     (dict(ds=(.5, .001)), ValueError, 'expected at least'), (dict(ds=(.2, .5)), ValueError, 'descending'), (dict(ds=()), ValueError, 'empty'),
     (dict(fine_tunes=4), ValueError, 'only 3'), (dict(fine_tune_epochs=-1), ValueError, 'fine_tune_epochs=-1'), (dict(epochs=.5), TypeError, 'epochs=0.5'),
     (dict(mode='rewind', fine_tune_epochs=3), ValueError, 'goes back so many'), (dict(opt='sdg'), ValueError, "did you mean 'sgd'"),
     (dict(fit_args=dict(shedule='flat')), ValueError, "did you mean 'schedule'"), (dict(fit_args=dict(schedule='step')), ValueError, 'milestones'),
     (dict(tune_args=dict(weight_decay=0)), ValueError, 'tune_args'), (dict(lr=-1.), ValueError, 'lr=-1'), (dict(method_args=3), TypeError, 'method_args'),
-    (dict(init='zeros'), ValueError, "init='zeros'"), (dict(seed=1.5), TypeError, 'seed=1.5')])
+    (dict(init='zeros'), ValueError, "init='zeros'"), (dict(seed=1.5), TypeError, 'seed=1.5'), (dict(seed=-1), ValueError, 'seed=-1'),
+    (dict(tune_args=dict(seed=3)), ValueError, "tune_args='seed'"), (dict(fit_args=dict(start_epoch=1)), ValueError, "fit_args='start_epoch'"),
+    (dict(name='snip', args=dict(rounds=3)), ValueError, 'rounds=3'), (dict(name='pfp', args=dict(unit='weight')), ValueError, "unit of pfp='weight'"),
+    (dict(name='sipp', args=dict(unit='channel')), ValueError, 'sipp_cut would not count'), (dict(args=dict(FT, of='units')), ValueError, "of='units'"),
+    (dict(args=dict(of='macs')), ValueError, "of='macs'"), (dict(weights='IMAGENET1K_V1'), ValueError, 'weights='),
+    (dict(model='resnet18', weights='IMAGENET1K_V9'), ValueError, "expected one of 'IMAGENET1K_V1'"), (dict(opt_args=dict(nesterof=True)), ValueError, "did you mean 'nesterov'"),
+    (dict(opt='adam', opt_args=dict(momentum=.9)), ValueError, "opt_args='momentum'"), (dict(name='svd', args=dict(unit='channel')), ValueError, 'unit of svd'),
+    (dict(name='svd', mode='rewind'), ValueError, 'factors have no'),
+    (dict(name='pfp', args=dict(variant='dett')), ValueError, "pfp: .*did you mean 'det'"), (dict(name='pfp', args=dict(n=10**6)), ValueError, 'pfp: n=1000000')])
 def test_bad_arguments(dls, tmp_path, monkeypatch, kw, err, words):
     monkeypatch.setattr(C, 'dense', lambda *a, **k: pytest.fail('trained before the arguments were checked'))
     if 'method_args' in kw:
         with pytest.raises(err, match=words): cascade(dls, 'lenet300', 'magnitude', [.5], out=tmp_path, **kw)
     else:
         with pytest.raises(err, match=words): chain(dls, tmp_path, **kw)
+
+def test_what_fails_only_untrained_is_no_reason_to_stop(dls, tmp_path, registered):
+    @registered('shy', unit='weight')
+    def shy(model, dls=None, *, init=None, seed=0):
+        if torch.equal(model.fc1.weight.cpu(), init['fc1.weight']): raise RuntimeError('has not learned anything')
+        return Scores({k:m.weight.abs() for k,m in layers(model).items()}, 'weight')
+    assert len(chain(dls, tmp_path, 'shy')) == 3
+
+def test_no_rehearsal_where_the_network_is_there(dls, tmp_path, monkeypatch):
+    chain(dls, tmp_path, ds=(.5,))
+    monkeypatch.setattr(C, '_prune', lambda run, i, b: pytest.fail('rehearsed') if not run.whole else 0.)
+    chain(dls, tmp_path, ds=(.4,))
+    with pytest.raises(pytest.fail.Exception, match='rehearsed'): chain(dls, tmp_path, ds=(.4,), seed=5)
+
+# Ranks
+
+@pytest.mark.parametrize('mode', MODES[:2])
+@pytest.mark.parametrize('name', ['svd', 'alds', 'pca'])
+def test_chains_of_ranks(dls, tmp_path, mode, name):
+    df, d = chain(dls, tmp_path, name, mode=mode), folder(dls, tmp_path, name, mode=mode)
+    assert (df.weights >= df.budget).all() and (df.weights-df.budget < 64+300+10*64).all(), 'met from above, within one rank of the widest form'
+    assert json.loads(df.layers[0]).keys() == json.loads(df.dense_layers[0]).keys() and (df.macs_small == df.weights).all() and (np.diff(df.weights) < 0).all()
+    for i,r in df.iterrows():
+        net = surgery.load(d/f'step{i:03d}.safetensors')
+        assert count_params(net) == r.params_small == r.params == r.weights+410 and evaluate(net, dls.test).k == r.tuned_k
+        assert sum(m.weight.numel() for m in layers(net).values()) == r.weights == sum(json.loads(r.layers).values())
+
+def test_ranks_of_convolutions(home):
+    tiny = get_dls('digits', size=32, n_train=64)
+    df = chain(tiny, home, 'svd', ds=(.5, .2), model='lenet5_conv', epochs=1)
+    assert (df.weights >= df.budget).all() and (df.weights < 1.1*df.budget).all() and (df.macs_small < df.dense_macs).all()
+
+def test_factors_hold_what_the_dense_network_did(dls, tmp_path, monkeypatch):
+    seen = [o[0] for o in started(dls, tmp_path, monkeypatch, 'svd', None, 'one_shot')]
+    own = dense(dls, 'lenet300', 2, lr=.05, out=tmp_path).model.state_dict()
+    for s in seen:
+        left, right = s['fc1.1.weight'], s['fc1.0.weight']
+        u, v, w = torch.linalg.svd(own['fc1.weight'], full_matrices=False); j = len(right)
+        assert torch.allclose(left @ right, (u[:, :j]*v[:j]) @ w[:j], atol=1e-5) and torch.equal(s['fc1.1.bias'], own['fc1.bias'])
 
 def test_other_loaders(tmp_path):
     with pytest.raises(TypeError, match='dls: expected DataLoaders from get_dls, got list'): cascade([], 'lenet300', 'magnitude', [.5], out=tmp_path)
@@ -349,8 +432,15 @@ def test_failures_stay_where_they_happen(tmp_path):
     bad = df[df.name == 'boom']
     assert len(bad) == 2 and bad.error.str.contains('loss is').all() and bad.step.isna().all()
     assert len(list((tmp_path/'dense').iterdir())) == 2
-    assert set(commensurate(df, .5).name) == {'WT'} and results_arrays(df)['error'].shape == (2, 2, 1, 1)
+    with pytest.warns(UserWarning, match='stopped early: boom .seed 0., boom .seed 1.'): assert set(commensurate(df, .5).name) == {'WT'}
+    assert results_arrays(df)['error'].shape == (2, 2, 1, 1)
     with pytest.raises(RuntimeError, match='all 1 chains failed.*loss is'): cascades(grid_of(tmp_path)[1:2], progress=False)
+
+def test_two_labels_of_one_chain_run_it_once(tmp_path, monkeypatch):
+    g, calls, real = grid_of(tmp_path)[0], [], C._chain
+    monkeypatch.setattr(C, '_chain', lambda *a: (calls.append(1), real(*a))[1])
+    df = cascades([g, dict(g, name='again')], progress=False)
+    assert len(calls) == 1 and df.name.tolist() == ['WT', 'WT', 'again', 'again'] and df.tuned_k[:2].tolist() == df.tuned_k[2:].tolist()
 
 @pytest.mark.slow
 def test_two_processes_do_the_same(tmp_path):
@@ -361,7 +451,8 @@ def test_bad_grids_are_found_first(tmp_path, monkeypatch):
     monkeypatch.setattr(C, 'dense', lambda *a, **k: pytest.fail('trained first'))
     g = grid_of(tmp_path)
     for bad,err,words in [([*g, dict(g[0], metod='x')], ValueError, "did you mean 'method'"), ([*g, 'x'], TypeError, 'grid'), ('x', TypeError, 'grid'),
-                          ([{k:v for k,v in g[0].items() if k != 'data'}], TypeError, 'data'), ([dict(g[0], densities=[.001])], ValueError, 'expected at least')]:
+                          ([{k:v for k,v in g[0].items() if k != 'data'}], TypeError, 'data'), ([dict(g[0], densities=[.001])], ValueError, 'expected at least'),
+                          ([*g, dict(g[0], name='S', method='sipp', method_args=dict(variant='dett'))], ValueError, "S: .*did you mean 'det'")]:
         with pytest.raises(err, match=words): cascades(bad)
 
 # Tables
@@ -370,6 +461,7 @@ def curve(seed, points, dense_k=900, n=1000, name='x'):
     return pd.DataFrame([dict(dataset='d', model='m', mode='cascade', name=name, seed=seed, step=i, density=d, dense_k=dense_k, dense_n=n, tuned_k=k, pruned_k=0,
                               params_density=d, macs_density=d/2) for i,(d,k) in enumerate(points)])
 
+@pytest.mark.filterwarnings('ignore:df. chains that stopped')
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.tuples(st.integers(1, 99), st.integers(850, 950)), min_size=1, max_size=6, unique_by=lambda o: o[0]), min_size=1, max_size=4),
        st.sampled_from(LEVELS))
@@ -381,6 +473,7 @@ def test_commensurate_by_brute_force(nets, level):
         best.append(1-min(ok)/100 if ok else 0.)
     r = commensurate(df, level).iloc[0]
     assert r.PR == pytest.approx(np.mean(best), abs=1e-12) and r.reached == sum(b > 0 for b in best) and r.nets == len(nets)
+    assert r.complete == sum(len(ps) == max(map(len, nets)) for ps in nets)
     assert r.FR == pytest.approx(np.mean([(1+b)/2 if b else 0 for b in best]), abs=1e-12)
     if len(best) > 1 and np.std(best):
         assert (r.PR_lo, r.PR_hi) == pytest.approx(stats.t.interval(.95, len(best)-1, np.mean(best), stats.sem(best)))
@@ -397,10 +490,26 @@ def test_commensurate_by_hand():
     assert two.name.tolist() == ['x', 'y'] and two.PR.tolist() == pytest.approx([0, .6])
     assert commensurate(df).level.tolist() == list(LEVELS)
 
+def test_rows_may_carry_any_index():
+    df = pd.concat([curve(0, [(.5, 899), (.3, 898)]), curve(0, [(.15, 897), (.1, 896)]).assign(step=[2, 3])]) # every label twice
+    assert commensurate(df, .5).PR[0] == pytest.approx(.9) and commensurate(df, .35).PR[0] == pytest.approx(.85)
+
+def test_chains_that_stopped_are_named():
+    whole, short = curve(0, [(.5, 900), (.3, 895), (.1, 890)]), curve(1, [(.5, 900), (.3, 900)])
+    failed = pd.DataFrame([dict(dataset='d', model='m', mode='cascade', name='x', seed=1, error='RuntimeError: full')])
+    for df in (pd.concat([whole, short]), pd.concat([whole, short, failed]), pd.concat([whole, curve(1, [(.5, 900), (.3, 900), (.1, 900)]), failed])):
+        with pytest.warns(UserWarning, match='stopped early: x .seed 1.;'): t = commensurate(df, 1)
+        assert (t.nets[0], t.complete[0], t.reached[0]) == (2, 1, 2)
+    with pytest.warns(UserWarning, match='stopped early'): ax = plot_tradeoff(pd.concat([whole, short])).axes[0]
+    line, = [o for o in ax.lines if o.get_label() == 'x, stopped early']
+    assert list(line.get_xdata()) == [.5, .3] and list(line.get_ydata()) == pytest.approx([0, -.25])
+
 def test_tables_refuse_what_they_cannot_use():
     with pytest.raises(TypeError, match='df'): commensurate([1])
     with pytest.raises(ValueError, match='no column'): commensurate(pd.DataFrame(dict(name=['x'])))
     with pytest.raises(ValueError, match='when'): commensurate(curve(0, [(.5, 900)]), when='before')
+    with pytest.raises(ValueError, match="'x', seed 0 has a step twice"): commensurate(pd.concat([curve(0, [(.5, 900)]), curve(0, [(.4, 900)])]))
+    with pytest.raises(ValueError, match="y='los'"): plot_tradeoff(curve(0, [(.5, 900)]), y='los')
     with pytest.raises(ValueError, match="did you mean 'macs'"): plot_tradeoff(curve(0, [(.5, 900)]), 'mac')
 
 @pytest.fixture(scope='module')
@@ -410,14 +519,18 @@ def study_rows(dls, home):
 
 def test_results_on_disk(study_rows, tmp_path):
     df = study_rows; files = {f.name: f for f in save_results(df, tmp_path/'res')}
-    assert set(files) == {o.name for o in (tmp_path/'res').iterdir()} == {'rows.csv', 'commensurate.csv', 'results.npz', 'tradeoff_params.pdf', 'tradeoff_macs.pdf', 'budget.pdf'}
+    assert set(files) == {o.name for o in (tmp_path/'res').iterdir()} == {'rows.csv', 'commensurate.csv', 'results.npz', 'tradeoff_params.pdf', 'tradeoff_macs.pdf',
+                                                                              'loss_params.pdf', 'loss_macs.pdf', 'budget.pdf'}
     with np.load(files['results.npz']) as z: a = dict(z)
     assert a['names'].tolist() == ['WT', 'FT'] and a['nets'].tolist() == [0, 1] and a['error'].shape == (2, 3, 1, 2) and a['samples_per_layer'].shape == (2, 3, 1, 2, 3)
     for s,i,(j,n) in product((0, 1), range(3), enumerate(['WT', 'FT'])):
         r = df[(df.seed == s) & (df.step == i) & (df.name == n)].iloc[0]
         assert (a['error'][s, i, 0, j], a['sizes'][s, i, 0, j], a['flops'][s, i, 0, j]) == (1-r.tuned_accuracy, r.params, r.macs)
         assert a['samples_per_layer'][s, i, 0, j].tolist() == list(json.loads(r.layers).values())
+    table = commensurate(df)
+    for k in table: assert a[f'commensurate_{k}'].tolist() == pytest.approx(table[k].tolist(), nan_ok=True) if k not in ('dataset', 'model', 'mode', 'name') else a[f'commensurate_{k}'].tolist() == table[k].tolist()
     back = pd.read_csv(files['rows.csv'])
+    pd.testing.assert_frame_equal(commensurate(back), table)
     assert back.tuned_k.tolist() == df.tuned_k.tolist() and back.layers.tolist() == df.layers.tolist()
     assert all(files[f].read_bytes().startswith(b'%PDF') for f in files if f.endswith('pdf'))
     with pytest.raises(ValueError, match='2 values of mode'): results_arrays(pd.concat([df, df.assign(mode='reinit')]))
@@ -428,6 +541,8 @@ def test_plots_show_the_rows(study_rows):
     assert np.allclose(line.get_xdata(), ft.params_density.mean())
     assert np.allclose(line.get_ydata(), 100*(ft.tuned_accuracy.mean() - ft.dense_accuracy.mean()))
     assert ax.get_xlim()[0] > ax.get_xlim()[1] and ax.get_xscale() == 'log'
+    loss = next(o for o in plot_tradeoff(df, y='loss').axes[0].lines if o.get_label() == 'FT')
+    assert np.allclose(loss.get_ydata(), ft.tuned_loss.mean() - ft.dense_loss.mean())
     near, table, names = C._layer_table(df, .21)
     assert near == .2 and names == ['fc1', 'fc2', 'fc3']
     row = df[(df.name == 'WT') & (df.step == 1)]; left = np.mean([list(json.loads(o).values()) for o in row.layers], 0)
@@ -442,16 +557,28 @@ def test_tensorboard_is_optional(dls, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match='pip install tensorboard'): chain(dls, tmp_path, tensorboard=tmp_path/'tb')
 
 def test_tensorboard_gets_every_density(dls, tmp_path, monkeypatch):
-    seen = []
+    seen, closed = [], []
     class Writer:
         def __init__(self, folder): pass
         def add_scalar(self, tag, v, step): seen.append((tag, v, step))
         def flush(self): pass
-        def close(self): pass
+        def close(self): closed.append(1)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
-    df = chain(dls, tmp_path, tensorboard=tmp_path/'tb', name='magnitude')
-    assert [v for t,v,_ in seen if t == 'magnitude/seed0/tuned_accuracy'] == df.tuned_accuracy.tolist()
-    assert sum(v for t,v,s in seen if '/share/' in t and s == 1) == pytest.approx(1)
+    real = C._prune
+    with monkeypatch.context() as m:
+        m.setattr(C, '_prune', lambda run, i, b: (_ for _ in ()).throw(KeyboardInterrupt) if i == 2 else real(run, i, b))
+        with pytest.raises(KeyboardInterrupt): chain(dls, tmp_path, tensorboard=tmp_path/'tb')
+    assert len(closed) == 1, 'closed whatever happens'
+    seen.clear(); df = chain(dls, tmp_path, tensorboard=tmp_path/'tb')
+    for k in ('tuned_accuracy', 'pruned_loss', 'tuned_loss', 'score_secs', 'train_secs'):
+        assert [(v, s) for t,v,s in seen if t == f'lenet300/cascade/magnitude/seed0/{k}'] == [*zip(df[k], range(3))], 'the rows before the interruption too'
+    assert sum(v for t,v,s in seen if '/share/' in t and s == 1) == pytest.approx(1) and len(closed) == 2
+
+def test_a_real_tensorboard_reads_it(dls, tmp_path):
+    reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    df = chain(dls, tmp_path, tensorboard=tmp_path/'tb')
+    events = reader.EventAccumulator(str(tmp_path/'tb')).Reload()
+    assert [o.value for o in events.Scalars('lenet300/cascade/magnitude/seed0/tuned_loss')] == pytest.approx(df.tuned_loss.tolist(), rel=1e-6)
 
 # The page and its parameter files
 
@@ -465,24 +592,55 @@ def test_defaults_of_page_and_package_agree():
 @pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
 def test_parameter_files(path):
     d = yaml.safe_load(path.read_text(encoding='utf-8')); p = check_study(d); g = study(p)
-    assert len(g) == len(p['seeds'])*len(p['methods']) and {'SiPP', 'PFP', 'WT', 'FT'} <= {o['name'] for o in g}
+    assert len(g) == len(p['seeds'])*len(p['methods']) and {'PFP', 'PFP, inputs kept', 'filter magnitude'} <= {o['name'] for o in g}
+    assert all(o['method_args']['c'] == 10 for o in g if o['method'] in ('sipp', 'pfp'))
     assert path.stem.startswith(d['dataset']) and next(iter(path.read_text().splitlines())).startswith('# ')
 
-def test_the_papers_configurations_are_there():
-    want = 'mnist_lenet300 mnist_lenet5 cifar10_lenet5 cifar10_resnet20 cifar10_resnet56 cifar10_resnet110 cifar10_vgg16 cifar10_densenet22 cifar10_wrn16_8 ' \
-           'imagenet_resnet18 imagenet_resnet50 imagenet_resnet101'.split()
-    d = {k:yaml.safe_load((ROOT/'nbs'/'params'/'provable'/f'{k}.yml').read_text()) for k in want}
-    plans = {k:check_densities([r for o in v['spacing'] for r in densities(**o)]) for k,v in d.items()}
-    assert {k:len(v) for k,v in plans.items()} == dict(zip(want, [12, 15, 8, 69, 60, 60, 60, 66, 69, 18, 10, 16]))
-    assert [v.get('fine_tunes') for v in d.values()] == [None]*3 + [23, 20, 20, 20, 22, 23] + [None]*3
-    assert [v.get('fine_tune_epochs') or v['epochs'] for v in d.values()] == [40]*3 + [182]*3 + [150, 300, 200] + [90]*3
-    vgg = {k:v for k,v in study({**STUDY, **d['cifar10_vgg16']})[0].items() if k != 'data'}
-    assert (vgg['fit_args']['warmup'], tuning(vgg)[2]['warmup'], tuning(vgg)[2]['gamma']) == (10, 5, .5)
+# data set and network: epochs of training and fine-tuning, batch, learning rate, weight decay, Nesterov, milestones, factor, warm-up of training and fine-tuning,
+# first and last density, how many, how many of them fine-tuned, networks, delta
+PAPERS = {
+    'mnist_lenet300':     (40, 40, 64, .01, 1e-4, False, [30, 45], .1, 0, 0, .442, .049, 12, 12, 3, 1e-12),
+    'mnist_lenet5':       (40, 40, 64, .01, 1e-4, False, [25, 35], .1, 0, 0, .5, .02, 15, 15, 3, 1e-9),
+    'cifar10_lenet5':     (40, 40, 64, .01, 1e-4, False, [25, 35], .1, 0, 0, .5, .05, 8, 8, 3, 1e-9),
+    'cifar10_resnet20':   (182, 182, 128, .1, 1e-4, False, [91, 136], .1, 5, 5, .99, .02, 69, 23, 3, 1e-16),
+    'cifar10_resnet56':   (182, 182, 128, .1, 1e-4, False, [91, 136], .1, 5, 5, .99, .02, 60, 20, 3, 1e-16),
+    'cifar10_resnet110':  (182, 182, 128, .1, 1e-4, False, [91, 136], .1, 5, 5, .99, .02, 60, 20, 3, 1e-16),
+    'cifar10_vgg16':      (300, 150, 256, .05, 5e-4, False, [*range(30, 300, 30)], .5, 10, 5, .99, .02, 60, 20, 3, 1e-16),
+    'cifar10_densenet22': (300, 300, 64, .1, 1e-4, True, [150, 225], .1, 10, 10, .99, .0469, 66, 22, 3, 1e-16),
+    'cifar10_wrn16_8':    (200, 200, 128, .1, 5e-4, True, [60, 120, 160], .2, 5, 5, .99, .02, 69, 23, 3, 1e-16),
+    'imagenet_resnet18':  (0, 90, 256, .1, 1e-4, False, [30, 60, 80], .1, 0, 5, .9, .1, 18, 18, 1, 1e-16),
+    'imagenet_resnet50':  (0, 90, 256, .1, 1e-4, False, [30, 60, 80], .1, 0, 5, .8, .1, 10, 10, 1, 1e-16),
+    'imagenet_resnet101': (0, 90, 256, .1, 1e-4, False, [30, 60, 80], .1, 0, 5, .9, .184, 16, 16, 1, 1e-16)}
+
+def published(name): return {**STUDY, **yaml.safe_load((ROOT/'nbs'/'params'/'provable'/f'{name}.yml').read_text())}
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_the_papers_configurations_are_there(name):
+    epochs, tune_epochs, bs, lr, wd, nesterov, milestones, gamma, warm, tune_warm, first, last, count, tuned, nets, delta = PAPERS[name]
+    p = published(name); g = study(p)[0]
+    tune_lr, tune_wd, tune = tuning(g); milestone = tune['milestones'] if name == 'mnist_lenet300' else milestones
+    assert (p['epochs'], p['fine_tune_epochs'] or p['epochs'], p['batch_size'], p['opt'], p['lr'], tune_lr, tune_wd) == (epochs, tune_epochs, bs, 'sgd', lr, lr, None)
+    assert p['opt_args'] == dict(wd=wd, **(dict(nesterov=True) if nesterov else {})) # momentum .9 is the learner's default
+    assert (tune['schedule'], tune['milestones'], tune['gamma'], tune.get('warmup', 0)) == ('step', milestone, gamma, tune_warm)
+    if epochs: assert (p['fit_args']['schedule'], p['fit_args']['milestones'], p['fit_args']['gamma'], p['fit_args'].get('warmup', 0)) == ('step', milestones, gamma, warm)
+    if name == 'mnist_lenet300': assert tune['milestones'] == [25, 35]
+    ds = g['densities']; assert (round(ds[0], 3), round(ds[-1], 4) if last < .1 and name != 'mnist_lenet300' else round(ds[-1], 3), len(ds), len(tuned_steps(len(ds), p['fine_tunes']))) == (first, last, count, tuned)
+    assert (p['mode'], len(p['seeds'])) == ('cascade', nets)
+    assert {o[k] for o in p['methods'].values() if o['method'] in ('sipp', 'pfp') for k in ('delta', 'c')} == {delta, 10}
+
+def test_the_middle_of_the_longer_lists():
+    plans = {n:study(published(n))[0]['densities'] for n in PAPERS}
+    assert plans['cifar10_resnet20'][:3] == [.99, .855, .85] and plans['cifar10_resnet20'][59:61] == [.15, .132]
+    assert plans['cifar10_densenet22'][59:61] == [.1, .0918] and [round(o, 4) for o in plans['cifar10_wrn16_8'][59:61]] == [.1, .0918]
+    assert plans['imagenet_resnet18'][11:13] == plans['imagenet_resnet101'][11:13] == [.35, .31]
 
 def test_bad_studies():
     for kw,err,words in [(dict(epoch=3), ValueError, "did you mean 'epochs'"), (dict(methods={}), ValueError, 'methods: empty'), (dict(seeds=3), TypeError, 'seeds'),
                          (dict(methods={'WT': 'magnitude'}), TypeError, "methods\\['WT'\\]"), (dict(dataset='digit'), ValueError, "did you mean 'digits'"),
-                         (dict(spacing=[dict(kind='linear', hi=.5, lo=.1)]), ValueError, 'count=None'), (dict(mode='x'), ValueError, "mode='x'")]:
+                         (dict(spacing=[dict(kind='linear', hi=.5, lo=.1)]), ValueError, 'count=None'), (dict(mode='x'), ValueError, "mode='x'"),
+                         (dict(level='x'), ValueError, "level='x'"), (dict(level=math.nan), ValueError, 'level=nan'), (dict(n_jobs=0), ValueError, 'n_jobs=0'),
+                         (dict(batch_size=0), ValueError, 'batch_size=0'), (dict(valid_pct=2), ValueError, 'valid_pct=2'), (dict(augment='cropp'), ValueError, "did you mean 'crop'"),
+                         (dict(normalize='unity'), ValueError, "did you mean 'unit'"), (dict(n_train=0), ValueError, 'n_train=0'), (dict(seeds=[-1]), ValueError, 'seed=-1')]:
         with pytest.raises(err, match=words): check_study(kw)
 
 def test_the_page_runs_a_file(tmp_path):

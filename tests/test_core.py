@@ -1,13 +1,14 @@
 """The types and small rules: exact rounding, checks that speak, files that come back, state that is restored."""
 import json, math, os, random, subprocess, sys
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune import core
-from neuronprune.core import (Mask, Scores, Units, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, generator,
-                              kappa, layers, load_tensors, method, methods, save_tensors, seed_everything)
+from neuronprune.core import (Mask, Scores, Units, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, generator,
+                              kappa, layers, load_tensors, method, methods, save_tensors, seed_everything, twins)
 from neuronprune.graph import trace
 
 
@@ -66,6 +67,38 @@ def test_fractions_pass_unchanged(s): assert check_fraction('s', s) == s and che
 def test_good_batches_pass():
     for y in (torch.tensor([0, 1]), torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([1, 1], dtype=torch.int32), None): check_batch(torch.rand(2, 3), y, 2)
     check_batch(torch.tensor([[1, 2]]))
+
+def test_twins_name_the_first_owner():
+    a, b, c, d = (nn.Linear(2, 2) for _ in range(4)); c.weight = a.weight; d.weight = a.weight; m = nn.Sequential(a, nn.Sequential(b, c), d)
+    assert twins(m) == {'1.1': '0', '2': '0'} and twins(nn.Sequential(a, b)) == {} and twins(nn.Sequential(a, a)) == {} and twins(nn.Sequential(c, a)) == {'1': '0'}
+    for o in (a, b): nn.utils.parametrizations.weight_norm(o)
+    assert twins(nn.Sequential(a, b)) == {}, 'weights that are computed anew are never the same'
+
+def test_digesting_says_the_shapes():
+    x, y = torch.rand(2, 3), torch.rand(4)
+    for err in (RuntimeError('no'), IndexError('no')):
+        with pytest.raises(ValueError, match=r'dls: the model cannot digest a batch of shape \(2, 3\), \(4,\): no') as e:
+            with digesting(x, y, name='dls'): raise err
+        assert e.value.__cause__ is err
+    for err in (torch.cuda.OutOfMemoryError('x'), RuntimeError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory"), ValueError('mine'), KeyError('k')):
+        with pytest.raises(type(err)) as e:
+            with digesting(x): raise err
+        assert e.value is err
+    with digesting(x): pass
+
+def test_check_type_takes_several_classes():
+    assert check_type('a', [1], (tuple, list)) == [1]
+    for cls,said in (((tuple, list), 'a: expected a tuple or a list, got int'), (Iterable, 'a: expected an Iterable, got int'), (nn.Module, 'a: expected an nn.Module, got int')):
+        with pytest.raises(TypeError) as e: check_type('a', 3, cls)
+        assert str(e.value) == said
+
+@pytest.mark.parametrize('kw,err,said', [
+    (dict(labels=3), TypeError, 'labels: expected a Mapping'), (dict(labels={'a': 3}), TypeError, "labels['a']: expected a tuple or a list, got int"), (dict(labels={'a': (torch.zeros(2),)}), ValueError, "labels['a']: 1 tensors; expected two"),
+    (dict(labels={'a': ('x', torch.zeros(2))}), TypeError, "labels['a']: expected a tensor, got str"), (dict(cost={'a': 'x'}), TypeError, "cost['a']: expected a tensor, got str"), (dict(tiebreak=[1]), TypeError, 'tiebreak: expected a Mapping'),
+    (dict(units={'a': object()}), TypeError, "units['a']: expected a tensor, got object")])
+def test_entries_of_another_type_are_named(kw, err, said):
+    with pytest.raises(err) as e: Scores(**{'units': {'a': torch.rand(2, 2)}, 'unit': 'weight', **kw})
+    assert said in str(e.value)
 
 def test_layers_in_order_with_every_kind():
     m = nn.ModuleDict(dict(a=nn.Conv1d(1, 1, 1), b=nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Conv3d(1, 1, 1)), c=nn.Linear(1, 1), d=nn.ConvTranspose2d(1, 1, 1)))

@@ -43,6 +43,27 @@ def test_contributions_one_channel_at_a_time(kw):
         y = (m(only) - m.bias.view(-1, 1, 1)).flatten(2)[torch.arange(5)[:, None], chan, place]
         assert torch.allclose(X[:, j], y.flatten().double(), atol=1e-5)
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_taps_of_half_precision_are_summed_in_float32(dtype):
+    m, x, gen = nn.Conv2d(64, 4, 3).to(dtype), torch.randn(5, 64, 6, 6).to(dtype), generator(0); at = [torch.randint(o, (5, 9), generator=gen) for o in (16, 4)]
+    assert torch.equal(contributions(m, x, *at, (4, 4)), contributions(m.float(), x.float(), *at, (4, 4)))
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_dtypes(dls, dtype):
+    m = build('mlp', 1, 10, 8, seed=0).to(dtype); g = trace(build('mlp', 1, 10, 8), torch.rand(1, 1, 8, 8)); full = copy.deepcopy(m).float()
+    s, want = thinet(m, dls, graph=g), thinet(full, dls, graph=g); assert {p.dtype for p in m.parameters()} == {dtype} and list(s) == list(want)
+    for k,v in want.items(): assert np.corrcoef(s[k], v)[0, 1] > .98
+
+def fully_convolutional():
+    with torch.random.fork_rng(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+@pytest.mark.parametrize('size', [6, 12])
+def test_a_graph_of_images_of_another_size_is_refused(dls, size):
+    m = fully_convolutional()
+    with pytest.raises(ValueError, match=rf"graph: .*layer '2' has {(size-4)**2} positions there and 16 for images of shape \(1, 8, 8\)"): thinet(m, dls, n=20, graph=trace(m, torch.rand(1, 1, size, size)))
+    assert not any(o._forward_hooks for o in m.modules())
+    a, b = thinet(m, dls, n=20, graph=trace(m, torch.rand(1, 1, 8, 8))), thinet(m, dls, n=20); assert all(torch.equal(v, b[k]) for k,v in a.items())
+
 def test_contributions_of_other_layers():
     gen = generator(0)
     for m,x in ((nn.Linear(6, 4), torch.randn(5, 6)), (nn.Linear(6, 4, bias=False), torch.randn(5, 3, 6)), (nn.Conv1d(2, 4, 3, padding=1), torch.randn(5, 2, 6)), (nn.Conv3d(2, 4, (1, 2, 2), stride=(1, 2, 1)), torch.randn(5, 2, 3, 4, 4))):
@@ -78,8 +99,11 @@ def test_a_channel_that_contributes_nothing_goes_first_and_the_largest_last(dls)
     s = thinet(m, dls, n=100)['fc2:in']; assert s[7] < .2 and s.argmax() == 9       # after a few dead units of the random network
     r = thinet(m, dls, n=100, compat='released')['fc2:in']; assert torch.allclose(r, 1-1/500-s)
 
-def test_default_is_ten_images_of_each_class(dls): 
-    s = thinet(build('mlp', 1, 10, 8), dls); assert s.meta['n'] == 100 and s.meta['n_positions'] == 10 and methods()['thinet'].allocate['scope'] == 'layer' if 'thinet' in methods() else s.meta['n'] == 100
+def test_default_is_ten_images_of_each_class(dls):
+    s = thinet(build('mlp', 1, 10, 8), dls)
+    assert s.meta['n'] == 100
+    assert s.meta['n_positions'] == 10
+    assert methods()['thinet'].allocate['scope'] == 'layer'
 
 def test_hooks_and_modes_are_left_as_found(dls):
     m = build('mlp', 1, 10, 8).train(); m.fc1.eval(); modes = {k:o.training for k,o in m.named_modules()}

@@ -1,5 +1,5 @@
 """Reading files through torchvision, folders, error messages, seeds, and the balance of the calibration batch."""
-import os, pickle, struct
+import os, pickle, shutil, struct
 from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.data.core import DataLoaders
@@ -92,6 +92,17 @@ def test_imagenet_layouts(tmp_path, kaggle):
     epochs = [torch.cat([x for x,_ in dls.train]) for _ in range(2)]
     again = get_dls('imagenet', 16, root=tmp_path, bs=4, augment='resized_crop', valid_pct=.25, device='cpu', num_workers=1)
     assert not torch.equal(*epochs) and torch.equal(torch.cat([x for x,_ in again.train]), epochs[0])
+    def seeded(): dls.train.g.manual_seed(7); return torch.cat([x for x,_ in dls.train])
+    assert torch.equal(seeded(), seeded()) and not torch.equal(seeded(), epochs[0]) # crops, too, follow the loader's generator
+
+def test_folders_of_one_name_have_different_records(tmp_path):
+    for i,n in enumerate((10, 10, 11)): write_images(tmp_path/str(i)/'im', dict(cat=n, dog=10), seed=0)
+    shutil.copytree(tmp_path/'0', tmp_path/'3')
+    rec = lambda i: get_dls(str(tmp_path/str(i)/'im'), bs=4, valid_pct=.2, device='cpu').record
+    assert rec(0)['name'] == 'im' and rec(0) == rec(3) and rec(0)['files'] != rec(2)['files']
+    f = next((tmp_path/'1'/'im').rglob('*.png')); f.write_bytes(f.read_bytes()+b' ')
+    assert rec(0)['files'] != rec(1)['files'], 'the same names, another size'
+    assert 'files' not in get_dls('digits').record
 
 @pytest.mark.parametrize('parts', [('',), ('train', 'test'), ('train', 'valid', 'test'), ('train', 'val')])
 def test_folder_layouts(tmp_path, parts):

@@ -23,6 +23,13 @@ def test_expected_unique_by_hand(w, n):
     q = np.array(w)/sum(w)
     assert expected_unique(q, n) == pytest.approx(exact_unique(q, n), abs=1e-12)
 
+@given(weights)
+def test_infinitely_many_draws_hit_what_can_be_hit(w):
+    q = np.array(w+[0])/sum(w); assert expected_unique(q, np.inf) == sum(o > 0 for o in w) and expected_unique([0., 0.], np.inf) == 0
+
+def test_rows_with_target_zero_are_gone():
+    f, n = sample(np.full((2, 4), .25), [0, 2], rng()); assert (f[0] == 0).all() and n[0] == 0 and f[1].any()
+
 @given(st.lists(weights, min_size=1, max_size=4), st.data())
 def test_draws_for_is_the_smallest_of_a_loop(rows, data):
     k = max(map(len, rows)); q = np.array([np.pad(np.array(r)/sum(r), (0, k-len(r))) for r in rows])

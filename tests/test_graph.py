@@ -265,13 +265,53 @@ def test_double_precision_models(mixed):
 
 def test_tied_parameters_are_not_removable():
     m = nn.Sequential(L(4, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)); m[2].weight = m[0].weight
-    g = trace(m, torch.rand(1, 4)); assert '0' in g.fixed and '2' in g.fixed
+    g = trace(m, torch.rand(1, 4)); assert '0' in g.fixed and '2' in g.fixed and g.twins == {'0': '2', '2': '0'}
+
+def test_twins_are_a_fact_of_their_own():
+    m = nn.Sequential(*[L(4, 4) for _ in range(5)]); m[3].weight = m[2].weight = m[1].weight; g = trace(m, torch.rand(1, 4))
+    assert g.twins == {'1': '2', '2': '1', '3': '1'} and g.removable == ['0']
+    m = nn.Sequential(L(4, 4), nn.ReLU(), L(4, 4)); m[2].weight = m[0].weight; g = trace(m, torch.rand(1, 4))
+    assert g.twins == {'0': '2', '2': '0'} and 'output' in g.fixed['2'] and Graph.from_dict(json.loads(json.dumps(g.to_dict()))).twins == g.twins
+    old = g.to_dict(); del old['twins']; assert Graph.from_dict(old).twins == {} and trace(mid(), x3).twins == {}
+
+def test_a_layer_without_a_name_is_refused():
+    with pytest.raises(ValueError, match='a bare Linear has no name'): trace(L(3, 4), x3)
+
+def test_lack_of_memory_is_not_the_batch():
+    def full(s, x): raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate')
+    with pytest.raises(torch.cuda.OutOfMemoryError): trace(Net(full, **two), x3)
 
 def test_a_norm_used_twice_fixes_its_feeders():
     m = Net(lambda s, x: s.c(s.n(s.a(x))) + s.d(s.n(s.b(x))), **two, b=L(3, 4), d=L(4, 2), n=nn.BatchNorm1d(4))
     g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed) or g.out_slots['a'].tolist() == g.out_slots['b'].tolist()
 
 def test_a_norm_on_batch_statistics(): assert trace(mid(nn.BatchNorm1d(4, track_running_stats=False)), x3).removable == ['0']
+
+# ---- who is unread
+
+def slow_unread(g, cut):
+    "One channel at a time until nothing changes: unread when each of its readers cuts it, or is a depthwise layer whose own channel is unread."
+    deep = lambda n: (l := g.layers[n])['groups'] == l['n_out'] == l['n_in'] > 1
+    gone, readers = set(), {(p, c):[] for p in g.removable for c in range(g.layers[p]['n_out'])}
+    for n in g.layers:
+        for p,(s,c) in g.sources.get(n, {}).items():
+            for i,j in zip(s.tolist(), c.tolist()):
+                if (p, j) in readers: readers[p, j].append((n, i))
+    while True:
+        more = {o for o,r in readers.items() if o not in gone and all(n in cut and cut[n][i] or deep(n) and (n, i) in gone for n,i in r)}
+        if not more: return gone
+        gone |= more
+
+@settings(max_examples=60, deadline=None)
+@given(nets([k for k in KINDS if k not in ('shuffle', 'glu')]), st.floats(.1, .9), st.integers(0, 99))
+def test_unread_against_one_at_a_time(model, p, seed):
+    g, gen = trace(model, X), generator(seed); cut = {n:torch.rand(l['n_in'], generator=gen) < p for n,l in g.layers.items() if l['groups'] == 1}; before = {k:v.clone() for k,v in cut.items()}
+    assert {(n, i) for n,v in g.unread(cut).items() for i in v.nonzero()[:,0].tolist()} == slow_unread(g, cut) and all(torch.equal(v, cut[k]) for k,v in before.items())
+
+def test_two_depthwise_layers_in_a_row():
+    m = nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=4), nn.ReLU(), C(4, 4, 1, groups=4), C(4, 2, 1)); g = trace(m, X); cut = torch.tensor([True, False, True, False])
+    assert {k:v.tolist() for k,v in g.unread({'4': cut}).items()} == dict.fromkeys(['0', '1', '3'], cut.tolist()) and g.unread({}) == {}
+    e = Mask({'4:in': ~cut}, 'channel', graph=g).expand(m); assert all(e[f'{k}.bias'].tolist() == (~cut).tolist() for k in '013')
 
 # ---- expand
 

@@ -58,9 +58,28 @@ def test_traced():
     with pytest.raises(ValueError, match='pass graph'): traced(m)
     with pytest.raises(ValueError, match='does not fit'): traced(build('lenet5', 1, 10, 20), graph=g)
     with pytest.raises(TypeError): traced('mlp', graph=g)
+    with pytest.raises(TypeError, match='graph: expected a Graph'): traced(m, graph='g')
+
+C = nn.Conv2d
+@pytest.mark.parametrize('other', [[C(2, 4, 3, padding=1), C(4, 4, 3)], [C(1, 4, 1, padding=0), C(4, 4, 3)], [C(1, 4, 3, padding=1), C(4, 4, 3, groups=2)], [C(1, 4, 3, padding=1), C(4, 6, 3)]], ids=str)
+def test_every_shape_of_a_layer_counts(other):
+    m = nn.Sequential(C(1, 4, 3, padding=1), C(4, 4, 3)); g = trace(m, torch.rand(1, 1, 6, 6)); assert traced(m, graph=g) is g and traced(copy.deepcopy(m).double(), graph=g) is g
+    with pytest.raises(ValueError, match='does not fit the model'): traced(nn.Sequential(*other), graph=g)
+
+def test_a_graph_of_smaller_images_does_not_fit():
+    small, large = (build('lenet300', 1, 10, n) for n in (8, 28))
+    with pytest.raises(ValueError, match="layer 'fc1' does not fit"): traced(large, graph=trace(small, torch.rand(1, 1, 8, 8)))
+
+@pytest.mark.parametrize('first', ['out', 'mid'])
+def test_no_reader_shares_its_weight(first):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__(); [setattr(self, n, nn.Linear(4, 4)) for n in ([first] + [n for n in ('out', 'mid') if n != first])]; self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 4); self.mid.weight = self.out.weight
+        def forward(self, x): return self.out(self.mid(self.b(self.a(x).relu()).relu()).relu())
+    names, why = readers(trace(Tied(), torch.rand(1, 3))); assert names == ['b'] and why['out'] == "it shares its weight with 'mid'" and why['mid'] == "it shares its weight with 'out'"
 
 def test_unknown_layers_and_networks_without_readers():
-    g = trace(nn.Linear(3, 2), torch.rand(1, 3))
+    g = trace(nn.Sequential(nn.Linear(3, 2)), torch.rand(1, 3))
     for f in (column_groups, own_input):
         with pytest.raises(ValueError, match='layer'): f(g, 'nope')
     with pytest.raises(ValueError, match='no layer has inputs'): readers(g)

@@ -40,7 +40,7 @@ def test_folded_lists_what_it_leaves():
     m = nn.ModuleDict(dict(a=nn.Conv2d(3, 8, 3), g=nn.Conv2d(8, 8, 3, groups=2), one=nn.Linear(9, 1), s=nn.Linear(4, 4), t=nn.Linear(4, 4), c1=nn.Conv1d(2, 5, 3))); m['t'].weight = m['s'].weight
     mats, skipped = folded(m)
     assert {k:tuple(v.shape) for k,v in mats.items()} == dict(a=(8, 27), c1=(5, 6)) and set(skipped) == {'g', 'one', 's', 't'} and mats['a'].dtype == torch.float64
-    assert 'grouped' in skipped['g'] and 'as many' in skipped['one'] and skipped['s'] == "it shares its weight with 't'"
+    assert 'grouped' in skipped['g'] and 'as many' in skipped['one'] and skipped['s'] == "it shares its weight with 't'" and skipped['t'] == "it shares its weight with 's'"
     assert torch.equal(mats['a'], m['a'].weight.detach().double().reshape(8, 27))
 
 # ---- singular values
@@ -159,7 +159,7 @@ ONE = Scores({'a': torch.tensor([3., 2, 1])}, 'rank', cost={'a': 8})
 @pytest.mark.parametrize('kw,err,said', [
     (dict(), ValueError, 'exactly one of the two'), (dict(sparsity=.5, threshold=1.), ValueError, 'exactly one'), (dict(sparsity=50), ValueError, 'did you mean 0.5'), (dict(sparsity=1.), ValueError, 'sparsity'),
     (dict(sparsity=float('nan')), ValueError, 'sparsity'), (dict(threshold=float('nan')), ValueError, 'finite'), (dict(threshold=True), ValueError, 'threshold'), (dict(sparsity=.5, keep='b'), ValueError, "keep='b'"),
-    (dict(sparsity=.5, min_keep=0), ValueError, 'min_keep'), (dict(sparsity=.5, min_keep=1.), TypeError, 'min_keep'), (dict(scores=None, sparsity=.5), TypeError, 'scores'),
+    (dict(sparsity=.5, keep=3), TypeError, 'keep: expected an Iterable'), (dict(sparsity=.5, keep=[3]), TypeError, 'keep: expected a str'), (dict(sparsity=.5, min_keep=0), ValueError, 'min_keep'), (dict(sparsity=.5, min_keep=1.), TypeError, 'min_keep'), (dict(scores=None, sparsity=.5), TypeError, 'scores'),
     (dict(scores=Scores({'a': torch.rand(3)}, 'channel'), sparsity=.5), ValueError, "unit 'rank'"), (dict(scores=Scores({'a': torch.rand(3)}, 'rank'), sparsity=.5), ValueError, "no entry for 'a'"),
     (dict(scores=Scores({'a': torch.rand(2, 3)}, 'rank', cost={'a': 9}), sparsity=.5), ValueError, '[r]')])
 def test_cut_errors(kw, err, said):
@@ -179,10 +179,18 @@ def test_svd_means_the_same_error_everywhere(variant, s):
     if s == 0: assert mask.sparsity == 0 and all(torch.equal(p, q) for p,q in zip(m.state_dict().values(), small.state_dict().values())) and all(
         torch.equal(p, q) for p,q in zip(m.state_dict().values(), apply(copy.deepcopy(m), mask).state_dict().values())), 'bit-identical'
 
-def test_plain_allocation_knows_ranks():
+def test_plain_allocation_counts_ranks_and_nothing_else():
     m = net(); sc = svd(m); mask = allocate(sc, .5); n = sum(map(len, sc.values()))
     assert mask.unit == 'rank' and mask.counts() == (n-n//2, n) and difference(apply(copy.deepcopy(m), mask), shrink(m, mask, XB), XB) <= 1e-5
-    by_cost = allocate(sc, .5, of='params'); assert by_cost.meta['achieved'] <= .5
+    for of in ('params', 'macs'):
+        with pytest.raises(ValueError, match='lowrank.cut'): allocate(sc, .5, of=of)
+
+@pytest.mark.parametrize('f,s', [(f, s) for f in (svd, alds) for s in (.3, .6, .85)])
+def test_cut_prices_what_shrink_stores(f, s):
+    m = net(1); mask = quiet(f(m), s); small = shrink(m, mask, XB)
+    biases = lambda o: sum(p.numel() for n,p in o.named_parameters() if n.endswith('bias'))
+    assert biases(m) == biases(small) and 1-(count_params(small)-biases(m))/weights_of(m) == pytest.approx(mask.meta['achieved'], abs=1e-12)
+    assert s-.04 < mask.meta['achieved'] <= s
 
 @pytest.mark.parametrize('f', [svd, alds])
 def test_the_same_mask_after_a_file(f, tmp_path):
@@ -282,6 +290,17 @@ def test_price_per_macs(dls):
 def test_pca_errors(dls, kw, err, said):
     with pytest.raises(err) as e: pca(layer(), dls, **kw)
     assert said in str(e.value)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize('f', [svd, alds, pca])
+def test_other_dtypes(dls, f, dtype):
+    m = layer().to(dtype); full = copy.deepcopy(m).float(); got, want = (f(o, dls) for o in (m, full)); assert m[1].weight.dtype == dtype
+    assert torch.allclose(got['1'], want['1'], rtol=0, atol=float(want['1'].max())*(1e-5 if f is not pca or dtype == torch.float64 else .02))
+
+def test_images_that_do_not_fit_are_named():
+    m = layer()
+    with pytest.raises(ValueError, match=r'xb: the model cannot digest a batch of shape \(3, 1, 9, 9\)'): pca(m, get_dls('digits', size=9, bs=64, device='cpu'), n=3)
+    assert not m[1]._forward_hooks
 
 def test_layers_that_are_never_reached(dls):
     m = layer(); m.spare = nn.Linear(9, 9); m.forward = lambda x: m[1](m[0](x)); assert pca(m, dls, n=50).skipped == {'spare': 'never reached in the forward pass'}

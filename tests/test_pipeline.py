@@ -2,7 +2,7 @@
 import copy, os, subprocess, sys
 import pytest, torch
 from neuronprune.all import *
-from neuronprune.core import Scores, generator, kappa, method
+from neuronprune.core import Mask, Scores, generator, kappa, method
 from neuronprune.pipeline import channel_table, score_with, split_args, weights_at
 import neuronprune.core as core
 
@@ -56,6 +56,31 @@ def test_rounds_narrow_and_reach_the_budget(dls):
     finally: core._registry.pop('spy')
     want = [0]+[185000-kappa(185000, s) for s in ratios(.9, 4)]
     assert seen == want[:4] and res.mask.counts() == (18500, 185000)
+
+def test_rounds_of_a_network_budget_say_what_was_achieved(dls):
+    "Each round keeps other channels; the mask is their intersection, and so is what it reports."
+    turn = iter((2, 1))
+    def slices(scores, sparsity=None, **kw):
+        i = next(turn); keep = {k:torch.arange(len(v)) % 3 != i for k,v in scores.items()}
+        return Mask(keep, 'channel', graph=scores.graph, meta=dict(achieved=.1, of='network', layers=dict.fromkeys(keep, .1)))
+    @method('slices', unit='channel', allocate=slices)
+    def sliced(model, dls=None, *, graph=None, seed=0): return Scores({k:layers(model)[k].weight.abs().sum(1) for k in ('fc1', 'fc2')}, 'channel', graph=graph)
+    try: res = prune(start(dls), 'slices', .5, rounds=2, fine_tune_epochs=0)
+    finally: core._registry.pop('slices')
+    left = {k:int(v.sum()) for k,v in res.mask.items()}
+    small = shrink(build('mlp', 1, 10, 8, seed=0), res.mask, dls.valid.one_batch()[0])
+    whole, rest = (sum(m.weight.numel() for m in layers(net).values()) for net in (build('mlp', 1, 10, 8), small))
+    assert left == {k:len(range(0, len(res.mask[k]), 3)) for k in left} and res.mask.meta['achieved'] == pytest.approx(1-rest/whole)
+    assert res.mask.meta['layers'] == pytest.approx({k:1-left[k]/len(res.mask[k]) for k in left})
+
+def test_a_training_left_early(dls, tmp_path):
+    kept = start(dls, epochs=3, cbs=[Rewind(epochs=(1,))]).rewind.states[1]
+    for _ in range(2): # trained, then read
+        early = dense(dls, 'mlp', 3, lr=.1, stop=1, out=tmp_path)
+        assert all(torch.equal(v, kept[k]) for k,v in early.model.state_dict().items()) and early.rewind.done == 1
+    raw = dense(dls, 'mlp', 3, lr=.1, stop=0, out=tmp_path)
+    assert torch.equal(raw.model.fc1.weight, raw.rewind.init['fc1.weight']) and len(list((tmp_path/'dense').iterdir())) == 2
+    with pytest.raises(ValueError, match='stop=4: expected at most epochs=3'): dense(dls, 'mlp', 3, stop=4)
 
 def test_shrink_keeps_the_function(dls):
     masked = prune(start(dls, 'vgg7_bn'), 'fpgm', .5, fine_tune_epochs=1).model

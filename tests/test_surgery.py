@@ -1,12 +1,12 @@
 """Masked = shrunk, with everything random that could hide a mistake; on the zoo, on random networks, for every unit."""
-import copy, json, subprocess, sys, warnings
+import copy, json, math, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from hypothesis import Phase, assume, given, settings, strategies as st
 from torch import nn
 from neuronprune import surgery
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, generator, layers
+from neuronprune.core import Mask, Scores, UnsupportedLayerError, generator, layers
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.surgery import Factored, GroupedLinear, SurgeryError, apply, difference, factorise, load, merge, plan, save, shrink
@@ -303,7 +303,7 @@ def test_a_difference_is_an_error_that_says_how_much(monkeypatch):
     with torch.random.fork_rng(): torch.manual_seed(0); model = nn.Sequential(L(3, 4), nn.LeakyReLU(), L(4, 2)); x = torch.randn(5, 3)
     m, cut = mask_of(model, x, **{'0': [True, False, True, True]}), surgery._cut_all
     monkeypatch.setattr(surgery, '_cut_all', lambda mod, cuts: cut(mod, {n:(torch.tensor([0, 1, 2]) if n == '0' else o, i) for n,(o,i) in cuts.items()}))
-    with pytest.raises(SurgeryError, match=r'differ by .* allowed are 1e-05'): shrink(model, m, x)
+    with pytest.raises(SurgeryError, match=r'differ by .* allowed are tol=1e-05'): shrink(model, m, x)
     shrink(model, m, x, tol=float('inf'))
 
 def test_the_output_and_other_fixed_layers_keep_their_width():
@@ -336,10 +336,30 @@ def test_every_norm_that_the_graph_knows(norm):
         for b in model[1].buffers(): b.copy_(torch.rand(4)+.5) if b.is_floating_point() else None
     check(model, mask_of(model, X, **{'0': [True, False, True, True]}), X)
 
-def test_tied_parameters_shrink_or_are_refused():
-    m = nn.Sequential(L(4, 4), nn.ReLU(), L(4, 4), nn.ReLU(), L(4, 2)); m[2].weight = m[0].weight; x = torch.rand(5, 4)
-    try: check(m, quiet(random_scores(m, trace(m, x), 'channel'), .5), x, smaller=False)
-    except (ValueError, SurgeryError): pass
+def shared():
+    "A removable layer on either side of two layers with one weight."
+    m = made(5, L(3, 6), nn.Tanh(), L(6, 6), nn.Tanh(), L(6, 6), nn.Tanh(), L(6, 5), nn.Tanh(), L(5, 2))
+    m[4].weight = m[2].weight; return m, torch.randn(7, 3, generator=generator(1))
+
+@pytest.mark.parametrize('unit', ['channel', ':in'])
+def test_layers_beside_a_shared_weight_shrink(unit):
+    m, x = shared(); g = trace(m, x); assert g.removable == ['0', '6']
+    ins = {'8:in': torch.arange(5) > 1}; outs = {k:torch.arange(g.layers[k]['n_out']) > 1 for k in g.removable}
+    m[0].weight.requires_grad_(False); m[4].bias.requires_grad_(False); small = check(m, Mask(outs if unit == 'channel' else ins, 'channel', graph=g), x)
+    assert widths(small) == ([(4, 3), (6, 4), (6, 6), (3, 6), (2, 3)] if unit == 'channel' else [(6, 3), (6, 6), (6, 6), (3, 6), (2, 3)])
+    assert [n for n,p in small.named_parameters(remove_duplicate=False) if not p.requires_grad] == ['0.weight', '4.bias']
+
+def test_both_names_of_a_shared_weight_can_be_masked():
+    m, x = shared(); a, b = torch.rand(2, 6, 6, generator=generator(2)) < .6; mask = Mask({'2': a, '4': b, '6': torch.arange(30).view(5, 6) > 11}, 'weight')
+    masked = apply(copy.deepcopy(m), mask); want = m[2].weight*(a & b)
+    assert torch.equal(masked[2].weight, want) and masked[4].weight is masked[2].weight; check(m, mask, x)
+    only = apply(copy.deepcopy(m), Mask({'4': b}, 'weight')); assert torch.equal(only[2].weight, m[2].weight*b)
+
+@pytest.mark.parametrize('k', '24')
+def test_ranks_of_a_shared_weight_are_refused(k):
+    m, x = shared(); mask = Mask({k: torch.arange(6) < 1}, 'rank')
+    for f in (lambda: apply(m, mask), lambda: shrink(m, mask, x), lambda: factorise(m, mask)):
+        with pytest.raises(UnsupportedLayerError, match=f"'{k}' shares its weight with"): f()
 
 def test_a_live_norm_slot_is_not_masked():
     m = Net(lambda s, x: s.c(s.bn(s.ln(s.a(x)) + s.b(x))), a=L(3, 4), b=L(3, 4), ln=nn.LayerNorm(4), bn=nn.BatchNorm1d(4), c=L(4, 2)).eval(); x = torch.randn(8, 3)
@@ -457,6 +477,35 @@ def test_flags_mode_and_dtype_go_to_the_factors():
     assert {n for n,p in small.named_parameters() if p.requires_grad} == {'0.1.bias', '1.0.weight', '1.1.weight', '2.weight', '2.bias'}
     assert all(p.dtype == torch.float64 for p in small.parameters()) and [o.training for o in small] == [False, True, False] and small[1][0].training and not small[0][1].training
 
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16])
+@pytest.mark.parametrize('name', ['lenet5', 'vgg7_bn', 'resnet20'])
+def test_half_precision_shrinks(zoo, name, dtype):
+    model, xb, g = zoo(name); low, x = copy.deepcopy(model).to(dtype), xb.to(dtype); eps = torch.finfo(dtype).eps
+    for mask in (thin(model), thin(model, k=2), quiet(random_scores(model, g, 'channel'), .5)):
+        small = shrink(low, mask, x); assert all(p.dtype == dtype for p in small.parameters()) and size_of(small) < size_of(low)
+        assert difference(apply(copy.deepcopy(low), mask), small, x) <= 8*eps and difference(apply(copy.deepcopy(model), mask), small.float(), xb) < .2
+    with pytest.raises(SurgeryError, match='allowed are tol=1e-09'): shrink(low, thin(model), x, tol=1e-9)
+
+def test_a_silent_model_in_half_precision_shrinks():
+    m = nn.Sequential(L(3, 4), nn.ReLU(), L(4, 2)).half(); x = torch.rand(5, 3).half()
+    for p in m.parameters(): p.data.zero_()
+    assert widths(shrink(m, mask_of(m, x, **{'0': [True, False, True, True]}), x)) == [(3, 3), (2, 3)]
+
+@pytest.mark.parametrize('dtype,big,eps', [(torch.half, 1e5, 1e-3), (torch.bfloat16, 1e39, 1e-2), (torch.float32, 1e5, 1e-6)])
+@pytest.mark.parametrize('unit', ['weight', 'channel', ':in', 'group'])
+def test_factors_too_large_for_the_dtype(dtype, big, eps, unit):
+    "The factor does not fit into the weights' dtype (or only just), the product does."
+    big, tiny = min(big, 3e38), 3/min(big, 3e38); m = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).to(dtype).requires_grad_(False); m[1].weight.copy_(torch.full((1, 2), tiny)); m[1].bias.copy_(torch.full((1,), tiny))
+    key, shape = ('1:in', (2,)) if unit == ':in' else ('1', dict(weight=(1, 2), channel=(1,), group=(1, 1))[unit]); lab = {'1': (torch.zeros(1).long(), torch.zeros(2).long())} if unit == 'group' else None
+    mask = Mask({key: torch.ones(shape).bool()}, 'channel' if unit == ':in' else unit, graph=trace(m, torch.rand(2, 2).to(dtype)), labels=lab, scale={key: torch.full(shape, big)})
+    before = m[1].bias.item(); want = m[1].weight.double()*big; apply(m, mask); assert torch.allclose(m[1].weight.double(), want, rtol=eps) and m[1].weight.dtype == dtype
+    assert math.isclose(m[1].bias.item(), before*(big if unit == 'channel' else 1), rel_tol=max(eps, 1e-6))
+
+def test_a_layer_that_is_the_model_is_refused():
+    m, keep = nn.Linear(4, 4), torch.ones(4).bool()
+    for f in (lambda: apply(m, Mask({'': keep}, 'rank')), lambda: apply(m, Mask({'': torch.eye(4).bool()}, 'weight')), lambda: shrink(m, Mask({'': keep}, 'rank'), torch.rand(2, 4)), lambda: trace(m, torch.rand(2, 4))):
+        with pytest.raises(ValueError, match=r'a bare Linear has no name .* nn.Sequential\(layer\)'): f()
+
 def test_a_module_with_two_names_stays_one():
     m = Net(lambda s, x: s.b(torch.tanh(s.a(torch.tanh(s.b(x))))), a=L(6, 6), b=L(6, 6)); m.c = m.a; x = torch.randn(5, 6)
     small = check(m, Mask({'a': torch.arange(6) < 1, 'b': torch.arange(6) < 2}, 'rank'), x); assert small.c is small.a and isinstance(small.a, Factored)
@@ -483,6 +532,13 @@ def test_the_factored_model_is_a_model(zoo):
     "It can be traced, pruned in other units, and trained."
     model, xb, _ = zoo('lenet5'); small = shrink(model, thin(model), xb); g = trace(small, xb); check(small, quiet(random_scores(small, g, 'weight'), .5), xb, smaller=False)
     check(small, quiet(random_scores(small, g, 'channel'), .4), xb); F.cross_entropy(small(xb), torch.arange(len(xb))).backward(); assert all(p.grad is not None for p in small.parameters())
+
+def test_grouped_factors_on_sequences_are_wired():
+    "The neighbours of a factored layer know each other as well as on vectors."
+    m = made(6, L(6, 8), nn.Tanh(), L(8, 8), nn.Tanh(), L(8, 6), nn.Tanh(), L(6, 2)); mask = Mask({'2': (torch.arange(4) < 1).expand(2, -1).clone()}, 'rank')
+    graphs = [trace(shrink(m, mask, x), x) for x in (torch.randn(4, 6, generator=generator(0)), torch.randn(4, 5, 6, generator=generator(0)))]; flat, seq = ({k:v for k,v in g.to_dict().items() if k != 'layers'} for g in graphs)
+    x = torch.randn(4, 5, 6, generator=generator(1)); assert isinstance(shrink(m, mask, x)[2][0], GroupedLinear) and flat == seq and graphs[1].removable == ['2.1', '4'] and 'grouped' in graphs[1].fixed['0']
+    small = shrink(m, mask, x); check(small, quiet(random_scores(small, graphs[1], 'channel'), .5), x)
 
 R = lambda v, **kw: Mask(v, 'rank', **kw)
 @pytest.mark.parametrize('mask,err,said', [
