@@ -36,15 +36,17 @@ def _harmonic(lo, n):
     p = math.log(2)/math.log(1+n)
     return [(i+1)**-p for i in range(1, max(1, int(lo**(-1/p)))+1)]
 
+# %% ../nbs/20a_cascade.ipynb #between
 def _between(kind, hi, lo, n):
     "`n` densities from `hi` down to `lo`."
     t = np.arange(n)/max(n-1, 1)
     return dict(geometric=lambda: hi*(lo/hi)**t, linear=lambda: hi+(lo-hi)*t, cubic=lambda: lo+(hi-lo)*(1-t)**3,
                 harmonic2=lambda: hi*np.arange(1, n+1)**(-math.log(hi/lo)/math.log(max(n, 2))))[kind]()
 
-# %% ../nbs/20a_cascade.ipynb #densities
+# %% ../nbs/20a_cascade.ipynb #kinds-geometric-linear-cubic-h
 KINDS = ('geometric', 'linear', 'cubic', 'harmonic', 'harmonic2', 'manual')
 
+# %% ../nbs/20a_cascade.ipynb #densities
 def densities(kind:str='geometric', # one of `KINDS`
               hi:float=None,   # first density (not for 'harmonic' and 'manual')
               lo:float=None,   # last density; a 'harmonic' list ends with the first one below it
@@ -84,6 +86,7 @@ def _weights(model):
         res[k] = res.get(k, 0) + m.weight.numel()
     return res
 
+# %% ../nbs/20a_cascade.ipynb #budget
 def budget(model, # the dense network
            density:float # fraction of all its parameters to keep, in (0, 1]
           )->int:
@@ -105,16 +108,18 @@ def tuned_steps(n:int, # number of densities
     if check_int('fine_tunes', fine_tunes, 0) > n: raise ValueError(f"fine_tunes={fine_tunes}: there are only {n} densities")
     return [int(o[-1]) for o in np.array_split(np.arange(n), fine_tunes)] if fine_tunes else []
 
-# %% ../nbs/20a_cascade.ipynb #defaults
+# %% ../nbs/20a_cascade.ipynb #modes-one-shot-cascade-rewind
 MODES = ('one_shot', 'cascade', 'rewind', 'reinit')
 
+# %% ../nbs/20a_cascade.ipynb #defaults
 def _defaults():
     "Arguments of `cascade` by name, with their defaults."
     return {k:v.default for k,v in inspect.signature(cascade).parameters.items() if k != 'dls'}
 
-# %% ../nbs/20a_cascade.ipynb #opt-args
+# %% ../nbs/20a_cascade.ipynb #schedule-args-sorted-set-fit-a
 SCHEDULE_ARGS = sorted(set(FIT_ARGS) - {'cbs', 'seed', 'start_epoch'}) # these three are the chain's own business
 
+# %% ../nbs/20a_cascade.ipynb #opt-args
 def _opt_args(opt):
     "Names that `opt_args` may hold."
     own = set(inspect.signature(OPTS[opt][0]).parameters) - {'params', 'lr', 'weight_decay', 'momentum'}
@@ -142,6 +147,7 @@ def _unit(m, unit):
     else: can = ('channel',)
     return check_choice(f'unit of {m.name}', m.unit if unit is None else unit, can)
 
+# %% ../nbs/20a_cascade.ipynb #of
 def _of(unit, alloc, args):
     "`args` of the allocator such that it counts what densities count, weights; `ValueError` if it counts something else."
     if unit == 'channel' and 'of' in _params(alloc): args = {'of': 'network', **args}
@@ -171,6 +177,7 @@ def _check_weights(p):
     known = tvm.get_model_weights(p['model']).__members__ if p['model'] in tvm.list_models() else ()
     if p['weights'] is not None: check_choice('weights', p['weights'], known)
 
+# %% ../nbs/20a_cascade.ipynb #check-cascade
 def check_cascade(args:dict, # arguments of `cascade`, without `dls`
                   c_in:int, n_out:int, size:int # channels, classes, side of the data
                  )->dict:
@@ -205,6 +212,7 @@ def _nested(scores, keeps):
     return sink(scores, Mask({k:keeps[f'{k}.weight'] if f'{k}.weight' in keeps else torch.ones_like(v, dtype=torch.bool)
                               for k,v in scores.items()}, 'weight'))
 
+# %% ../nbs/20a_cascade.ipynb #kept
 def _kept(mask, model, keeps):
     "Parameter name -> bool tensor, True = kept by `mask` and by `keeps`."
     new = {k:v.cpu() for k,v in mask.expand(model).items()}
@@ -225,8 +233,10 @@ class _Run:
     graph:object=None
     scores:object=None
 
+# %% ../nbs/20a_cascade.ipynb #origin
 def _origin(model): return {k:torch.arange(v.numel()).view(v.shape) for k,v in model.state_dict().items()}
 
+# %% ../nbs/20a_cascade.ipynb #cut
 def _cut(run, mask):
     "Take out what `mask` drops, with its factors multiplied in once."
     model = run.learn.model
@@ -243,6 +253,7 @@ def _cut(run, mask):
 # %% ../nbs/20a_cascade.ipynb #seed
 def _seed(p, i): return 1000*p['seed'] + i
 
+# %% ../nbs/20a_cascade.ipynb #scored
 def _scored(run, i):
     "Scores of the network as it is; those of the dense network once and for all if every cut starts from it."
     m, unit, *_, own = _method(run.p)
@@ -253,6 +264,7 @@ def _scored(run, i):
         run.scores = score_with(run.learn, m, unit=unit, graph=run.graph, seed=_seed(run.p, 0 if once else i), **own)[0]
     return run.scores
 
+# %% ../nbs/20a_cascade.ipynb #prune-2
 def _prune(run, i, b):
     "Score, allocate and cut so that `b` weights stay; returns the seconds it took."
     with metered(run.xb.device) as meter:
@@ -268,6 +280,7 @@ def _prune(run, i, b):
 # %% ../nbs/20a_cascade.ipynb #built
 def _built(p, dls, seed): return build(p['model'], dls.c_in, dls.n_out, dls.size, seed=seed, weights=p['weights'], init=p['init'])
 
+# %% ../nbs/20a_cascade.ipynb #dense
 def _dense(p, dls, **kw):
     "The learner with the dense network, from the cache if it is there."
     return dense(dls, p['model'], p['epochs'], **{k:p[k] for k in ('opt', 'lr', 'seed', 'weights', 'init', 'opt_args', 'out')}, **kw, **p['fit_args'])
@@ -275,6 +288,7 @@ def _dense(p, dls, **kw):
 # %% ../nbs/20a_cascade.ipynb #back
 def _back(p): return p['epochs']-p['fine_tune_epochs'] if p['mode'] == 'rewind' else None
 
+# %% ../nbs/20a_cascade.ipynb #source
 def _source(run, i, folder):
     "The state dict that survivors go back to; None where they stay as they are."
     p, dls = run.p, run.learn.dls
@@ -283,6 +297,7 @@ def _source(run, i, folder):
     own = folder/'rewind.safetensors' # of chains begun when each kept its own
     return load_tensors(own)[0] if own.exists() else _dense(p, dls, stop=_back(p)).model.state_dict()
 
+# %% ../nbs/20a_cascade.ipynb #tune
 def _tune(run, i, folder):
     "Train the survivors; returns the seconds it took."
     p, learn, source = run.p, run.learn, _source(run, i, folder)
@@ -300,6 +315,7 @@ def _answers(when, e):
     "Columns `when_k`, `when_n`, ... of an `Evaluation`; None where there is none."
     return {f'{when}_{k}':None if e is None else getattr(e, k) for k in ('k', 'n', 'accuracy', 'lo', 'hi', 'loss')}
 
+# %% ../nbs/20a_cascade.ipynb #sizes
 def _sizes(run):
     "What is left of the network: parameters, weights, MACs over non-zero weights, and the same of the shrunken one."
     model, ws = run.learn.model, _weights(run.learn.model)
@@ -317,6 +333,7 @@ def _restart(run):
     run.learn.model, run.keeps, run.origin = copy.deepcopy(run.dense), {}, _origin(run.dense)
     run.learn.rewind.states, run.graph = {0: run.init}, None
 
+# %% ../nbs/20a_cascade.ipynb #step
 def _step(run, i, folder):
     "One density: cut, test, train, test; the row."
     p, d = run.p, run.p['densities'][i]
@@ -355,6 +372,7 @@ def _start(p, dls):
                  dense_layers=json.dumps(_weights(net)), **_answers('dense', _tested(learn)))
     return _Run(p, learn, xb, net, whole, learn.rewind.init, {}, _origin(net))
 
+# %% ../nbs/20a_cascade.ipynb #save
 def _save(run, i, rows, folder):
     "Write network and bookkeeping of step `i`, then the rows."
     part = lambda i: folder/f'state{i:03d}.safetensors'
@@ -382,6 +400,7 @@ def _rows(folder):
     f = folder/'rows.json'
     return json.loads(f.read_text(encoding='utf-8'))['rows'] if f.exists() else []
 
+# %% ../nbs/20a_cascade.ipynb #cascade-folder
 def cascade_folder(p:dict, # complete arguments of `cascade`
                    dls     # from `get_dls`
                   )->Path:
@@ -400,6 +419,7 @@ def _board(folder):
     try: yield board
     finally: board.close()
 
+# %% ../nbs/20a_cascade.ipynb #log
 def _log(board, row, name):
     "Accuracies, losses, sizes, seconds and the share of the budget per layer of one density; nothing without a board."
     if board is None: return
@@ -453,11 +473,13 @@ def _shape(data):
     if info is None or info.c is None: dls = get_dls(**data); return dls.c_in, dls.n_out, dls.size
     return data.get('c_in') or info.c, info.n_out, data.get('size') or info.size
 
+# %% ../nbs/20a_cascade.ipynb #checked
 def _checked(grid):
     "The complete arguments of every chain; raises as `check_cascade` does, before any training."
     for g in check_type('grid', grid, list, 'of dictionaries'): check_type('data', check_type('grid', g, dict).get('data'), dict, 'the arguments of get_dls')
     return [check_cascade({k:v for k,v in g.items() if k != 'data'}, *_shape(g['data'])) for g in grid]
 
+# %% ../nbs/20a_cascade.ipynb #dense-args
 def _dense_args(g, p):
     "What determines each dense network a chain needs: the trained one, and with rewinding the same at an earlier epoch."
     own = {k:p[k] for k in ('model', 'epochs', 'opt', 'lr', 'seed', 'weights', 'init', 'opt_args', 'fit_args', 'out')}
@@ -475,11 +497,13 @@ def _folders(grid, full):
         seen.add(like)
     return res
 
+# %% ../nbs/20a_cascade.ipynb #train-dense
 def _train_dense(data, p, stop):
     "Train a dense network into the cache; its chains will say what went wrong."
     try: _dense(p, get_dls(**data), stop=stop)
     except Exception: return
 
+# %% ../nbs/20a_cascade.ipynb #chain
 def _chain(g, p, folder):
     "Rows of one chain; one that fails keeps what it has, and the error in a last row."
     try: return cascade(get_dls(**g['data']), **{k:v for k,v in g.items() if k != 'data'}).assign(error='')
@@ -507,10 +531,11 @@ def cascades(grid:list,   # dictionaries: arguments of `cascade`, and `data`, th
     if 'step' not in df: raise RuntimeError(f"grid: all {len(grid)} chains failed; the first said: {df.error[0]}")
     return df
 
-# %% ../nbs/20a_cascade.ipynb #stopped
+# %% ../nbs/20a_cascade.ipynb #levels-10-5-2-1-5-25-0-25-5-1
 LEVELS = (-10, -5, -2, -1, -.5, -.25, 0, .25, .5, 1, 2, 5, 10)
 CHAIN = ['dataset', 'model', 'mode', 'name', 'seed'] # the columns that tell chains apart
 
+# %% ../nbs/20a_cascade.ipynb #stopped
 def _stopped(df, measured):
     "The chains, by `CHAIN`, that ended with an error or have fewer densities than another net of their method."
     n = measured.groupby(CHAIN).step.nunique()
@@ -518,6 +543,7 @@ def _stopped(df, measured):
     failed = df[df.error.notna() & (df.error != '')] if 'error' in df else df[:0]
     return short | set(failed[CHAIN].itertuples(index=False, name=None))
 
+# %% ../nbs/20a_cascade.ipynb #measured
 def _measured(df, when):
     "The rows with an accuracy `when`, and in `whole` whether their chain went to its end, with a warning if not; `ValueError` if there is none."
     check_choice('when', when, ('tuned', 'pruned'))
@@ -534,6 +560,7 @@ def _measured(df, when):
         warnings.warn(f"df: chains that stopped early: {who}; what smaller sizes would have shown is missing")
     return res.assign(whole=[o not in short for o in res[CHAIN].itertuples(index=False, name=None)])
 
+# %% ../nbs/20a_cascade.ipynb #smallest
 def _smallest(net, level, when):
     "(size, MACs, error, reached?) of the smallest network of one curve within `level` points of the dense error."
     r = net.iloc[0]; n = int(r.dense_n)
@@ -552,6 +579,7 @@ def t_interval(x, # numbers
     half = stats.t.ppf((1+level)/2, m-1)*x.std(ddof=1)/math.sqrt(m)
     return x.mean(), x.mean()-half, x.mean()+half
 
+# %% ../nbs/20a_cascade.ipynb #commensurate
 def commensurate(df:pd.DataFrame, # rows of `cascade`
                  levels=LEVELS,   # allowed loss of accuracy, percentage points
                  *, when:str='tuned' # accuracy after fine-tuning, or as 'pruned'
@@ -574,6 +602,7 @@ def _colours(df):
     import matplotlib.pyplot as plt
     return {n:plt.get_cmap('tab10')(i % 10) for i,n in enumerate(dict.fromkeys(df.name))}
 
+# %% ../nbs/20a_cascade.ipynb #log-axis
 def _log_axis(ax, left):
     "Horizontal axis: density, falling, in log scale, labelled with the percentage removed."
     lo, hi = left.min()*.9, min(left.max()*1.1, 1.)
@@ -581,6 +610,7 @@ def _log_axis(ax, left):
     ax.set(xscale='log', xlim=(hi, lo))
     ax.set_xticks(ticks, [f'{100*(1-t):.4g}' for t in ticks]); ax.minorticks_off()
 
+# %% ../nbs/20a_cascade.ipynb #mean-curve
 def _mean_curve(g, x):
     "(densities, means and standard deviations of the column `lost`) at the steps that every net of one method has."
     steps = g.groupby('step'); all_ = steps.seed.nunique() == g.seed.nunique()
@@ -621,6 +651,7 @@ def _layer_table(df, density):
         res[n] = np.stack([share.mean(0), (share/(whole/whole.sum(1, keepdims=True))).mean(0)], 1)
     return near, res, layers_
 
+# %% ../nbs/20a_cascade.ipynb #plot-budget
 def plot_budget(df:pd.DataFrame, # rows of `cascade`
                 density:float    # which cut; the nearest one asked for is shown
                ):
@@ -685,12 +716,13 @@ def _check_numbers(p):
     if p['augment'] != 'resized_crop': augmentations(p['augment'])
     if isinstance(p['normalize'], str): check_choice('normalize', p['normalize'], ('unit', 'standard', 'imagenet'))
 
-# %% ../nbs/20a_cascade.ipynb #check-study
+# %% ../nbs/20a_cascade.ipynb #study-dict-dataset-digits-mode
 STUDY = dict(dataset='digits', model='lenet300', methods={'magnitude': {'method': 'magnitude'}, 'random': {'method': 'random'}},
              spacing=[{'kind': 'geometric', 'hi': .4, 'lo': .02, 'count': 4}], mode='cascade', epochs=6, fine_tune_epochs=None, fine_tunes=None,
              seeds=[0, 1, 2], opt='sgd', lr=.05, batch_size=64, opt_args={}, fit_args={}, tune_args={}, size=None, weights=None, init=None,
              augment=None, normalize=None, valid_pct=.1, n_train=None, level=.5, out='runs', data_root=None, n_jobs=1, tensorboard=None)
 
+# %% ../nbs/20a_cascade.ipynb #check-study
 def check_study(namespace:dict # name -> value, such as a notebook's `globals()`
                )->dict:
     "The study's parameters out of a name space; a plain value under an unknown name is an error."
