@@ -297,23 +297,28 @@ def _source(run, i, folder):
     own = folder/'rewind.safetensors' # of chains begun when each kept its own
     return load_tensors(own)[0] if own.exists() else _dense(p, dls, stop=_back(p)).model.state_dict()
 
+# %% ../nbs/20a_cascade.ipynb #curve-2
+def _curve(history):
+    "Losses and accuracy on the validation set by epoch, as JSON; None without epochs."
+    return json.dumps({k:[r[k] for r in history] for k in history[0] if k not in ('fit', 'epoch')}) if history else None
+
 # %% ../nbs/20a_cascade.ipynb #tune
 def _tune(run, i, folder):
-    "Train the survivors; returns the seconds it took."
+    "Train the survivors; returns the seconds it took and the learning curve."
     p, learn, source = run.p, run.learn, _source(run, i, folder)
     lr, wd, args = tuning(p)
     learn.opt = None
     if wd is not None: learn.opt_func = functools.partial(learn.opt_func, weight_decay=wd)
     if source is not None: learn.model.load_state_dict({k:v.flatten()[run.origin[k]] for k,v in source.items()})
-    back = dict(start_epoch=_back(p)) if p['mode'] == 'rewind' else {}
+    back, before = dict(start_epoch=_back(p)) if p['mode'] == 'rewind' else {}, len(learn.history)
     with metered(run.xb.device) as meter:
         fine_tune(learn, run.keeps, p['epochs'] if back else p['fine_tune_epochs'], lr, seed=_seed(p, i+1), **args, **back)
-    return meter.secs
+    return meter.secs, _curve(learn.history[before:])
 
 # %% ../nbs/20a_cascade.ipynb #answers
 def _answers(when, e):
     "Columns `when_k`, `when_n`, ... of an `Evaluation`; None where there is none."
-    return {f'{when}_{k}':None if e is None else getattr(e, k) for k in ('k', 'n', 'accuracy', 'lo', 'hi', 'loss')}
+    return {f'{when}_{k}':None if e is None else getattr(e, k) for k in ('k', 'n', 'accuracy', 'lo', 'hi', 'loss', 'k5', 'top5')}
 
 # %% ../nbs/20a_cascade.ipynb #sizes
 def _sizes(run):
@@ -340,14 +345,14 @@ def _step(run, i, folder):
     if p['mode'] == 'one_shot': _restart(run)
     b = budget(run.dense, d)
     score_secs = _prune(run, i, b)
-    pruned, tuned, train_secs = _tested(run.learn), None, None
+    pruned, tuned, train_secs, curve = _tested(run.learn), None, None, None
     if i in tuned_steps(len(p['densities']), p['fine_tunes']) and p['fine_tune_epochs']:
-        train_secs = _tune(run, i, folder); tuned = _tested(run.learn)
+        (train_secs, curve), tuned = _tune(run, i, folder), _tested(run.learn)
     sizes = _sizes(run)
     return dict(name=p['name'], method=p['method'], seed=p['seed'], mode=p['mode'], model=p['model'], dataset=run.learn.dls.record['name'],
                 step=i, density=d, budget=b, **sizes, **run.whole, params_density=sizes['params']/run.whole['dense_params'],
                 macs_density=sizes['macs']/run.whole['dense_macs'], weights_density=sizes['weights']/run.whole['dense_weights'],
-                **_answers('pruned', pruned), **_answers('tuned', tuned), score_secs=score_secs, train_secs=train_secs)
+                **_answers('pruned', pruned), **_answers('tuned', tuned), score_secs=score_secs, train_secs=train_secs, curve=curve)
 
 # %% ../nbs/20a_cascade.ipynb #rehearse
 def _rehearse(p, dls):
@@ -369,7 +374,7 @@ def _start(p, dls):
     learn = _dense(p, dls)
     net, xb = copy.deepcopy(learn.model), _inputs(learn)
     whole = dict(dense_params=count_params(net), dense_weights=sum(_weights(net).values()), dense_macs=count_macs(net, xb),
-                 dense_layers=json.dumps(_weights(net)), **_answers('dense', _tested(learn)))
+                 dense_layers=json.dumps(_weights(net)), dense_curve=_curve(learn.history), **_answers('dense', _tested(learn)))
     return _Run(p, learn, xb, net, whole, learn.rewind.init, {}, _origin(net))
 
 # %% ../nbs/20a_cascade.ipynb #save
@@ -424,7 +429,7 @@ def _log(board, row, name):
     "Accuracies, losses, sizes, seconds and the share of the budget per layer of one density; nothing without a board."
     if board is None: return
     left = json.loads(row['layers']); tag = f"{row['model']}/{row['mode']}/{name}/seed{row['seed']}"
-    for k in ('pruned_accuracy', 'tuned_accuracy', 'pruned_loss', 'tuned_loss', 'params_density', 'macs_density', 'score_secs', 'train_secs'):
+    for k in ('pruned_accuracy', 'tuned_accuracy', 'pruned_top5', 'tuned_top5', 'pruned_loss', 'tuned_loss', 'params_density', 'macs_density', 'score_secs', 'train_secs'):
         if row[k] is not None: board.add_scalar(f'{tag}/{k}', row[k], row['step'])
     for k,v in left.items(): board.add_scalar(f'{tag}/share/{k}', v/sum(left.values()), row['step'])
     board.flush()
@@ -544,10 +549,10 @@ def _stopped(df, measured):
     return short | set(failed[CHAIN].itertuples(index=False, name=None))
 
 # %% ../nbs/20a_cascade.ipynb #measured
-def _measured(df, when):
+def _measured(df, when, what='k'):
     "The rows with an accuracy `when`, and in `whole` whether their chain went to its end, with a warning if not; `ValueError` if there is none."
     check_choice('when', when, ('tuned', 'pruned'))
-    missing = {*CHAIN, 'step', f'{when}_k', 'dense_k', 'params_density'} - set(check_type('df', df, pd.DataFrame, 'from cascade'))
+    missing = {*CHAIN, 'step', f'{when}_k', 'dense_k', f'{when}_{what}', f'dense_{what}', 'params_density'} - set(check_type('df', df, pd.DataFrame, 'from cascade'))
     if missing: raise ValueError(f"df: no column {', '.join(sorted(missing))}; expected the rows of cascade")
     res = df[df[f'{when}_k'].notna()]
     if len(res) == 0: raise ValueError(f"when={when!r}: no such accuracy in any row; expected {'pruned' if when == 'tuned' else 'tuned'!r}")
@@ -619,23 +624,23 @@ def _mean_curve(g, x):
 # %% ../nbs/20a_cascade.ipynb #plot-tradeoff
 def plot_tradeoff(df:pd.DataFrame, # rows of `cascade`
                   x:str='params',  # what is removed: 'params' | 'macs'
-                  y:str='accuracy', # what is lost: 'accuracy' | 'loss'
+                  y:str='accuracy', # what is lost: 'accuracy' | 'top5' | 'loss'
                   *, when:str='tuned', # after fine-tuning, or as 'pruned'
                   lowest:float=-10. # lowest bottom of the vertical axis for accuracies, percentage points
                  ):
-    "Accuracy (percentage points) or loss minus the dense network's against the percentage removed; mean and one standard deviation over nets. Returns the figure."
+    "Accuracy, top-5 accuracy (percentage points) or loss minus the dense network's against the percentage removed; mean and one standard deviation over nets. Returns the figure."
     import matplotlib.pyplot as plt
-    check_choice('x', x, ('params', 'macs')); check_choice('y', y, ('accuracy', 'loss'))
-    d = _measured(df, when); d = d.assign(lost=100*(d[f'{when}_k']-d.dense_k)/d.dense_n if y == 'accuracy' else d[f'{when}_loss']-d.dense_loss)
+    check_choice('x', x, ('params', 'macs')); check_choice('y', y, ('accuracy', 'top5', 'loss'))
+    d = _measured(df, when, y); d = d.assign(lost=(d[f'{when}_{y}']-d[f'dense_{y}'])*(1 if y == 'loss' else 100))
     fig, ax = plt.subplots(figsize=(7.5, 3), constrained_layout=True)
     for n,c in _colours(d).items():
         g = d[d.name == n]; xs, mean, sd = _mean_curve(g, x)
         ax.plot(xs, mean, marker='.', color=c, label=n if g.whole.all() else f'{n}, stopped early')
         ax.fill_between(xs, mean-sd, mean+sd, color=c, alpha=.15, lw=0)
     _log_axis(ax, d[f'{x}_density']); ax.axhline(0, color='grey', lw=.8)
-    if y == 'accuracy': ax.set_ylim(max(lowest, d.lost.min()-1), max(d.lost.max(), 0)+1)
-    what, unit = dict(params='parameters', macs='MACs')[x], ', points' if y == 'accuracy' else ''
-    ax.set(xlabel=f'{what} removed, % (log of what is left)', ylabel=f'{y} − dense{unit}'); ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+    if y != 'loss': ax.set_ylim(max(lowest, d.lost.min()-1), max(d.lost.max(), 0)+1)
+    what, lost = dict(params='parameters', macs='MACs')[x], dict(accuracy='accuracy − dense, points', top5='top-5 − dense, points', loss='loss − dense')[y]
+    ax.set(xlabel=f'{what} removed, % (log of what is left)', ylabel=lost); ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     plt.close(fig); return fig
 
 # %% ../nbs/20a_cascade.ipynb #layer-table
@@ -668,6 +673,13 @@ def plot_budget(df:pd.DataFrame, # rows of `cascade`
     fig.suptitle(f'{near:.1%} of the parameters kept'.replace('%', ' %'), fontsize=10)
     plt.close(fig); return fig
 
+# %% ../nbs/20a_cascade.ipynb #stack-curves
+def _stack_curves(texts):
+    "[rows, 3, epochs] from the column `curve`, NaN where nothing or less was trained."
+    got = [list(json.loads(o).values()) if isinstance(o, str) else [[]]*3 for o in texts]
+    n = max(len(o[0]) for o in got)
+    return pd.Series([[v+[np.nan]*(n-len(v)) for v in o] for o in got], index=texts.index)
+
 # %% ../nbs/20a_cascade.ipynb #results-arrays
 def results_arrays(df:pd.DataFrame # rows of `cascade`, one data set and network
                   )->dict:
@@ -681,8 +693,10 @@ def results_arrays(df:pd.DataFrame # rows of `cascade`, one data set and network
         v = np.array(v.tolist(), dtype=float); res = np.full((*map(len, axes), *v.shape[1:]), np.nan)
         res[tuple(at)] = v; return res[:, :, None]
     left = pd.Series([list(json.loads(o).values()) for o in d.layers], index=d.index)
-    res = dict(error=1-put(d.tuned_accuracy), loss=put(d.tuned_loss), error_pruned=1-put(d.pruned_accuracy), loss_pruned=put(d.pruned_loss),
-               error_dense=1-put(d.dense_accuracy), sizes=put(d.params), flops=put(d.macs), samples_per_layer=put(left), densities=put(d.density))
+    res = {f'{e}{t}':1-put(d[f'{w}_{k}']) for w,t in dict(tuned='', pruned='_pruned', dense='_dense').items()
+           for e,k in dict(error='accuracy', error5='top5').items()}
+    res.update(loss=put(d.tuned_loss), loss_pruned=put(d.pruned_loss), curves=put(_stack_curves(d.curve)), sizes=put(d.params),
+               flops=put(d.macs), samples_per_layer=put(left), densities=put(d.density))
     r = d.iloc[0]
     return dict(res, sizes_total=int(r.dense_params), flops_total=int(r.dense_macs), names=np.array(axes[2]), nets=np.array(axes[0]),
                 layers=np.array(list(json.loads(r.layers))), dataset_train=r.dataset, dataset_test=r.dataset)
@@ -699,7 +713,7 @@ def save_results(df:pd.DataFrame, # rows of `cascade`
         with open(tmp, 'wb') as f: np.savez_compressed(f, **results_arrays(df), **cols)
     def pdf(plot, *args, **kw): return lambda tmp: plot(df, *args, **kw).savefig(tmp, format='pdf', metadata=dict(CreationDate=None))
     write = {'rows.csv': lambda f: df.to_csv(f, index=False), 'commensurate.csv': lambda f: table().to_csv(f, index=False), 'results.npz': arrays,
-             **{f"{'loss' if y == 'loss' else 'tradeoff'}_{x}.pdf":pdf(plot_tradeoff, x, y, when=when) for y in ('accuracy', 'loss') for x in ('params', 'macs')},
+             **{f'{f}_{x}.pdf':pdf(plot_tradeoff, x, y, when=when) for f,y in dict(tradeoff='accuracy', top5='top5', loss='loss').items() for x in ('params', 'macs')},
              'budget.pdf': pdf(plot_budget, df.density.min())}
     for k,f in write.items():
         with replacing(d/k) as tmp: f(tmp)

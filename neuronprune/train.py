@@ -245,12 +245,15 @@ def wilson(k:int,           # right answers
 # %% ../nbs/05_train.ipynb #evaluation
 @dataclass(frozen=True)
 class Evaluation:
-    "Right answers `k` of `n` and the mean cross-entropy `loss`, with a Wilson 95 % interval."
+    "Right answers `k` of `n`, mean cross-entropy `loss`, labels `k5` among the five largest outputs; with a Wilson 95 % interval."
     k:int
     n:int
     loss:float=None
+    k5:int=None
     @property
     def accuracy(self): "In [0, 1]."; return self.k/self.n
+    @property
+    def top5(self): "In [0, 1], or None."; return None if self.k5 is None else self.k5/self.n
     @property
     def lo(self): "Lower end of the interval."; return wilson(self.k, self.n)[0]
     @property
@@ -265,8 +268,8 @@ class Evaluation:
 
 # %% ../nbs/05_train.ipynb #tally
 def _tally(model, dl, dev):
-    "[right, sum of losses, labels out of range, outputs not finite] and the number of images, one transfer for all."
-    tot, n = torch.zeros(4, dtype=torch.float32 if dev.type == 'mps' else torch.float64, device=dev), 0
+    "[right, among the first five, sum of losses, labels out of range, outputs not finite] and the number of images, one transfer for all."
+    tot, n = torch.zeros(5, dtype=torch.float32 if dev.type == 'mps' else torch.float64, device=dev), 0
     for b in dl:
         *xb, yb = [o.to(dev) for o in b]
         if yb.is_floating_point() or yb.ndim != 1:
@@ -276,8 +279,10 @@ def _tally(model, dl, dev):
             if out.ndim != 2: raise ValueError(f"model: outputs of shape {tuple(out.shape)}; expected [n, classes]")
             bad = (yb < 0) | (yb >= out.shape[1])
             yb = yb.as_subclass(torch.Tensor).clamp(0, out.shape[1]-1)
-            loss = F.cross_entropy(out.float().as_subclass(torch.Tensor), yb, reduction='sum')
-            tot += torch.stack([(out.argmax(1) == yb).sum(), loss, bad.sum(), (~torch.isfinite(out)).sum()]).to(tot.dtype)
+            out = out.float().as_subclass(torch.Tensor)
+            first5 = (out > out.gather(1, yb[:,None])).sum(1) < 5
+            loss = F.cross_entropy(out, yb, reduction='sum')
+            tot += torch.stack([(out.argmax(1) == yb).sum(), first5.sum(), loss, bad.sum(), (~torch.isfinite(out)).sum()]).to(tot.dtype)
         n += len(yb)
     return tot.tolist(), n
 
@@ -290,13 +295,13 @@ def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
     if not isinstance(model, nn.Module):
         raise TypeError(f"model_or_learn: expected an nn.Module or a Learner, got {type(model).__name__}")
     dev = next((p.device for p in model.parameters()), torch.device('cpu'))
-    with as_found(model, train=False): (k, loss, bad, nan), n = _tally(model, dl, dev)
+    with as_found(model, train=False): (k, k5, loss, bad, nan), n = _tally(model, dl, dev)
     if n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
     if bad:
         raise ValueError(f"dl: {bad:.0f} of {n} labels are out of range for the network's outputs; "
                          "was it built with the right n_out?")
     if nan: raise ValueError(f"model: {nan:.0f} outputs are NaN or infinite")
-    return Evaluation(int(k), n, loss/n)
+    return Evaluation(int(k), n, loss/n, int(k5))
 
 # %% ../nbs/05_train.ipynb #curves
 def curves(learn:Learner # a learner trained with `fit`

@@ -154,6 +154,8 @@ def test_some_are_only_cut(dls, home):
     d = folder(dls, home, ds=(.6, .5, .4, .3, .2), fine_tunes=2)
     a, b = network(d, 0), network(d, 1)
     assert all(torch.equal(b[k], torch.where(b[k] != 0, a[k], 0.)) for k in a if k.endswith('weight')), 'no training between the first two'
+    curves = results_arrays(df)['curves'][0, :, 0, 0]
+    assert np.isnan(curves).all((1, 2)).tolist() == df.curve.isna().tolist() == [True, True, False, True, False] and curves.shape[1] == 3
     none = chain(dls, home, fine_tunes=0)
     assert none.tuned_k.isna().all() and commensurate(none, .5, when='pruned').nets[0] == 1
     with pytest.raises(ValueError, match="when='tuned'"): commensurate(none)
@@ -510,6 +512,7 @@ def test_tables_refuse_what_they_cannot_use():
     with pytest.raises(ValueError, match='when'): commensurate(curve(0, [(.5, 900)]), when='before')
     with pytest.raises(ValueError, match="'x', seed 0 has a step twice"): commensurate(pd.concat([curve(0, [(.5, 900)]), curve(0, [(.4, 900)])]))
     with pytest.raises(ValueError, match="y='los'"): plot_tradeoff(curve(0, [(.5, 900)]), y='los')
+    with pytest.raises(ValueError, match='no column dense_top5, tuned_top5'): plot_tradeoff(curve(0, [(.5, 900)]), y='top5')
     with pytest.raises(ValueError, match="did you mean 'macs'"): plot_tradeoff(curve(0, [(.5, 900)]), 'mac')
 
 @pytest.fixture(scope='module')
@@ -520,13 +523,15 @@ def study_rows(dls, home):
 def test_results_on_disk(study_rows, tmp_path):
     df = study_rows; files = {f.name: f for f in save_results(df, tmp_path/'res')}
     assert set(files) == {o.name for o in (tmp_path/'res').iterdir()} == {'rows.csv', 'commensurate.csv', 'results.npz', 'tradeoff_params.pdf', 'tradeoff_macs.pdf',
-                                                                              'loss_params.pdf', 'loss_macs.pdf', 'budget.pdf'}
+                                                                              'loss_params.pdf', 'loss_macs.pdf', 'top5_params.pdf', 'top5_macs.pdf', 'budget.pdf'}
     with np.load(files['results.npz']) as z: a = dict(z)
     assert a['names'].tolist() == ['WT', 'FT'] and a['nets'].tolist() == [0, 1] and a['error'].shape == (2, 3, 1, 2) and a['samples_per_layer'].shape == (2, 3, 1, 2, 3)
     for s,i,(j,n) in product((0, 1), range(3), enumerate(['WT', 'FT'])):
         r = df[(df.seed == s) & (df.step == i) & (df.name == n)].iloc[0]
         assert (a['error'][s, i, 0, j], a['sizes'][s, i, 0, j], a['flops'][s, i, 0, j]) == (1-r.tuned_accuracy, r.params, r.macs)
         assert a['samples_per_layer'][s, i, 0, j].tolist() == list(json.loads(r.layers).values())
+        assert a['error5'][s, i, 0, j] == 1-r.tuned_top5 and a['error5_dense'][s, i, 0, j] == 1-r.dense_top5 and r.tuned_k5 >= r.tuned_k
+        assert a['curves'][s, i, 0, j].tolist() == list(json.loads(r.curve).values())
     table = commensurate(df)
     for k in table: assert a[f'commensurate_{k}'].tolist() == pytest.approx(table[k].tolist(), nan_ok=True) if k not in ('dataset', 'model', 'mode', 'name') else a[f'commensurate_{k}'].tolist() == table[k].tolist()
     back = pd.read_csv(files['rows.csv'])
@@ -543,6 +548,8 @@ def test_plots_show_the_rows(study_rows):
     assert ax.get_xlim()[0] > ax.get_xlim()[1] and ax.get_xscale() == 'log'
     loss = next(o for o in plot_tradeoff(df, y='loss').axes[0].lines if o.get_label() == 'FT')
     assert np.allclose(loss.get_ydata(), ft.tuned_loss.mean() - ft.dense_loss.mean())
+    top5 = next(o for o in plot_tradeoff(df, y='top5').axes[0].lines if o.get_label() == 'FT')
+    assert np.allclose(top5.get_ydata(), 100*(ft.tuned_top5.mean() - ft.dense_top5.mean()))
     near, table, names = C._layer_table(df, .21)
     assert near == .2 and names == ['fc1', 'fc2', 'fc3']
     row = df[(df.name == 'WT') & (df.step == 1)]; left = np.mean([list(json.loads(o).values()) for o in row.layers], 0)

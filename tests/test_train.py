@@ -156,6 +156,12 @@ def test_evaluate_counts_and_leaves_the_model():
     assert model.training and not model[1].training and not model[0].weight.requires_grad
     assert same(before, model.state_dict())
 
+def test_top5_is_torch_topk():
+    torch.manual_seed(0); model, x, y = nn.Linear(3, 12), torch.randn(200, 3), torch.randint(0, 12, (200,))
+    e = evaluate(model, [(x[:150], y[:150]), (x[150:], y[150:])])
+    assert e.k5 == int((model(x).topk(5).indices == y[:, None]).any(1).sum()) and e.k < e.k5 < 200 and e.top5 == e.k5/200
+    assert evaluate(nn.Linear(3, 4), [(x, y % 4)]).top5 == 1, 'four classes: always among five'
+
 def test_evaluate_refuses():
     m = nn.Linear(2, 3); x = torch.randn(4, 2)
     for batch, text in (([], 'no batches'), ([(x, torch.tensor([0, 1, 2, 3]))], 'out of range'), ([(x, torch.tensor([0, 1, 2, -1]))], 'out of range'),
