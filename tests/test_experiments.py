@@ -131,7 +131,7 @@ def test_mnist(tmp_path):
 def test_values_are_checked_before_any_training():
     for bad, words in [(dict(sparsity=50), 'did you mean 0.5'), (dict(unit='neuron'), "unit='neuron'"), (dict(rounds=0), 'rounds=0'), (dict(model='mpl'), "did you mean 'mlp'"),
                        (dict(method_args={'n_group': 3}), "did you mean 'n_groups'"), (dict(epochs=1.5), 'epochs=1.5'), (dict(scope='local'), "scope='local'"),
-                       (dict(fit_args={'schedul': 'flat'}), "did you mean 'schedule'"), (dict(tune_args={'shedule': 'flat'}), "did you mean 'schedule'"),
+                       (dict(fit_args={'schedul': 'flat'}), "did you mean 'schedule'"), (dict(fit_args={'seed': 3}), "fit_args='seed'"), (dict(tune_args={'cbs': []}), "tune_args='cbs'"), (dict(tune_args={'shedule': 'flat'}), "did you mean 'schedule'"),
                        (dict(tune_args={'wdd': .1}), "did you mean 'wd'"), (dict(tune_args={'wd': '5e-4'}), "wd='5e-4'"), (dict(tune_args={'lr': 0}), 'lr=0'),
                        (dict(tune_args={'milestones': [3]}), "expects none"), (dict(fit_args={'schedule': 'step', 'milestones': [3]}, tune_args={'schedule': 'flat'}), 'expects none'),
                        (dict(tune_args=[.1]), 'tune_args'), (dict(channel_form=0), 'channel_form')]:
