@@ -460,8 +460,8 @@ def test_bad_grids_are_found_first(tmp_path, monkeypatch):
 # Tables
 
 def curve(seed, points, dense_k=900, n=1000, name='x'):
-    return pd.DataFrame([dict(dataset='d', model='m', mode='cascade', name=name, seed=seed, step=i, density=d, dense_k=dense_k, dense_n=n, tuned_k=k, pruned_k=0,
-                              params_density=d, macs_density=d/2) for i,(d,k) in enumerate(points)])
+    return pd.DataFrame([dict(dataset='d', model='m', mode='cascade', name=name, seed=seed, step=i, density=d, dense_k=dense_k, dense_n=n, dense_accuracy=dense_k/n,
+                              tuned_k=k, tuned_accuracy=k/n, pruned_k=0, params_density=d, macs_density=d/2) for i,(d,k) in enumerate(points)])
 
 @pytest.mark.filterwarnings('ignore:df. chains that stopped')
 @settings(max_examples=60, deadline=None)
