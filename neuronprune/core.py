@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRUNABLE', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'check_type', 'check_finite', 'check_batch',
-           'digesting', 'UnsupportedLayerError', 'layers', 'twins', 'kappa', 'generator', 'seed_everything', 'as_found',
-           'Units', 'Scores', 'Mask', 'replacing', 'save_tensors', 'load_tensors', 'Method', 'method', 'Methods',
-           'methods']
+           'digesting', 'tensors', 'mapped', 'take', 'feed', 'UnsupportedLayerError', 'layers', 'twins', 'kappa',
+           'generator', 'seed_everything', 'as_found', 'Units', 'Scores', 'Mask', 'replacing', 'save_tensors',
+           'load_tensors', 'Method', 'method', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
-import importlib, json, math, os, random, difflib, warnings
-from collections.abc import Mapping
+import importlib, inspect, json, math, os, random, difflib, warnings
+from collections.abc import Mapping, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -85,17 +85,21 @@ def check_finite(name:str, # argument name
     return x
 
 # %% ../nbs/00_core.ipynb #check_batch-2
-def check_batch(xb:torch.Tensor,      # inputs [n, ...]
+def check_batch(xb,                   # inputs: a tensor [n, ...], or a tuple or dictionary of such
                 yb:torch.Tensor=None, # integer labels [n]
                 n_out:int=None        # number of classes
                ):
-    "Raises `ValueError` for an empty batch, NaN inputs, labels of the wrong length, type or range."
-    check_type('xb', xb, torch.Tensor)
-    if len(xb) == 0: raise ValueError("xb: the batch is empty; expected at least one example")
-    check_finite('xb', xb)
+    "Raises `ValueError` for an empty batch, NaN inputs, labels of the wrong length, type or range; `TypeError` if there is no tensor."
+    xs = tensors(xb)
+    if not xs: check_type('xb', xb, torch.Tensor, 'or a tuple or dictionary of tensors')
+    for o in xs:
+        if o.layout != torch.strided: raise ValueError(f"xb: a {str(o.layout).removeprefix('torch.')} tensor; expected a dense one")
+        if o.ndim == 0 or len(o) == 0: raise ValueError("xb: the batch is empty; expected at least one example")
+        check_finite('xb', o)
     if yb is None: return
+    check_type('yb', yb, torch.Tensor)
     if yb.ndim != 1: raise ValueError(f"yb: shape {tuple(yb.shape)}; expected one integer class label per input, [n]")
-    if len(yb) != len(xb): raise ValueError(f"yb: {len(yb)} labels for {len(xb)} inputs; expected one label per input")
+    if len(yb) != len(xs[0]): raise ValueError(f"yb: {len(yb)} labels for {len(xs[0])} inputs; expected one label per input")
     if yb.is_floating_point() or yb.dtype == torch.bool: raise ValueError(f"yb: dtype {yb.dtype}; expected integer class labels")
     if yb.min() < 0 or (n_out is not None and yb.max() >= n_out):
         top = 'n_out-1' if n_out is None else n_out-1
@@ -103,15 +107,48 @@ def check_batch(xb:torch.Tensor,      # inputs [n, ...]
 
 # %% ../nbs/00_core.ipynb #digesting
 @contextmanager
-def digesting(*xb:torch.Tensor, # the model's inputs
-              name:str='xb'     # argument they came from, for the message
+def digesting(*xb,            # the model's inputs
+              name:str='xb'   # argument they came from, for the message
              ):
-    "Inside the block the model's `RuntimeError` or `IndexError` becomes a `ValueError` with the shapes of `xb`; lack of memory stays what it is."
+    "Inside the block the model's error about its inputs becomes a `ValueError` with the shapes of `xb`; lack of memory stays what it is."
     try: yield
-    except (RuntimeError, IndexError) as e:
+    except (RuntimeError, IndexError, TypeError, KeyError) as e:
         if isinstance(e, torch.cuda.OutOfMemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e): raise
-        shapes = ', '.join(str(tuple(o.shape)) for o in xb)
+        shapes = ', '.join(str(tuple(o.shape)) for o in tensors(xb))
         raise ValueError(f"{name}: the model cannot digest a batch of shape {shapes}: {e}") from e
+
+# %% ../nbs/00_core.ipynb #tensors
+def tensors(x # a tensor, or a tuple, list or mapping of such (a Hugging Face output is a mapping); anything else holds none
+           )->list:
+    "The tensors in a batch of inputs or in a model's output, in order."
+    if isinstance(x, torch.Tensor): return [x]
+    if isinstance(x, Mapping): x = x.values()
+    return [t for o in x for t in tensors(o)] if isinstance(x, (tuple, list, ValuesView)) else []
+
+def mapped(f, # tensor -> tensor
+           x  # as for `tensors`
+          ):
+    "`x` with `f` applied to every tensor: mappings become dictionaries, lists and tuples tuples, the rest stays."
+    if isinstance(x, torch.Tensor): return f(x)
+    if isinstance(x, Mapping): return {k:mapped(f, v) for k,v in x.items()}
+    return tuple(mapped(f, o) for o in x) if isinstance(x, (tuple, list)) else x
+
+def take(xb, # a batch of inputs
+         idx # slice or index tensor over the examples
+        ):
+    "The examples `idx` of a batch, in its form."
+    return mapped(lambda o: o[idx], xb)
+
+# %% ../nbs/00_core.ipynb #feed
+def feed(model:nn.Module, # any model
+         xb               # a tensor; a tuple of tensors, one per argument; or a dictionary
+        ):
+    "`model` called on a batch: a tuple fills its arguments in order, a dictionary those of its names (where `forward` has them, else it is one argument)."
+    if isinstance(xb, Mapping):
+        known = inspect.signature(model.forward).parameters
+        named = any(p.kind is p.VAR_KEYWORD for p in known.values()) or set(xb) <= set(known)
+        return model(**xb) if named else model(xb)
+    return model(*xb) if isinstance(xb, (tuple, list)) else model(xb)
 
 # %% ../nbs/00_core.ipynb #unsupportedlayererror
 class UnsupportedLayerError(ValueError):
