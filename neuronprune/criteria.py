@@ -11,7 +11,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, generator, layers, method
 from .data import calib_batch
-from .graph import _slots
+from .probe import slots
 from .inputs import column_groups, readers, traced
 
 # %% ../nbs/17_criteria.ipynb #patches
@@ -59,7 +59,7 @@ def _grams(model, names, graph, xb, n_positions, seed, bs=64):
     res = {k:torch.zeros(int(g.max())+1, int(g.max())+1, dtype=torch.float64) for k,g in groups.items()}
     def hook(k, at):
         def look(m, inp, out):
-            got, traced_ = _slots(m, out).shape[2], graph.layers[k]['positions']
+            got, traced_ = slots(m, out).shape[2], graph.layers[k]['positions']
             if got != traced_: raise ValueError(f"graph: traced with other images than those of dls: layer {k!r} has {traced_} positions there and "
                                                 f"{got} for images of shape {tuple(xb.shape[1:])}; expected graph=trace(model, xb) with such images")
             X = contributions(m, inp[0], *[o[at:at+len(out)] for o in drawn[k]], () if isinstance(m, nn.Linear) else tuple(out.shape[2:]))

@@ -15,7 +15,8 @@ from torch import nn
 from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, generator, layers, method
 from .allocate import _setup
 from .data import calib_batch
-from .graph import _slots, _twins
+from .probe import slots
+from .graph import _twins
 
 # %% ../nbs/16_lowrank.ipynb #folded
 def folded(model:nn.Module # any model
@@ -172,7 +173,7 @@ def output_moments(model:nn.Module, # left as found
     got, g, mods = {}, generator(seed), {n:model.get_submodule(n) for n in names}
     def watch(n, m):
         def hook(_, inp, out):
-            y = _slots(m, check_finite(f'output of {n!r}', out)); p = y.shape[2]
+            y = slots(m, check_finite(f'output of {n!r}', out)); p = y.shape[2]
             pick = torch.randperm(p, generator=g)[:max(1, max_columns//len(xb))].to(y.device)
             got[n] = _moments(y, pick, got.get(n, (0, 0., 0.)))
         return m.register_forward_hook(hook)

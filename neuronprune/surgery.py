@@ -11,7 +11,8 @@ import copy, json, math
 import torch, torch_pruning as tp
 from torch import nn
 from .core import *
-from .graph import trace, NORMS, _check_fit, _check_plain, _depthwise, _slots, _twins
+from .probe import NORMS, is_norm, slots
+from .graph import trace, _check_fit, _check_plain, _depthwise, _twins
 
 # %% ../nbs/06_surgery.ipynb #factors
 def _factors(m, keep, label):
@@ -123,7 +124,7 @@ def _measured(masked, g, xb):
     "Layer -> (value of every input [n_in], bool: is it the same for all images and positions?), from 8 images and noise."
     seen, hooks, x = {}, [], xb[:8]
     def watch(n):
-        def hook(m, inp): seen[n] = [f(_slots(m, inp[0]), (0, 2)).cpu() for f in (torch.amin, torch.amax)]
+        def hook(m, inp): seen[n] = [f(slots(m, inp[0]), (0, 2)).cpu() for f in (torch.amin, torch.amax)]
         return masked.get_submodule(n).register_forward_pre_hook(hook)
     hooks = [watch(n) for n in g.layers]
     noise = torch.randn(x.shape, generator=generator(0)).to(x) if x.is_floating_point() else x.flip(-1)

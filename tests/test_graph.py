@@ -121,9 +121,9 @@ def meetings(g, truth):
         if k in g.layers and 1 < g.layers[k]['groups'] == g.layers[k]['n_out']: meet += [{(p, c), (k, i)} for i in s]
     return at, meet + list(at.values())
 
-def check_against_oracle(g, truth):
-    truth = {k:v for k,v in truth.items() if k[0]}
-    assert wiring(g) == truth and set(g.fixed) == {'fc'}
+def check_against_oracle(g, truth, hard=False):
+    truth, said = {k:v for k,v in truth.items() if k[0]}, [v for k,v in g.fixed.items() if k != 'fc']
+    assert wiring(g) == truth and 'fc' in g.fixed and all('a cut network' in v for v in said) and (hard or not said)
     (at, meet), bundles = meetings(g, truth), bundles_of(g)
     want = partition(meet)
     assert set(map(frozenset, bundles.values())) == want
@@ -136,7 +136,7 @@ def check_against_oracle(g, truth):
 def test_wiring_is_what_brute_force_finds(model):
     g, truth = trace(model, X), brute(model, X)
     assert set(g.outputs) == {p for k,p,_ in truth if k == ''} == {'fc'}
-    check_against_oracle(g, truth)
+    check_against_oracle(g, truth, hard=any(b.kind in ('pad', 'shuffle') for b in model.body))
 
 def must_stay(g, truth):
     "Layers of which two channels meet each other, that reach the output, or that share a channel with such a layer."
@@ -191,10 +191,10 @@ x3 = torch.rand(2, 3, generator=generator(1))
 two = dict(a=L(3, 4), c=L(4, 2))
 
 @pytest.mark.parametrize('make,x,layer,said', [
-    (lambda: mid(nn.LayerNorm(4)), x3, '0', "mixed on the way to '2'"), (lambda: cmid(nn.GroupNorm(2, 4)), X, '0', "mixed on the way to '2'"),
+    (lambda: mid(nn.LayerNorm(4)), x3, '0', "mixed by '1' (LayerNorm)"), (lambda: cmid(nn.GroupNorm(2, 4)), X, '0', "mixed by '1' (GroupNorm)"),
     (lambda: mid(nn.Softmax(-1)), x3, '0', "mixed on the way to '2'"), (lambda: mid(nn.Sigmoid()), x3, '0', "not be zero at '2'"),
     (lambda: mid(nn.Softplus()), x3, '0', "not be zero at '2'"), (lambda: cmid(nn.LocalResponseNorm(3, alpha=1.)), X, '0', 'mixed'),
-    (lambda: cmid(nn.ConvTranspose2d(4, 4, 2)), X, '0', "mixed on the way to '2'"), (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
+    (lambda: cmid(nn.ConvTranspose2d(4, 4, 2)), X, '0', "mixed by '1' (ConvTranspose2d)"), (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
     (lambda: nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2), C(4, 2, 1)), X, '1', 'grouped'), (lambda: nn.Sequential(C(2, 4, 1, groups=2), C(4, 2, 1)), X, '0', 'grouped'),
     (lambda: nn.Sequential(C(2, 4, 1), C(4, 2, 1, groups=2), C(2, 2, 1)), X, '0', 'grouped'), 
     (lambda: nn.Sequential(L(3, 4), s := L(4, 4), nn.ReLU(), s, L(4, 2)), x3, '1', 'used 2 times'),
@@ -235,8 +235,6 @@ def test_positions_and_shapes():
 @pytest.mark.parametrize('make,x,err,said', [
     (lambda: mid(), torch.rand(2, 5), ValueError, 'cannot digest a batch of shape (2, 5)'), (lambda: mid(), torch.rand(0, 3), ValueError, 'batch is empty'),
     (lambda: mid(), torch.full((1, 3), float('nan')), ValueError, 'NaN'),
-    (lambda: Net(lambda s, x: (s.a(x), s.c(s.a(x))), **two), x3, UnsupportedLayerError, 'its output is a tuple; expected a tensor'),
-    (lambda: Net(lambda s, x: dict(y=s.c(s.a(x))), **two), x3, UnsupportedLayerError, 'its output is a dict'),
     (lambda: nn.Sequential(nn.BatchNorm1d(3)), x3, ValueError, 'no Linear or Conv layer')])
 def test_errors(make, x, err, said):
     with pytest.raises(err) as e: trace(make(), x)
@@ -269,7 +267,7 @@ def test_tied_parameters_are_not_removable():
 
 def test_twins_are_a_fact_of_their_own():
     m = nn.Sequential(*[L(4, 4) for _ in range(5)]); m[3].weight = m[2].weight = m[1].weight; g = trace(m, torch.rand(1, 4))
-    assert g.twins == {'1': '2', '2': '1', '3': '1'} and g.removable == ['0']
+    assert g.twins == {'1': '2', '2': '1', '3': '1'} and g.removable == [] and "'1', which reads it, shares its weight" in g.fixed['0']
     m = nn.Sequential(L(4, 4), nn.ReLU(), L(4, 4)); m[2].weight = m[0].weight; g = trace(m, torch.rand(1, 4))
     assert g.twins == {'0': '2', '2': '0'} and 'output' in g.fixed['2'] and Graph.from_dict(json.loads(json.dumps(g.to_dict()))).twins == g.twins
     old = g.to_dict(); del old['twins']; assert Graph.from_dict(old).twins == {} and trace(mid(), x3).twins == {}
