@@ -8,11 +8,12 @@ __all__ = ['Factored', 'apply', 'dead_channels', 'plan', 'SurgeryError', 'differ
 
 # %% ../nbs/06_surgery.ipynb #import-copy-json-math-import-t
 import copy, json, math
-import torch, torch_pruning as tp
+from dataclasses import dataclass
+import torch
 from torch import nn
 from .core import *
 from .probe import NORMS, is_norm, slots
-from .graph import trace, _check_fit, _check_plain, _depthwise, _twins
+from .graph import attributes, kept_slots, new_widths, probing, trace, _check_fit, _check_plain, _depthwise, _owner, _twins
 
 # %% ../nbs/06_surgery.ipynb #factors
 def _factors(m, keep, label):
@@ -119,16 +120,26 @@ def _gone(dead, g):
     return gone
 
 # %% ../nbs/06_surgery.ipynb #measured
+def _noise(xb):
+    "Inputs of the form of `xb` that resemble no image: noise of its mean and spread; whole numbers in another order."
+    def one(o):
+        if not o.is_floating_point(): return o.flip(-1)
+        return (o.float().mean()+torch.randn(o.shape, generator=generator(0)).to(o.device)*(o.float().std(correction=0)+1e-3)).to(o.dtype)
+    return mapped(one, xb)
+
 @torch.no_grad()
 def _measured(masked, g, xb):
     "Layer -> (value of every input [n_in], bool: is it the same for all images and positions?), from 8 images and noise."
-    seen, hooks, x = {}, [], xb[:8]
+    seen, hooks, xb = {}, [], take(xb, slice(8))
     def watch(n):
-        def hook(m, inp): seen[n] = [f(slots(m, inp[0]), (0, 2)).cpu() for f in (torch.amin, torch.amax)]
+        def hook(m, inp):
+            lo, hi = (f(slots(m, inp[0]), (0, 2)).cpu() for f in (torch.amin, torch.amax))
+            seen[n] = (torch.minimum(lo, seen[n][0]), torch.maximum(hi, seen[n][1])) if n in seen else (lo, hi)
         return masked.get_submodule(n).register_forward_pre_hook(hook)
     hooks = [watch(n) for n in g.layers]
-    noise = torch.randn(x.shape, generator=generator(0)).to(x) if x.is_floating_point() else x.flip(-1)
-    try: masked.eval()(torch.cat([x, noise]))
+    try:
+        with as_found(masked, train=False):
+            for x in (xb, _noise(xb)): feed(masked, x)
     finally:
         for h in hooks: h.remove()
     return {n:(lo, hi-lo <= 1e-6*(1+lo.abs())) for n,(lo,hi) in seen.items()}
@@ -170,44 +181,63 @@ def _doomed(model, mask, g, xb):
         dead = dead_channels(model, mask, g, {n:v | new[n] if n in new else v for n,v in dead.items()})
 
 # %% ../nbs/06_surgery.ipynb #plan
+@dataclass
+class _Plan:
+    cuts: dict   # module path -> (kept outputs or None, kept inputs or None)
+    worth: dict  # layer -> float [n_in]: what the inputs that go have been worth
+    widths: dict # 'module.attribute' -> its value in the cut network
+    outs: dict   # layer -> bool [n_out], what stays
+    ins: dict    # layer or norm -> bool [slots], what stays
+
 def _plan(model, mask, xb):
-    "(module path -> (kept outputs, kept inputs), layer -> float [n_in]: what the inputs that go have been worth)."
+    "What goes, as a `_Plan`."
     if mask.graph is None and xb is None: raise ValueError("mask: carries no graph; expected xb, a batch for tracing the model")
     g = mask.graph if mask.graph is not None else trace(model, xb)
     dead, worth = _doomed(model, mask, g, xb)
-    gone = _gone(dead, g)
-    goes = lambda slots: gone[slots.clamp(min=0)] & (slots >= 0)
-    left = lambda slots: None if not (d := goes(slots)).any() else (~d).nonzero()[:,0]
-    res = {n:(left(g.out_slots[n]), left(g.in_slots[n])) for n in g.layers}
-    res.update({n:(left(s), None) for n,s in g.norm_slots.items()})
-    return {n:v for n,v in res.items() if v != (None, None)}, {n:v*goes(g.in_slots[n]) for n,v in worth.items()}
+    gone = _gone(dead, g); outs, ins = kept_slots(g, gone)
+    left = lambda keep: None if keep is None or keep.all() else keep.nonzero()[:,0]
+    res = {n:(left(outs.get(n)), left(ins[n])) for n in g.layers}
+    res.update({n:(left(ins[n]), None) for n in g.norm_slots})
+    cuts = {n:v for n,v in res.items() if v != (None, None)}
+    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, new_widths(g, outs, ins), outs, ins)
 
 # %% ../nbs/06_surgery.ipynb #plan-2
 def plan(model:nn.Module, # the dense or masked model
          mask:Mask,       # what to drop
-         xb:torch.Tensor=None # a batch of inputs; needed when the mask carries no graph, and to find constants
+         xb=None          # a batch of inputs; needed when the mask carries no graph, and to find constants
         )->dict:
     "Module path -> (kept output indices, kept input indices), LongTensors; None where nothing changes. `ValueError` without graph and batch."
-    return _plan(model, mask, None if xb is None else xb.to(next(model.parameters()).device))[0]
+    return _plan(model, mask, None if xb is None else _at(model, xb)).cuts
 
 # %% ../nbs/06_surgery.ipynb #surgeryerror
 class SurgeryError(RuntimeError):
     "The shrunken model does not compute what the masked model computes; the message says by how much."
 
+def _select(m, names, idx, dim=0):
+    "Keep the entries `idx` along `dim` of the parameters and buffers `names` of module `m`, in place."
+    for k in names:
+        t = getattr(m, k, None)
+        if t is None: continue
+        new = t.detach().index_select(dim, idx.to(t.device)).clone()
+        if k in m._parameters: m._parameters[k] = nn.Parameter(new, requires_grad=t.requires_grad)
+        else: m._buffers[k] = new
+
 def _cut(m, out, inp):
     "Keep only the given outputs and inputs of module `m`, in place."
-    gone = lambda kept, n: sorted(set(range(n)) - set(kept.tolist()))
-    if isinstance(m, nn.PReLU): tp.prune_prelu_out_channels(m, gone(out, m.num_parameters))
-    elif isinstance(m, NORMS): tp.prune_batchnorm_out_channels(m, gone(out, m.num_features))
-    elif getattr(m, 'groups', 1) > 1: tp.prune_depthwise_conv_out_channels(m, gone(out, m.out_channels))
+    names = ('in_features', 'out_features') if isinstance(m, nn.Linear) else ('in_channels', 'out_channels')
+    if out is not None: _select(m, ('weight', 'bias', 'running_mean', 'running_var'), out)
+    if is_norm(m):
+        for k in ('num_features', 'num_parameters'):
+            if hasattr(m, k): setattr(m, k, len(out))
+    elif getattr(m, 'groups', 1) > 1: m.in_channels = m.out_channels = m.groups = len(out)
     else:
-        kind = 'linear' if isinstance(m, nn.Linear) else 'conv'
-        if out is not None: getattr(tp, f'prune_{kind}_out_channels')(m, gone(out, m.weight.shape[0]))
-        if inp is not None: getattr(tp, f'prune_{kind}_in_channels')(m, gone(inp, m.weight.shape[1]))
+        if inp is not None: _select(m, ('weight',), inp, 1); setattr(m, names[0], len(inp))
+        if out is not None: setattr(m, names[1], len(out))
 
 # %% ../nbs/06_surgery.ipynb #cut-all
-def _cut_all(model, cuts):
+def _cut_all(model, cuts, widths):
     for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
+    for n,v in widths.items(): setattr(*_owner(model, n), v)
     return model
 
 @torch.no_grad()
@@ -220,14 +250,20 @@ def _fold(model, worth):
     return model
 
 # %% ../nbs/06_surgery.ipynb #difference
+def _at(model, xb): "`xb` on the device of `model`."; return mapped(lambda o: o.to(next(model.parameters()).device), xb)
+
 @torch.no_grad()
 def difference(a:nn.Module, # reference
                b:nn.Module, # other model
-               xb:torch.Tensor # inputs
+               xb           # inputs: a tensor, a tuple or a dictionary
               )->float:
-    "max|a(x)-b(x)| / max|a(x)| in evaluation mode; both models are left as found."
-    with as_found(a, train=False), as_found(b, train=False): ya, yb = a(xb), b(xb)
-    return (ya-yb).abs().max().item() / max(ya.abs().max().item(), 1e-12)
+    "max|a(x)-b(x)| / max|a(x)| over all outputs in evaluation mode; both models are left as found."
+    with as_found(a, train=False), digesting(xb): ya = tensors(feed(a, xb))
+    with as_found(b, train=False): yb = tensors(feed(b, xb))
+    if [o.shape for o in ya] != [o.shape for o in yb]: return math.inf
+    pairs = [(p, q) for p,q in zip(ya, yb) if p.is_floating_point() and p.numel()]
+    apart = [(p-q).abs().max().item() for p,q in pairs]
+    return math.nan if any(map(math.isnan, apart)) else max(apart, default=0.) / max([1e-12, *(p.abs().max().item() for p,_ in pairs)])
 
 # %% ../nbs/06_surgery.ipynb #groupedlinear
 class GroupedLinear(nn.Conv1d):
@@ -296,30 +332,46 @@ def merge(model:nn.Module # any; not changed
 
 # %% ../nbs/06_surgery.ipynb #masked-and-small
 def _masked_and_small(model, mask, xb):
-    "Two copies of `model`: masked, and physically cut."
+    "(masked copy of `model`, physically cut copy, plan of the cut or None)."
     if mask.unit == 'rank':
         factors = _decompose(model, mask)
-        return _truncate(copy.deepcopy(model), factors), _replace(copy.deepcopy(model), factors)
-    masked = apply(copy.deepcopy(model), mask)
-    cuts, worth = _plan(model, mask, xb)
-    small = _cut_all(_fold(copy.deepcopy(masked), worth), cuts)
-    for n,p in model.named_parameters(remove_duplicate=False): small.get_parameter(n).requires_grad_(p.requires_grad)
-    return masked, small
+        return _truncate(copy.deepcopy(model), factors), _replace(copy.deepcopy(model), factors), None
+    masked, p = apply(copy.deepcopy(model), mask), _plan(model, mask, xb)
+    small = _cut_all(_fold(copy.deepcopy(masked), p.worth), p.cuts, p.widths)
+    for n,o in model.named_parameters(remove_duplicate=False): small.get_parameter(n).requires_grad_(o.requires_grad)
+    return masked, small, p
+
+def _rehearsed(model, xb, p):
+    "None, or why a network cut by the plan `p` computes something else, found with generic numbers in every layer."
+    if not p.outs: return None
+    probe = probing(model, xb)
+    with attributes(probe.model, p.widths): return probe.rehearse(p.outs, {k:v for k,v in p.ins.items() if k in probe.width})
 
 # %% ../nbs/06_surgery.ipynb #shrink-2
+_HINT = "Does its forward rely on the original layers or widths (a hard-coded view, split or attribute)?"
+
+def _verify(masked, small, xb, tol):
+    "Raises `SurgeryError` unless both compute the same on the batch and, where the network takes it, on noise."
+    for x,given in ((xb, True), (_noise(xb), False)):
+        try: d = difference(masked, small, x)
+        except ValueError:
+            if given: raise
+            return
+        except Exception as e: raise SurgeryError(f"the shrunken model cannot run: {e}. {_HINT}") from e
+        if not d <= tol and (given or not math.isnan(d)):
+            raise SurgeryError(f"masked and shrunken model differ by {d:.2g} of the largest output; allowed are tol={tol:g}")
+
 def shrink(model:nn.Module, # dense or masked; not changed
            mask:Mask,       # what to drop
-           xb:torch.Tensor, # a batch of inputs for the check
+           xb,              # a batch of inputs for the check: a tensor, a tuple or a dictionary
            tol:float=None   # largest relative difference allowed; None = 1e-5, in half precision eight times the dtype's `eps`
           )->nn.Module:
     "A new, smaller model that computes what the masked one does, or `SurgeryError`; what cannot be removed stays as zeros."
-    check_batch(xb); xb = xb.to(next(model.parameters()).device)
-    masked, small = _masked_and_small(model, mask, xb)
-    try: d = difference(masked, small, xb)
-    except (RuntimeError, AttributeError) as e:
-        raise SurgeryError(f"the shrunken model cannot run: {e}. Does its forward rely on the original layers or widths (a hard-coded view, split or attribute)?") from e
-    if tol is None: tol = max([1e-5, *(8*torch.finfo(p.dtype).eps for p in model.parameters() if p.dtype in (torch.half, torch.bfloat16))])
-    if not d <= tol: raise SurgeryError(f"masked and shrunken model differ by {d:.2g} of the largest output; allowed are tol={tol:g}")
+    check_batch(xb); xb = _at(model, xb)
+    masked, small, p = _masked_and_small(model, mask, xb)
+    half = [8*torch.finfo(o.dtype).eps for o in model.parameters() if o.dtype in (torch.half, torch.bfloat16)]
+    _verify(masked, small, xb, max([1e-5, *half]) if tol is None else tol)
+    if p and (why := _rehearsed(model, xb, p)): raise SurgeryError(f"{why}. {_HINT}")
     return small
 
 # %% ../nbs/06_surgery.ipynb #save
