@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'OPAQUE', 'LEVELS', 'Table', 'is_norm', 'norm_width', 'channel_dim', 'slots', 'Probe', 'unfused', 'digits',
-           'spelt']
+           'spelt', 'attributes']
 
 # %% ../nbs/02a_probe.ipynb #imports
 import copy, math
@@ -256,7 +256,7 @@ def lifting(self:Probe, lift, sign=None):
 def rows_of(self:Probe, k):
     "What was seen at a layer or norm, [rows, slots, rest]; None where no dimension belongs to the rows."
     x, g = self.seen[k], self.batch.get(k)
-    if g is None: return None
+    if g is None or not x.numel(): return None
     m = self.layers.get(k) or self.norms[k.rstrip('#')]
     x = x.movedim(g[0], 0).reshape(-1, g[1], *x.movedim(g[0], 0).shape[1:])
     return x.movedim(-1 if channel_dim(m) == -1 else 2, 1).flatten(2)
@@ -392,6 +392,34 @@ def loud(self:Probe):
             if (v := self.rows_of(k)) is not None: res[k] = res.get(k, False) | ~(v.abs().amax((0, 2)) <= 1e-9).cpu()
     return res
 
+# %% ../nbs/02a_probe.ipynb #attributes
+def _owner(model, name): path, _, a = name.rpartition('.'); return model.get_submodule(path), a
+
+@contextmanager
+def attributes(model:nn.Module, # changed inside the block
+               values:dict      # 'module.attribute' -> value
+              ):
+    "Inside the block these attributes have these values."
+    old = {n:getattr(*_owner(model, n)) for n in values}
+    for n,v in values.items(): setattr(*_owner(model, n), v)
+    try: yield
+    finally:
+        for n,v in old.items(): setattr(*_owner(model, n), v)
+
+@patch
+def resized(self:Probe, kept, slots):
+    "'module.attribute' -> value for layers and norms of the new widths: code may ask `fc.in_features` or `conv.bias.shape`."
+    res = {}
+    for n,keep in slots.items():
+        m, n_in, n_out = self.norms.get(n) or self.layers[n], int(keep.sum()), int(kept[n].sum()) if n in kept else None
+        norm = n in self.norms; new = n_in if norm else n_out
+        ins, outs = ((), ('num_features', 'num_parameters')) if norm else (('in_features', 'in_channels'), ('out_features', 'out_channels'))
+        res.update({f'{n}.{a}':v for names,v in ((ins, n_in), (outs, new)) for a in names if v is not None and hasattr(m, a)})
+        if new is None or norm and not _plain(m): continue
+        for k,p in {**m._parameters, **m._buffers}.items():
+            if p is not None and p.ndim: res[f'{n}.{k}'] = nn.Parameter(p.detach()[:new], requires_grad=False) if k in m._parameters else p[:new]
+    return res
+
 # %% ../nbs/02a_probe.ipynb #rehearse
 @patch
 def _emitting(self:Probe, kept, cut):
@@ -409,16 +437,18 @@ def _emitting(self:Probe, kept, cut):
 
 @patch
 @torch.no_grad()
-def rehearse(self:Probe, kept, slots):
-    "None, or why a network cut to `kept` (layer -> bool [n_out]; place -> bool in `slots`) would not compute what the masked one does."
+def rehearse(self:Probe, kept, slots, widths={}):
+    "None, or why a network cut to `kept` (layer -> bool [n_out]; place -> bool in `slots`), with attributes set to `widths`, would not compute what the masked one does."
     self._emitting(kept, cut=False).run(1, self.both()); want, raw = {k:self.rows_of(k) for k in slots}, dict(self.seen)
-    try: self._emitting(kept, cut=True).run(1, self.both())
+    try:
+        with attributes(self.model, {**self.resized(kept, slots), **widths}): self._emitting(kept, cut=True).run(1, self.both())
     except Exception as e: return f"a cut network cannot run ({type(e).__name__}: {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''})"
     if list(self.seen) != list(raw): return "a cut network calls other layers"
     for k,o in self.seen.items():
         if k in slots:
             x, y = want[k], self.rows_of(k)
             if x is None: continue
+            if y is None: return f"a cut network sends nothing to {k!r}"
             if not _same(x[:, slots[k]], y) or (k in self.layers and not _same(x[:, ~slots[k]], torch.zeros(()))): return f"a cut network computes something else at {k!r}"
         elif not all(map(_same, tensors(raw[k]), tensors(o))): return f"a cut network computes something else at {k.rstrip('#')!r}" if k else "a cut network's output differs"
 

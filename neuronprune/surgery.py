@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from .core import *
-from .probe import NORMS, is_norm, slots
-from .graph import attributes, kept_slots, new_widths, probing, trace, _check_fit, _check_plain, _depthwise, _owner, _twins
+from .probe import is_norm, slots, _owner
+from .graph import kept_slots, new_widths, probing, spared, trace, _check_fit, _check_plain, _depthwise, _twins
 
 # %% ../nbs/06_surgery.ipynb #factors
 def _factors(m, keep, label):
@@ -111,13 +111,10 @@ def dead_channels(model:nn.Module, # the dense or masked model
 
 # %% ../nbs/06_surgery.ipynb #gone
 def _gone(dead, g):
-    "Numbers of the bundles that disappear; every layer keeps at least one."
+    "Numbers of the bundles that disappear; every layer keeps an output and an input."
     ids = torch.cat(list(g.out_slots.values())); n = int(ids.max())+1
     alive = torch.cat([~dead[k] if k in g.removable else torch.ones_like(dead[k]) for k in g.out_slots])
-    gone = torch.bincount(ids[alive], minlength=n) == 0
-    for o in g.out_slots.values():
-        if gone[o].all(): gone[o[0]] = False
-    return gone
+    return spared(g, torch.bincount(ids[alive], minlength=n) == 0)
 
 # %% ../nbs/06_surgery.ipynb #measured
 def _noise(xb):
@@ -345,7 +342,7 @@ def _rehearsed(model, xb, p):
     "None, or why a network cut by the plan `p` computes something else, found with generic numbers in every layer."
     if not p.outs: return None
     probe = probing(model, xb)
-    with attributes(probe.model, p.widths): return probe.rehearse(p.outs, {k:v for k,v in p.ins.items() if k in probe.width})
+    return probe.rehearse(p.outs, {k:v for k,v in p.ins.items() if k in probe.width}, p.widths)
 
 # %% ../nbs/06_surgery.ipynb #shrink-2
 _HINT = "Does its forward rely on the original layers or widths (a hard-coded view, split or attribute)?"

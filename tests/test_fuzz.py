@@ -1,0 +1,174 @@
+"""Random networks made of everything that forwards do in the wild, with random numbers in all their tensors: what `trace` calls removable, `shrink` cuts."""
+import copy, random, warnings, pytest, torch, torch.nn.functional as F
+from torch import nn
+from neuronprune.allocate import allocate
+from neuronprune.core import Mask, Scores, feed, generator, tensors
+from neuronprune.graph import trace
+from neuronprune.surgery import apply, load, save, shrink
+
+class Frozen(nn.Module):
+    "A batch norm whose four tensors are buffers."
+    def __init__(self, n):
+        super().__init__()
+        for k in ('weight', 'bias', 'running_mean', 'running_var'): self.register_buffer(k, torch.ones(n))
+    def forward(self, x):
+        s = (self.weight*(self.running_var+1e-5).rsqrt()); shape = (1, -1, *[1]*(x.ndim-2))
+        return x*s.view(shape) + (self.bias-self.running_mean*s).view(shape)
+
+NORMS = dict(none=lambda c: nn.Identity(), bn=nn.BatchNorm2d, bn0=lambda c: nn.BatchNorm2d(c, affine=False), sync=nn.SyncBatchNorm, frozen=Frozen,
+             inst=lambda c: nn.InstanceNorm2d(c, affine=True), inst0=nn.InstanceNorm2d, group=lambda c: nn.GroupNorm(1, c), prelu=nn.PReLU)
+ACTS = dict(relu=F.relu, leaky=lambda x: F.leaky_relu(x, .2), silu=F.silu, tanh=torch.tanh, sigmoid=torch.sigmoid, hardswish=F.hardswish, gelu=F.gelu, square=lambda x: x*x)
+
+class Block(nn.Module):
+    "`kind` says what happens to `c` channels; `self.c` go out."
+    def __init__(self, kind, c, w, norm, act):
+        super().__init__(); self.kind, self.act, self.c = kind, ACTS[act], c; conv = lambda i, o, k=1, **kw: nn.Conv2d(i, o, k, padding=k//2, **kw)
+        if kind in ('seq', 'minus_mean', 'scale', 'shift', 'table', 'slice', 'drop_first', 'reshape_attr', 'view_written', 'twice', 'up', 'dropout'): self.a, self.c = conv(c, w, 3), w
+        if kind in ('res', 'rezero', 'rezero_table', 'fixup'): self.a, self.b = conv(c, w, 3), conv(w, c)
+        if kind == 'rezero': self.alpha = nn.Parameter(torch.tensor(random.choice([0., 1e-6, .7])))
+        if kind == 'rezero_table': self.alpha = nn.Parameter(torch.full((c, 1, 1), random.choice([0., 1e-6, .7])))
+        if kind == 'fixup': self.s0, self.s1, self.k = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+        if kind == 'scale': self.g = nn.Parameter(torch.rand(w))
+        if kind == 'shift': self.g = nn.Parameter(torch.zeros(w))
+        if kind == 'table': self.register_buffer('t', torch.rand(1, w, 1, 1))
+        if kind in ('split', 'split_attr'): self.a, self.half, self.b, self.d, self.c = conv(c, 2*w), w, conv(w, 3), conv(w, 4), 7
+        if kind == 'glu': self.a, self.c = conv(c, 2*w), w
+        if kind == 'glu_dw': self.a, self.d, self.p, self.c = conv(c, 2*w), conv(w, w, 3, groups=w), conv(w, w+1), w+1
+        if kind == 'dw': self.a = conv(c, c, 3, groups=c)
+        if kind == 'sep': self.a, self.p, self.c = conv(c, c, 3, groups=c), conv(c, w), w
+        if kind == 'grouped': self.a, self.p, self.c = conv(c, 4), conv(4, 4, groups=2), 4
+        if kind == 'multiplier': self.a, self.c = conv(c, 2*c, 3, groups=c), 2*c
+        if kind == 'pad': self.a, self.c = conv(c, c+2), c+2
+        if kind == 'pad_end': self.a, self.c = conv(c, c+3), c+3
+        if kind == 'cat': self.a, self.c = conv(c, w), c+w
+        if kind == 'se': self.f1, self.f2 = nn.Linear(c, w), nn.Linear(w, c)
+        if kind == 'gate': self.a, self.b, self.c = conv(c, w), conv(c, w), w
+        if kind == 'max': self.a, self.b, self.c = conv(c, w), conv(c, w), w
+        if kind == 'transpose': self.a, self.u, self.c = conv(c, w), nn.ConvTranspose2d(w, w, 3, padding=1), w
+        if kind == 'twin': self.a, self.b = conv(c, c), conv(c, c); self.b.weight = self.a.weight
+        if kind == 'twice': self.r = conv(w, w)
+        self.norm = NORMS[norm](self.c)
+
+    def forward(self, x):
+        k = self.kind
+        if k in ('seq', 'dw', 'multiplier'): x = self.a(x)
+        elif k == 'dropout': x = F.dropout(self.a(x), .5, self.training)
+        elif k == 'minus_mean': x = self.a(x); x = x-x.mean((2, 3), keepdim=True)
+        elif k == 'scale': x = self.a(x)*self.g.view(1, -1, 1, 1)
+        elif k == 'shift': x = self.a(x)+self.g.view(1, -1, 1, 1)
+        elif k == 'table': x = self.a(x)*self.t
+        elif k == 'res': x = x+self.b(self.act(self.a(x)))
+        elif k in ('rezero', 'rezero_table'): x = x+self.alpha*self.b(self.act(self.a(x)))
+        elif k == 'fixup': x = x+self.k*self.b(F.relu(self.a(x+self.s0))+self.s1)
+        elif k == 'split': a, b = self.a(x).chunk(2, 1); x = torch.cat([self.b(a), self.d(b)], 1)
+        elif k == 'split_attr': a, b = self.a(x).split(self.half, 1); x = torch.cat([self.b(a), self.d(b)], 1)
+        elif k == 'slice': x = self.a(x); x = torch.cat([x[:, 1:], x[:, :1]], 1)
+        elif k == 'drop_first': x = self.a(x); x = torch.cat([x[:, 1:], x[:, 1:2]], 1)
+        elif k == 'glu': x = F.glu(self.a(x), 1)
+        elif k == 'glu_dw': x = self.p(self.act(self.d(F.glu(self.a(x), 1))))
+        elif k == 'sep': x = self.p(self.act(self.a(x)))
+        elif k == 'grouped': x = self.p(self.act(self.a(x)))
+        elif k == 'pad': x = self.a(x)+F.pad(x, (0, 0, 0, 0, 1, 1))
+        elif k == 'pad_end': y = self.a(x); x = y+F.pad(x, (0, 0, 0, 0, 0, y.shape[1]-x.shape[1]))
+        elif k == 'cat': x = torch.cat([x, self.a(x)], 1)
+        elif k == 'se': x = x*torch.sigmoid(self.f2(F.relu(self.f1(x.mean((2, 3))))))[..., None, None]
+        elif k == 'gate': x = self.a(x)*torch.sigmoid(self.b(x))
+        elif k == 'max': x = torch.maximum(self.a(x), self.b(x))
+        elif k == 'transpose': x = self.u(self.act(self.a(x)))
+        elif k == 'shuffle' and x.shape[1] % 2 == 0: n, c, h, w = x.shape; x = x.view(n, 2, c//2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        elif k == 'reshape_attr': x = self.a(x); x = x.reshape(len(x), self.c, -1).reshape(len(x), self.c, *x.shape[2:])
+        elif k == 'view_written': x = self.a(x); h = x.shape[2]; x = x.flatten(2).transpose(1, 2).reshape(len(x), -1, self.a.bias.numel()).transpose(1, 2).reshape(len(x), -1, h, h)
+        elif k == 'twin': x = self.b(self.act(self.a(x)))
+        elif k == 'twice': x = self.a(x); x = self.r(self.act(self.r(self.act(x))))
+        elif k == 'up': x = F.max_pool2d(F.interpolate(self.a(x), scale_factor=2), 2)
+        return self.act(self.norm(x))
+
+KINDS = ['seq', 'minus_mean', 'scale', 'shift', 'table', 'slice', 'drop_first', 'reshape_attr', 'view_written', 'twice', 'up', 'dropout', 'res', 'rezero', 'rezero_table',
+         'fixup', 'split', 'split_attr', 'glu', 'glu_dw', 'dw', 'sep', 'grouped', 'multiplier', 'pad', 'pad_end', 'cat', 'se', 'gate', 'max', 'transpose', 'shuffle', 'twin']
+
+class Conv(nn.Module):
+    "Blocks on an image; flattened, pooled, reshaped by an attribute, or with a second input and several outputs at the end."
+    def __init__(self, recipe, end, size=4):
+        super().__init__(); self.stem = nn.Conv2d(2, recipe[0][1], 3, padding=1); c, blocks = recipe[0][1], []
+        for r in recipe: blocks.append(Block(r[0], c, *r[1:])); c = blocks[-1].c
+        self.body, self.end, self.in_features = nn.Sequential(*blocks), end, c*size*size
+        self.hidden, self.fc = nn.Linear(c*size*size if end in ('flatten', 'attribute') else c, 6), nn.Linear(6, 3)
+        if end == 'two': self.side = nn.Linear(5, 6)
+    def forward(self, x, z=None):
+        x = self.body(F.relu(self.stem(x)))
+        x = x.mean((2, 3)) if self.end in ('mean', 'two', 'dict') else x.reshape(-1, self.in_features) if self.end == 'attribute' else x.flatten(1)
+        h = F.relu(self.hidden(x))
+        if self.end == 'two': return self.fc(h*torch.sigmoid(self.side(z))), h.mean(1)
+        return dict(logits=self.fc(h), hidden=None) if self.end == 'dict' else self.fc(h)
+
+class Tokens(nn.Module):
+    "Words through transformer layers or linear ones; the output layer may share the embedding's tensor."
+    def __init__(self, kind, d, w, tied):
+        super().__init__(); self.emb, self.kind = nn.Embedding(11, d), kind
+        if kind == 'encoder': self.t = nn.TransformerEncoderLayer(d, 2, w, batch_first=True, dropout=0., norm_first=random.random() < .5)
+        else: self.a, self.b, self.n = nn.Linear(d, w), nn.Linear(w, d), nn.LayerNorm(d)
+        if kind == 'lstm': self.r = nn.LSTM(d, d, batch_first=True)
+        self.out = nn.Linear(d, 11, bias=False)
+        if tied: self.out.weight = self.emb.weight
+    def forward(self, x):
+        x = self.emb(x)
+        if self.kind == 'encoder': return self.out(self.t(x))
+        if self.kind == 'lstm': x = self.r(x)[0]
+        return self.out(self.n(x+self.b(F.gelu(self.a(x)))) if self.kind != 'plain' else self.b(F.relu(self.a(x))))
+
+def network(seed):
+    "(random network with random numbers everywhere, a batch of inputs)."
+    random.seed(seed); torch.manual_seed(seed)
+    if random.random() < .15:
+        d = random.choice([4, 6, 8]); m = Tokens(random.choice(['encoder', 'plain', 'norm', 'lstm']), d, random.randint(2, 9), random.random() < .5); x = torch.randint(0, 11, (random.choice([1, 4]), 5))
+    else:
+        block = lambda: (random.choice(KINDS), random.randint(2, 7), random.choice(list(NORMS)) if random.random() < .6 else 'none', random.choice(list(ACTS)) if random.random() < .5 else 'relu')
+        end = random.choice(['flatten', 'mean', 'attribute', 'two', 'dict']); m = Conv([block() for _ in range(random.randint(1, 5))], end)
+        n = random.choice([1, 1, 4]); x = torch.randn(n, 2, 4, 4); x = (x, torch.randn(n, 5)) if end == 'two' else x
+    if random.random() < .7: # else as initialised: zeros in the shifts
+        with torch.no_grad():
+            for k,p in m.named_parameters(): p.copy_(torch.randn_like(p)*(.5 if p.ndim < 2 else 1.2/max(1, p[0].numel())**.5))
+            for k,b in m.named_buffers():
+                if b.is_floating_point(): b.copy_(torch.rand_like(b)+.5)
+    return m.eval(), x
+
+def shared(m):
+    "Names that hold one tensor, as a set of sets."
+    res = {}
+    for n,p in m.named_parameters(remove_duplicate=False): res.setdefault(id(p), set()).add(n)
+    return {frozenset(o) for o in res.values() if len(o) > 1}
+
+def like(x, seed): g = generator(seed); return tuple(like(o, seed) for o in x) if isinstance(x, tuple) else torch.randn((8, *x.shape[1:]), generator=g) if x.is_floating_point() else torch.randint(0, 11, (8, *x.shape[1:]), generator=g)
+
+def run(m, x):
+    with torch.no_grad(): return [o for o in tensors(feed(m, x))]
+
+def check(seed, tmp_path):
+    "Prunes one random network at random; returns how many of its layers can shrink."
+    m, x = network(seed); before = {k:v.clone() for k,v in m.state_dict().items()}; g = trace(m, x)
+    assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+    if not g.removable: return 0
+    gen = generator(seed); s = Scores({n:torch.rand(len(g.out_slots[n]), generator=gen) for n in g.removable}, 'channel', graph=g)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning) # budgets out of reach of tiny layers
+        mask = allocate(s, random.choice([.2, .5, .8]), tied=random.random() < .7)
+    small, masked = shrink(m, mask, x), apply(copy.deepcopy(m), mask)
+    for i in range(2):
+        fresh = like(x, seed+i)
+        for a,b in zip(run(masked, fresh), run(small, fresh), strict=True): assert a.shape == b.shape and (a-b).abs().max() <= 1e-4*max(1e-3, a.abs().max()), f'{(a-b).abs().max()} of {a.abs().max()}'
+    if mask.tied: assert all(len(small.get_submodule(n).weight) == int(v.sum()) for n,v in mask.items())
+    assert shared(small) == shared(m)
+    save(small, tmp_path/'m.safetensors'); again = load(tmp_path/'m.safetensors', network(seed)[0]).eval()
+    assert all(torch.equal(a, b) for a,b in zip(run(again, fresh), run(small, fresh)))
+    return len(g.removable)
+
+@pytest.mark.parametrize('part', range(6))
+def test_what_trace_calls_removable_can_be_cut(part, tmp_path):
+    assert sum(check(10*part+i, tmp_path) for i in range(10)) > 10
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part', range(25))
+def test_five_hundred_networks(part, tmp_path):
+    for seed in range(1000+20*part, 1020+20*part):
+        try: check(seed, tmp_path)
+        except Exception as e: raise AssertionError(f'seed {seed}: {type(e).__name__}: {e}') from e
