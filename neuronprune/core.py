@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRUNABLE', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'check_type', 'check_finite', 'check_batch',
            'digesting', 'tensors', 'mapped', 'take', 'feed', 'UnsupportedLayerError', 'layers', 'twins', 'kappa',
-           'generator', 'seed_everything', 'as_found', 'Units', 'Scores', 'Mask', 'replacing', 'save_tensors',
-           'load_tensors', 'Method', 'method', 'Methods', 'methods']
+           'generator', 'seed_everything', 'as_found', 'Units', 'Scores', 'Mask', 'replacing', 'DamagedFileError',
+           'reading', 'save_tensors', 'load_tensors', 'save_json', 'load_json', 'Method', 'method', 'Methods',
+           'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import importlib, inspect, json, math, os, random, difflib, warnings
@@ -437,6 +438,9 @@ def __and__(self:Mask, o:Mask): "Kept by both."; return _combine(self, o, torch.
 @patch
 def __or__(self:Mask, o:Mask): "Kept by either."; return _combine(self, o, torch.logical_or)
 
+# %% ../nbs/00_core.ipynb #import-hashlib
+import hashlib
+
 # %% ../nbs/00_core.ipynb #replacing
 @contextmanager
 def replacing(path # file to write
@@ -451,28 +455,90 @@ def replacing(path # file to write
     finally:
         if os.path.exists(tmp): os.remove(tmp)
 
+# %% ../nbs/00_core.ipynb #reading
+class DamagedFileError(ValueError):
+    "A file does not hold what it should; the message has its name, what is wrong, and the cure."
+
+@contextmanager
+def reading(path,    # file whose contents are used in the block
+            cure:str='delete it and make it anew' # what to do about a damaged one
+           ):
+    "Inside the block whatever is wrong with `path` becomes one `DamagedFileError`; a file that is not there stays a `FileNotFoundError`."
+    try: yield
+    except (FileNotFoundError, DamagedFileError): raise
+    except Exception as e: # the contents may be anything, and so may the errors
+        why = e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'
+        raise DamagedFileError(f"path={os.fspath(path)!r}: {why}; {cure}") from e
+
 # %% ../nbs/00_core.ipynb #jsonable
 def _jsonable(o): return o.tolist() if hasattr(o, 'tolist') else str(o)
+
+def _checksum(text, tensors):
+    "sha256 of a text and of every tensor's name, dtype, shape and bytes."
+    h = hashlib.sha256(text.encode())
+    for k,t in sorted(tensors.items()):
+        h.update(f'{k} {t.dtype} {list(t.shape)}'.encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
 
 def save_tensors(path,         # file to write
                  tensors:dict, # name -> tensor
                  header:dict   # JSON-able
                 ):
-    "Safetensors file with a JSON header under the key 'neuronprune'."
+    "Safetensors file with a JSON header under the key 'neuronprune' and a checksum; `TypeError` for a header that JSON cannot hold."
+    try: text = json.dumps(header, default=_jsonable)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"path={os.fspath(path)!r}: the header cannot be written as JSON ({e}); expected that of meta and the rest") from None
     with replacing(path) as tmp:
         own = {k:v.detach().cpu().contiguous().clone() for k,v in tensors.items()} # safetensors refuses shared memory
-        save_file(own, tmp, {'neuronprune': json.dumps(header, default=_jsonable)})
+        save_file(own, tmp, {'neuronprune': text, 'sha256': _checksum(text, own)})
 
 # %% ../nbs/00_core.ipynb #load_tensors
-def load_tensors(path # file written by `save_tensors`
+def _verified(meta, tensors):
+    "The header out of a file's metadata, if the checksum is that of the contents; `ValueError` otherwise."
+    if 'neuronprune' not in meta: raise ValueError("a safetensors file, but without neuronprune's header")
+    text, unknown = meta['neuronprune'], sorted(set(meta) - {'neuronprune', 'sha256', 'format'})
+    if unknown: raise ValueError(f"its metadata has the unknown entry {unknown[0]!r}")
+    if 'sha256' in meta and meta['sha256'] != _checksum(text, tensors):
+        raise ValueError("the checksum is not that of the contents; the file was changed or damaged")
+    return check_type('header', json.loads(text), dict)
+
+def load_tensors(path,         # file written by `save_tensors`
+                 kind:str=None # what its header must say it holds, None = anything
                 )->tuple:
-    "(tensors, header); raises `ValueError` when the file is not ours."
-    path = os.fspath(path)
-    try:
-        with safe_open(path, 'pt') as f: meta, tensors = f.metadata() or {}, {k:f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f"path={path!r}: not a safetensors file ({e})") from None
-    if 'neuronprune' not in meta: raise ValueError(f"path={path!r}: a safetensors file, but without neuronprune's header")
-    return tensors, json.loads(meta['neuronprune'])
+    "(tensors, header); `DamagedFileError`, a `ValueError`, when the file is not ours, not whole, or holds something else."
+    with reading(path):
+        try:
+            with safe_open(os.fspath(path), 'pt') as f: meta, tensors = f.metadata() or {}, {k:f.get_tensor(k) for k in f.keys()}
+        except FileNotFoundError: raise
+        except (SafetensorError, OSError) as e: raise ValueError(f"not a safetensors file, or not a whole one ({e})") from e
+        header = _verified(meta, tensors)
+        if kind is not None and header.get('kind') != kind: raise ValueError(f"holds {header.get('kind')!r}, expected {kind!r}")
+    return tensors, header
+
+# %% ../nbs/00_core.ipynb #save-json
+def save_json(path,  # file to write
+              d:dict # JSON-able, with texts as keys
+             ):
+    "JSON file of `d`, with a checksum under 'sha256'."
+    d = json.loads(json.dumps(d, default=_jsonable))
+    text = json.dumps({**d, 'sha256': _checksum(json.dumps(d, sort_keys=True), {})}, indent=1, ensure_ascii=False)
+    with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8') as f: f.write(text+'\n')
+
+def load_json(path, # file written by `save_json`
+              known # names it may hold
+             )->dict:
+    "The dictionary in the file; `DamagedFileError`, a `ValueError`, if that is not what `save_json` wrote, or has other names."
+    with reading(path):
+        try:
+            with open(path, encoding='utf-8') as f: d = json.load(f)
+        except (ValueError, RecursionError) as e: raise ValueError(f"not JSON, or not all of it ({e})") from e
+        found = check_type('contents', d, dict).pop('sha256', None)
+        unknown = sorted(set(d) - set(known))
+        if unknown: raise ValueError(f"holds the unknown entry {unknown[0]!r}")
+        if found is not None and found != _checksum(json.dumps(d, sort_keys=True), {}):
+            raise ValueError("the checksum is not that of the contents; the file was changed or damaged")
+    return d
 
 # %% ../nbs/00_core.ipynb #save
 @patch
@@ -486,19 +552,22 @@ def save(self:Units, path):
                       graph=None if self.graph is None else self.graph.to_dict()))
 
 # %% ../nbs/00_core.ipynb #load
-@patch(cls_method=True)
-def load(cls:Units, path):
-    "Read back what `save` wrote; `ValueError` if the file holds something else."
-    t, h = load_tensors(path)
-    if h.get('kind') != cls.__name__:
-        raise ValueError(f"path={os.fspath(path)!r}: holds {h.get('kind')!r}, expected {cls.__name__!r}")
+def _units_from(cls, t, h):
+    "The scores or the mask out of a file's tensors and header; raises if they do not belong together."
     part = lambda p: {k.removeprefix(f'{p}/'):v for k,v in t.items() if k.startswith(f'{p}/')}
-    child, parent = part('child'), part('parent')
-    extra = dict(cost=part('cost'), tiebreak=part('tiebreak')) if cls is Scores else dict(scale=part('scale'))
+    units, child, parent, keys = part('unit'), part('child'), part('parent'), h['keys']
+    if sorted(keys) != sorted(units): raise ValueError(f"its header lists {len(keys)} layers, its tensors are those of others")
     graph = None if h['graph'] is None else importlib.import_module('neuronprune.graph').Graph.from_dict(h['graph'])
-    units = part('unit')
-    return cls({k:units[k] for k in h['keys']}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child},
-               meta=h['meta'], **extra, **h['own'])
+    extra = dict(cost=part('cost'), tiebreak=part('tiebreak')) if cls is Scores else dict(scale=part('scale'))
+    return cls({k:units[k] for k in keys}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child}, meta=h['meta'],
+               **extra, **h['own'])
+
+@patch(cls_method=True)
+def load(cls:Units, path # file written by `save`
+        ):
+    "Read back what `save` wrote; `DamagedFileError`, a `ValueError`, if the file holds something else."
+    t, h = load_tensors(path, cls.__name__)
+    with reading(path): return _units_from(cls, t, h)
 
 # %% ../nbs/00_core.ipynb #modules-dict-random-baselines
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',

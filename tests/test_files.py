@@ -1,0 +1,107 @@
+"""Files that were damaged, cut short, swapped or written by somebody else: one error with the file's name, never a wrong result."""
+import copy, json, os, warnings
+from pathlib import Path
+import numpy as np, pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import save_file
+from torch import nn
+import neuronprune.core as core
+from neuronprune.core import DamagedFileError, Mask, Scores, load_json, load_tensors, save_json, save_tensors
+from neuronprune.graph import trace
+
+hurt = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+
+def damages(data, whole):
+    "The bytes of a file with some of them changed, its end lost, or something added."
+    how, b = data.draw(st.sampled_from(['flip', 'flip', 'cut', 'more', 'zero', 'swap'])), bytearray(whole)
+    if how == 'cut': return bytes(b[:data.draw(st.integers(0, len(b)-1))])
+    if how == 'more': return bytes(b) + data.draw(st.binary(min_size=1, max_size=9))
+    at = data.draw(st.lists(st.integers(0, len(b)-1), min_size=1, max_size=3))
+    for i in at:
+        if how == 'flip': b[i] ^= 1 << data.draw(st.integers(0, 7))
+        elif how == 'zero': b[i:i+16] = bytes(len(b[i:i+16]))
+        else: b[i], b[at[0]] = b[at[0]], b[i]
+    return bytes(b)
+
+def survives(path, whole, data, load, same):
+    "Load the damaged file: either what was saved comes back, or one error that names the file."
+    Path(path).write_bytes(damages(data, whole))
+    try: got = load(path)
+    except DamagedFileError as e: assert f'path={os.fspath(path)!r}' in str(e) and 'delete it' in str(e)
+    else: assert same(got), 'a wrong result without a word'
+
+def net(): return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+def graph_scores():
+    g = trace(net(), torch.rand(2, 3))
+    return Scores({'0': torch.rand(4)}, 'channel', graph=g, cost={'0': 3*torch.ones(4)}, meta=dict(gap=.5), skipped={'1': 'no weights'}, method='mip')
+
+def equal_units(a, b):
+    return (list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a) and a.unit == b.unit and a.meta == b.meta and a.graph.to_dict() == b.graph.to_dict()
+            and [getattr(a, k, None) for k in ('method', 'skipped')] == [getattr(b, k, None) for k in ('method', 'skipped')])
+
+@pytest.fixture(scope='module')
+def kept(tmp_path_factory):
+    "Scores, a mask and JSON on disk: name -> (path, bytes, load, is it what was saved?)."
+    d, s = tmp_path_factory.mktemp('kept'), graph_scores()
+    m, j = Mask({'0': torch.tensor([True, False, True, True])}, 'channel', graph=s.graph, scale={'0': torch.rand(4)}), dict(a=[1.5, None, 'é'], b={'c': True})
+    s.save(d/'scores'); m.save(d/'mask'); save_json(d/'json', j)
+    loads = dict(scores=(Scores.load, lambda o: equal_units(o, s)), mask=(Mask.load, lambda o: equal_units(o, m) and torch.equal(o.scale['0'], m.scale['0'])),
+                 json=(lambda p: load_json(p, ['a', 'b']), lambda o: o == j))
+    return {k:(d/k, (d/k).read_bytes(), *v) for k,v in loads.items()}
+
+@pytest.mark.parametrize('kind', ['scores', 'mask', 'json'])
+@hurt
+@given(data=st.data())
+def test_damage_is_found(kept, kind, data):
+    path, whole, load, same = kept[kind]
+    path.write_bytes(whole); assert same(load(path))
+    survives(path, whole, data, load, same)
+
+def test_every_single_byte_counts(kept):
+    for path, whole, load, same in kept.values():
+        for i in range(0, len(whole), 7):
+            b = bytearray(whole); b[i] ^= 4; path.write_bytes(b)
+            try: assert same(load(path))
+            except DamagedFileError: pass
+
+def old(path, tensors, header): save_file(tensors, path, {'neuronprune': header if isinstance(header, str) else json.dumps(header)})
+
+GOOD = dict(kind='Mask', unit='channel', keys=['a'], meta={}, own={}, graph=None)
+
+def test_files_without_a_checksum_are_read(tmp_path):
+    old(tmp_path/'m', {'unit/a': torch.tensor([True, False])}, GOOD)
+    assert Mask.load(tmp_path/'m')['a'].tolist() == [True, False]
+    (tmp_path/'j').write_text('{"a": 3}'); assert load_json(tmp_path/'j', ['a']) == dict(a=3)
+
+@pytest.mark.parametrize('header', ['{', '[]', '[1, 2]', '"Mask"', '3', 'null', '{"kind": ["Mask"]}', {k:v for k,v in GOOD.items() if k != 'graph'}, {k:v for k,v in GOOD.items() if k != 'meta'},
+    {**GOOD, 'keys': ['a', 'zz']}, {**GOOD, 'keys': ['a', 'a']}, {**GOOD, 'keys': []}, {**GOOD, 'keys': 5}, {**GOOD, 'own': dict(colour='red')}, {**GOOD, 'own': [1]}, {**GOOD, 'unit': 'filter'},
+    {**GOOD, 'graph': {}}, {**GOOD, 'graph': 'x'}, {**GOOD, 'graph': [1]}, {**GOOD, 'meta': 5}, {**GOOD, 'own': dict(graph=None)}, {**GOOD, 'kind': 'Scores'}])
+def test_headers_that_make_no_sense(tmp_path, header):
+    old(tmp_path/'bad', {'unit/a': torch.tensor([True, False])}, header)
+    with pytest.raises(DamagedFileError, match=f"path='{tmp_path}/bad'"): Mask.load(tmp_path/'bad')
+
+def test_tensors_that_make_no_sense(tmp_path):
+    for t in ({}, {'unit/a': torch.rand(2)}, {'unit/a': torch.ones(2, 2).bool()}, {'unit/b': torch.ones(2).bool()}, {'unit/a': torch.ones(0).bool()},
+              {'unit/a': torch.ones(2).bool(), 'unit/b': torch.ones(2).bool()}, {'unit/a': torch.ones(2).bool(), 'scale/a': torch.ones(3)}):
+        old(tmp_path/'bad', t, GOOD)
+        with pytest.raises(DamagedFileError, match='bad'): Mask.load(tmp_path/'bad')
+
+def test_folders_missing_files_and_foreign_ones(tmp_path):
+    for load in (Mask.load, Scores.load, load_tensors, lambda p: load_json(p, [])):
+        with pytest.raises(FileNotFoundError): load(tmp_path/'none')
+        with pytest.raises(DamagedFileError, match='path='): load(tmp_path)
+        for content in (b'', b'\0', b'<!DOCTYPE html>', b'\xff'*100, b'['*100_000):
+            (tmp_path/'f').write_bytes(content)
+            with pytest.raises(DamagedFileError, match="f'"): load(tmp_path/'f')
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match='path=.*meta'): Mask({'a': torch.ones(2).bool()}, 'weight', meta={(1, 2): 3}).save(tmp_path/'m')
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int64, torch.half, torch.bfloat16, torch.float64])
+def test_tensors_of_all_kinds_have_a_checksum(tmp_path, dtype):
+    own = dict(a=torch.rand(2, 3).to(dtype), scalar=torch.tensor(1).to(dtype), none=torch.zeros(0, 4).to(dtype), t=torch.rand(3, 2).t().to(dtype))
+    save_tensors(tmp_path/'f', own, dict(kind='x')); back, h = load_tensors(tmp_path/'f', 'x')
+    assert all(torch.equal(back[k], own[k]) and back[k].dtype == dtype for k in own) and h == dict(kind='x')
+    with pytest.raises(DamagedFileError, match="holds 'x', expected 'y'"): load_tensors(tmp_path/'f', 'y')
