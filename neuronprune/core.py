@@ -6,8 +6,8 @@
 __all__ = ['PRUNABLE', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'check_type', 'check_finite', 'check_batch',
            'digesting', 'tensors', 'mapped', 'take', 'feed', 'UnsupportedLayerError', 'layers', 'twins', 'kappa',
            'generator', 'seed_everything', 'as_found', 'Units', 'Scores', 'Mask', 'replacing', 'DamagedFileError',
-           'reading', 'save_tensors', 'load_tensors', 'save_json', 'load_json', 'Method', 'method', 'Methods',
-           'methods']
+           'reading', 'save_tensors', 'load_tensors', 'save_json', 'load_json', 'memory_size', 'check_room', 'Method',
+           'method', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import importlib, inspect, json, math, os, random, difflib, warnings
@@ -568,6 +568,19 @@ def load(cls:Units, path # file written by `save`
     "Read back what `save` wrote; `DamagedFileError`, a `ValueError`, if the file holds something else."
     t, h = load_tensors(path, cls.__name__)
     with reading(path): return _units_from(cls, t, h)
+
+# %% ../nbs/00_core.ipynb #check-room
+def memory_size()->float:
+    "Bytes of main memory; infinite where the system does not say."
+    try: return float(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'))
+    except (AttributeError, ValueError, OSError): return math.inf
+
+def check_room(what:str, # argument and value, for the message
+               n_bytes   # bytes that it takes
+              ):
+    "Raises `ValueError` if `n_bytes` are more than the machine's memory."
+    if n_bytes <= (have := memory_size()): return
+    raise ValueError(f"{what}: takes {n_bytes/2**30:.3g} GiB, this machine has {have/2**30:.3g} GiB; expected something smaller")
 
 # %% ../nbs/00_core.ipynb #modules-dict-random-baselines
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',

@@ -105,3 +105,72 @@ def test_tensors_of_all_kinds_have_a_checksum(tmp_path, dtype):
     save_tensors(tmp_path/'f', own, dict(kind='x')); back, h = load_tensors(tmp_path/'f', 'x')
     assert all(torch.equal(back[k], own[k]) and back[k].dtype == dtype for k in own) and h == dict(kind='x')
     with pytest.raises(DamagedFileError, match="holds 'x', expected 'y'"): load_tensors(tmp_path/'f', 'y')
+
+# ---- models: the recipe in the header is not believed
+
+from neuronprune import surgery
+from neuronprune.allocate import allocate
+from neuronprune.models import ZOO, build
+
+def small_lenet():
+    net, xb = build('lenet5', 1, 10, 28, seed=0), torch.rand(4, 1, 28, 28)
+    g = trace(net, xb)
+    return surgery.shrink(net, allocate(Scores({k:torch.rand(g.layers[k]['n_out']) for k in g.removable}, 'channel', graph=g), .5), xb)
+
+@pytest.fixture(scope='module')
+def lenet(): return small_lenet()
+
+def equal_models(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+@hurt
+@given(data=st.data())
+def test_damaged_models(lenet, tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp()/'lenet.safetensors'
+    surgery.save(lenet, path); assert equal_models(surgery.load(path), lenet)
+    survives(path, path.read_bytes(), data, surgery.load, lambda o: equal_models(o, lenet))
+
+HUGE = 10**7
+SPECS = [[], 'lenet5', 5, {}, dict(name='lenet5'), dict(name='lenet', c_in=1, n_out=10, size=28), dict(name=['lenet5'], c_in=1, n_out=10, size=28), dict(name={}, c_in=1, n_out=10, size=28),
+         *(dict(dict(name='lenet5', c_in=1, n_out=10, size=28), **o) for o in (
+             dict(size=HUGE), dict(size=32), dict(size=20), dict(size=0), dict(size=-28), dict(size='28'), dict(size=28.), dict(size=None), dict(size=[28]), dict(size=True), dict(n_out=9), dict(n_out=11), dict(n_out=HUGE**3),
+             dict(c_in=3), dict(c_in=HUGE), dict(weights='IMAGENET1K_V1'), dict(seed=3), dict(init='kaiming'), dict(ks=3), dict(ks=HUGE), dict(ks='a'), dict(pool='max'), dict(colour='red'), dict(dropout=.5), dict(name='mlp'),
+             dict(name='resnet18', weights='DEFAULT'), dict(name='resnet18'), dict(name='vgg16', head=[HUGE]*9), dict(name='densenet22', depth=6*HUGE+4), dict(name='densenet22', growth=HUGE**2)))]
+
+@pytest.mark.parametrize('spec', SPECS, ids=lambda o: str(o)[:60])
+def test_specs_that_lie(lenet, tmp_path, monkeypatch, spec):
+    monkeypatch.setattr('torch.hub.load_state_dict_from_url', lambda *a, **k: pytest.fail('a download'))
+    old(tmp_path/'m', lenet.state_dict(), dict(kind='model', spec=spec, factored={}))
+    before = torch.get_rng_state()
+    with pytest.raises(DamagedFileError, match='path=.*/m.*delete the file'): surgery.load(tmp_path/'m')
+    assert torch.equal(before, torch.get_rng_state())
+
+@pytest.mark.parametrize('factored', [[], 'fc1', 5, {'fc9': 1}, {'fc1': 1}, {'fc1': 'a'}, {'fc1': HUGE}, {'': 1}, {'relu1': 1}, {'fc1': 0}])
+def test_factored_layers_that_are_none(lenet, tmp_path, factored):
+    old(tmp_path/'m', lenet.state_dict(), dict(kind='model', spec=lenet.spec, factored=factored))
+    if not factored and factored != 5 and factored == {}: return
+    try: assert equal_models(surgery.load(tmp_path/'m'), lenet)
+    except DamagedFileError as e: assert '/m' in str(e)
+
+def test_tensors_that_do_not_fit_the_network(lenet, tmp_path):
+    own = lenet.state_dict()
+    for bad in ({k:v for k,v in own.items() if k != 'fc2.bias'}, {**own, 'fc4.weight': torch.zeros(3)}, {**own, 'fc2.weight': torch.zeros(9, len(own['fc2.weight'][0]))}, {**own, 'fc3.weight': torch.zeros(500, 500)},
+                {**own, 'conv1.weight': own['conv1.weight'].flatten()}, {**own, 'fc2.bias': torch.zeros(0)}, {}):
+        old(tmp_path/'m', bad, dict(kind='model', spec=lenet.spec, factored={}))
+        with pytest.raises(DamagedFileError, match='/m'): surgery.load(tmp_path/'m')
+        with pytest.raises(DamagedFileError, match='/m'): surgery.load(tmp_path/'m', build('lenet5', 1, 10, 28))
+    with pytest.raises(DamagedFileError, match='unpruned network'):
+        surgery.save(lenet, tmp_path/'m'); surgery.load(tmp_path/'m', build('mlp', 1, 10, 28))
+
+def test_models_without_a_checksum_are_read(lenet, tmp_path):
+    old(tmp_path/'m', lenet.state_dict(), dict(kind='model', spec=lenet.spec, factored={}))
+    for back in (surgery.load(tmp_path/'m'), surgery.load(tmp_path/'m', build('lenet5', 1, 10, 28))):
+        assert equal_models(back, lenet) and back.training and all(p.requires_grad and p.device.type == 'cpu' for p in back.parameters())
+    x = torch.rand(3, 1, 28, 28); assert torch.equal(back.eval()(x), lenet.eval()(x))
+
+@pytest.mark.parametrize('name', [k for k in ZOO if k not in ('resnet101', 'resnet110', 'densenet121', 'wrn16_8', 'vgg19', 'vgg19_bn', 'resnet34', 'resnet50', 'alexnet', 'vgg16_dgl', 'vgg16_mint', 'vgg16')])
+def test_every_network_comes_back(name, tmp_path):
+    net = build(name, 3, 5, 64 if name.startswith(('resnet18', 'mobile', 'squeeze')) else 32, seed=0)
+    surgery.save(net, tmp_path/'m'); back = surgery.load(tmp_path/'m')
+    assert equal_models(back, net) and back.spec == net.spec
