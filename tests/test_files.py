@@ -174,3 +174,74 @@ def test_every_network_comes_back(name, tmp_path):
     net = build(name, 3, 5, 64 if name.startswith(('resnet18', 'mobile', 'squeeze')) else 32, seed=0)
     surgery.save(net, tmp_path/'m'); back = surgery.load(tmp_path/'m')
     assert equal_models(back, net) and back.spec == net.spec
+
+# ---- records
+
+from neuronprune.report import Report
+from neuronprune.train import Evaluation
+
+def record(): return Report(method='mint', method_args=dict(n=3), model='mlp', seed=0, sparsity=.5, params_before=9, before=Evaluation(9, 10, .5), tuned=Evaluation(8, 10), extra=dict(rounds=1))
+
+@hurt
+@given(data=st.data())
+def test_damaged_records(tmp_path_factory, data):
+    path, r = tmp_path_factory.getbasetemp()/'record.json', record()
+    r.save(path); assert Report.load(path) == r
+    survives(path, path.read_bytes(), data, Report.load, lambda o: o == r)
+
+def test_records_without_a_checksum_are_read(tmp_path):
+    record().save(tmp_path/'r.json'); d = json.loads((tmp_path/'r.json').read_text()); del d['sha256']
+    (tmp_path/'r.json').write_text(json.dumps(d)); assert Report.load(tmp_path/'r.json') == record()
+    del d['bounds'], d['macs_nonzero']; (tmp_path/'r.json').write_text(json.dumps(d)); assert Report.load(tmp_path/'r.json') == record(), 'a field that was added later'
+
+@pytest.mark.parametrize('change', [dict(method=None, versions=None), dict(before=5), dict(before=[9, 10]), dict(before=dict(k=9)), dict(before=dict(k=9, n=10, z=1)), dict(before=dict(k=11, n=10)), dict(before=dict(k=0, n=0)),
+    dict(before=dict(k=.5, n=10)), dict(before=dict(k=-1, n=10)), dict(method=5), dict(extra=[]), dict(seed='a'), dict(sparsity='much'), dict(colour='red'), dict(data='digits'), dict(size='big')])
+def test_records_that_make_no_sense(tmp_path, change):
+    record().save(tmp_path/'r.json'); d = json.loads((tmp_path/'r.json').read_text()); del d['sha256']; d.update(change)
+    (tmp_path/'r.json').write_text(json.dumps({k:v for k,v in d.items() if v is not None}))
+    with pytest.raises(DamagedFileError, match='path=.*r.json.*the run is repeated'): Report.load(tmp_path/'r.json')
+
+@pytest.mark.parametrize('text', ['', '{}', '[]', 'null', '3', '"mint"', '{"a": 1}', '{"method": "mint"', '[[[', '<html></html>'])
+def test_files_that_are_no_records(tmp_path, text):
+    (tmp_path/'r.json').write_text(text)
+    with pytest.raises(DamagedFileError, match='path=.*r.json'): Report.load(tmp_path/'r.json')
+
+# ---- the cache of dense networks
+
+from neuronprune.data import get_dls
+from neuronprune.pipeline import dense
+
+@pytest.fixture(scope='module')
+def dls(): return get_dls('digits', n_train=64)
+
+def tiny(dls, out, model='fc_baseline', epochs=1, **kw): return dense(dls, model, epochs, out=out, **kw)
+
+@pytest.fixture(scope='module')
+def cached(dls, tmp_path_factory):
+    "(folder, file, its bytes, the learner) of a cached network."
+    d = tmp_path_factory.mktemp('dense'); learn = tiny(dls, d); f, = (d/'dense').iterdir()
+    return d, f, f.read_bytes(), learn
+
+@settings(hurt, max_examples=40)
+@given(data=st.data())
+def test_damaged_dense_networks(cached, dls, data):
+    d, f, whole, learn = cached
+    same = lambda o: equal_models(o.model, learn.model) and all(torch.equal(v, o.rewind.init[k]) for k,v in learn.rewind.init.items()) and o.history == learn.history
+    f.write_bytes(whole); assert same(tiny(dls, d))
+    survives(f, whole, data, lambda p: tiny(dls, d), same)
+
+def test_dense_networks_of_another_request(cached, dls, tmp_path):
+    d, f, whole, learn = cached; f.write_bytes(whole)
+    for kw in (dict(epochs=2), dict(seed=1), dict(lr=.01), dict(model='fc2'), dict(stop=0)):
+        other = tiny(dls, tmp_path, **kw); g, = (tmp_path/'dense').iterdir(); g.write_bytes(whole)
+        with pytest.raises(DamagedFileError, match=f'path=.*{g.name}.*trained anew'): tiny(dls, tmp_path, **kw)
+        g.unlink(); assert equal_models(tiny(dls, tmp_path, **kw).model, other.model); g.unlink()
+
+def test_dense_networks_without_a_checksum(cached, dls, tmp_path):
+    d, f, whole, learn = cached; f.write_bytes(whole); t, h = load_tensors(f); (tmp_path/'dense').mkdir(); g = tmp_path/'dense'/f.name; del h['key']
+    old(g, t, h); assert equal_models(tiny(dls, tmp_path).model, learn.model)
+    k = 'trained/fc1.weight'
+    for tensors, head in [({**t, k: t[k][:3]}, h), ({**t, k: t[k].half()}, h), ({**t, k: torch.zeros(())}, h), ({o:v for o,v in t.items() if o != k}, h), ({**t, 'more': t[k].clone()}, h), (t, {**h, 'kind': 'model'}),
+                          (t, {**h, 'history': 3}), (t, {**h, 'history': [{}]*9}), (t, {**h, 'n_fits': 'a'}), (t, {o:v for o,v in h.items() if o != 'history'}), (t, {**h, 'key': 'other'}), (t, [])]:
+        old(g, tensors, head)
+        with pytest.raises(DamagedFileError, match=g.name): tiny(dls, tmp_path)

@@ -77,7 +77,7 @@ def test_option_a_still_fits_after_channels_are_gone():
     (lambda: build('mlp', init='zeros'), 'kaiming'), (lambda: build('vgg16', size=32, weights='IMAGENET1K_V1'), 'none for vgg16'),
     (lambda: build('resnet18', weights='IMAGENET1K_V9', size=224), 'IMAGENET1K_V1'), (lambda: min_size('vgg61'), 'vgg16'),
     (lambda: build('mlp', n_out=10**12), 'n_out=1000000000000.*GiB'), (lambda: build('mlp', n_out=10**20), 'n_out=1'), (lambda: build('mlp', size=10**9), 'size=1000000000'),
-    (lambda: build('mlp', c_in=10**13), 'c_in=1'), (lambda: build('densenet22', 3, growth=10**9, size=32), 'GiB'), (lambda: build('vgg16', 3, 10, 32, head=(10**9,)), 'GiB'),
+    (lambda: build('mlp', c_in=10**13), 'c_in=1'), (lambda: build('densenet22', 3, growth=10**9, size=32), 'growth=1'), (lambda: build('vgg16', 3, 10, 32, head=(10**9,)), 'GiB'),
     (lambda: build('vgg16', 3, 10, 32, head=5), 'head=5'), (lambda: build('vgg16', 3, 10, 32, head=[5]), r'head=\[5\]'), (lambda: build('vgg16', 3, 10, 32, head=(.5,)), 'head=0.5'),
     (lambda: build('vgg16', 3, 10, 32, head='ab'), "head='ab'"), (lambda: build('vgg16', 3, 10, 32, hed=(5,)), "did you mean 'head'"), (lambda: build('resnet20', 3, head=(5,), size=32), 'head: resnet20 takes no'),
     (lambda: build('mlp', dropout=50), 'did you mean 0.5'), (lambda: build('mlp', dropout='a'), 'dropout'), (lambda: build('mlp', bias=1), 'bias'), (lambda: build('mlp', widths=(3,)), 'argument of mlp'),
