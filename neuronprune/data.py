@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
-from .core import check_batch, check_choice, check_fraction, check_int, generator, seed_everything
+from .core import check_batch, check_choice, check_fraction, check_int, generator, mapped, seed_everything, take, tensors
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
@@ -589,57 +589,74 @@ def _loader(dls, split):
     "The loader of `split`; a third loader is the test set."
     i = dict(train=0, valid=1, test=2)[check_choice('split', split, ['train', 'valid', 'test'])]
     ls = getattr(dls, 'loaders', dls)
+    if not isinstance(ls, (list, tuple)) or not all(hasattr(o, '__iter__') and not isinstance(o, torch.Tensor) for o in ls):
+        raise TypeError(f"dls: expected DataLoaders, a training and a validation loader, got {type(dls).__name__}")
     if i >= len(ls):
         raise ValueError(f"split={split!r}: these DataLoaders hold {len(ls)} loaders; expected a third one for the test set")
     return ls[i]
 
 # %% ../nbs/01_data.ipynb #batches
+def _pair(b, n_inp=None):
+    "A loader's batch as (inputs, labels [n]) on the CPU; several inputs are a tuple, as in (a, b, y)."
+    if not isinstance(b, (tuple, list)) or len(b) < 2 or len(b) != (n_inp or len(b)-1) + 1:
+        what = f'{type(b).__name__} of {len(b)}' if isinstance(b, (tuple, list)) else type(b).__name__
+        raise ValueError(f"dls: a batch is a {what}; expected a pair (x, y), or (x1, x2, y) for a model of two inputs")
+    plain = lambda o: o.as_subclass(torch.Tensor).detach().cpu()
+    try: *xs,y = [mapped(plain, torch.as_tensor(o) if isinstance(o, np.ndarray) else o) for o in b]
+    except TypeError as e: raise ValueError(f"dls: a batch cannot be read as tensors ({e}); expected a pair (x, y)") from None
+    if not isinstance(y, torch.Tensor):
+        raise ValueError(f"dls: the labels of a batch are a {type(y).__name__}; expected a tensor of class labels [n]")
+    return xs[0] if len(xs) == 1 else tuple(xs),y
+
 def _batches(dl):
     "The batches of a foreign loader in a fixed order, un-augmented where the data set can be told."
+    n_inp = getattr(dl, 'n_inp', None)
     if isinstance(dl, TorchLoader):
         dl = TorchLoader(dl.dataset, batch_size=dl.batch_size or 64, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
     elif hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)
     quiet = getattr(getattr(dl, 'dataset', None), 'set_split_idx', None)
     with quiet(1) if quiet else nullcontext():
-        for b in dl:
-            if not isinstance(b, (tuple, list)) or len(b) != 2:
-                raise ValueError(f"dls: a batch is {type(b).__name__}; expected a pair (x, y)")
-            yield [torch.as_tensor(o).as_subclass(torch.Tensor).detach().cpu() for o in b]
+        for b in dl: yield _pair(b, n_inp)
 
 # %% ../nbs/01_data.ipynb #fetch
 def _fetch(dl, idx):
-    "The images `idx` of a foreign loader, in that order."
+    "The inputs `idx` of a foreign loader, in that order and in the form of its batches."
     start,found,want = 0,{},set(idx.tolist())
-    for xb,_ in _batches(dl):
-        found.update({start+i:xb[i].clone() for i in range(len(xb)) if start+i in want})
-        start += len(xb)
+    for xb,y in _batches(dl):
+        found.update({start+i:mapped(torch.clone, take(xb, i)) for i in range(len(y)) if start+i in want})
+        start += len(y)
         if len(found) == len(want): break
-    return torch.stack([found[i] for i in idx.tolist()])
+    one,rows = found[int(idx[0])],[tensors(found[i]) for i in idx.tolist()]
+    if len({tuple(o.shape for o in r) for r in rows}) > 1:
+        raise ValueError("dls: the inputs have different shapes; expected one, so resize or pad them in the data set")
+    stacked = map(torch.stack, zip(*rows))
+    return mapped(lambda _: next(stacked), one)
 
 # %% ../nbs/01_data.ipynb #calib_batch
-def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders` of (x, y) batches
+def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders` of (x, y) or (x1, x2, y) batches
                 n_per_class:int=None, # images per class; None (and no `n`) = 250 or the smallest class
                 n:int=None,         # instead: so many images, whatever their class
                 split:str='valid',  # 'train', 'valid' or 'test'
                 seed:int=0,         # same seed, same bytes
                 device=None         # None = the device of `dls`
                )->tuple:
-    "(xb float32 [k, ...], yb int64 [k]), un-augmented, normalised as in training; `ValueError` if there are too few images."
+    "(xb float32 [k, ...], yb int64 [k]), un-augmented, normalised as in training; several inputs are a tuple. `ValueError` if there are too few."
     if n is not None and n_per_class is not None: raise ValueError(f"n={n}, n_per_class={n_per_class}: give one of the two")
     dl,ours = _loader(dls, split),False
     if isinstance(dl, ImageDL): y,ours = dl.dataset.y.cpu(),True
     else: y = torch.cat([yb for _,yb in _batches(dl)] or [torch.empty(0).long()])
     if len(y) == 0: raise ValueError(f"split={split!r}: the loader is empty; expected at least one batch")
-    if y.ndim != 1 or y.is_floating_point():
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"yb: shape {tuple(y.shape)}, dtype {y.dtype}; expected integer class labels [n]")
+    y = y.long()
     n_out = getattr(dls, 'n_out', None) or getattr(dls, 'c', None) or int(y.max())+1
     if n is None: idx = balanced(y, n_out, n_per_class, seed, getattr(dls, 'vocab', None), f'the {split} part')
     elif check_int('n', n, 1) > len(y):
         raise ValueError(f"n={n}: the {split} part has {len(y)} images; use n={len(y)} or less, or split='train'")
     else: idx = torch.randperm(len(y), generator=generator(seed))[:n]
     xb = dl.prep.plain()(dl.dataset.items(idx)) if ours else _fetch(dl, idx)
-    device = device or getattr(dls, 'device', None) or xb.device
-    xb,yb = xb.to(device),y[idx].to(device)
+    device = device or getattr(dls, 'device', None) or 'cpu'
+    xb,yb = mapped(lambda o: o.to(device), xb),y[idx].to(device)
     check_batch(xb, yb, n_out)
     return xb,yb
 

@@ -201,6 +201,41 @@ def test_calibration_batch_from_foreign_loaders():
     with pytest.raises(ValueError, match='integer'): calib_batch(DataLoaders(*[DataLoader(torch.utils.data.TensorDataset(x, y.float()), bs=8)]*2), 1)
     with pytest.raises(ValueError, match='empty'): calib_batch(DataLoaders(*[DataLoader([], bs=8)]*2), 1)
 
+def triples(x, y, form, dtype=torch.int64):
+    "Examples of several inputs in one of the forms that loaders give them."
+    z = x.flatten(1)
+    return [dict(tuple=(a, b, c), nested=((a, b), c), mapping=(dict(a=a, b=b), c))[form] for a,b,c in zip(x, z, y.to(dtype))]
+
+@pytest.mark.parametrize('form', ['tuple', 'nested', 'mapping'])
+@pytest.mark.parametrize('torchs', [False, True])
+def test_calibration_batch_of_several_inputs(form, torchs):
+    x,y = torch.randn(40, 3, 5, 5),torch.arange(40) % 4
+    ds,one = triples(x, y, form),list(zip(x, y))
+    both = [torch.utils.data.DataLoader(o, 7, shuffle=True) if torchs else DataLoader(o, bs=7, shuffle=True) for o in (ds, one)]
+    (xb,yb),(want,labels) = (calib_batch(DataLoaders(o, o), n=9, seed=1) for o in both)
+    a,b = xb.values() if form == 'mapping' else xb
+    assert isinstance(xb, dict if form == 'mapping' else tuple) and torch.equal(yb, labels)
+    assert torch.equal(a, want) and torch.equal(b, want.flatten(1))
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    x,y = torch.randn(40, 3),torch.arange(40) % 4
+    a,b = (calib_batch(DataLoaders(*[DataLoader(list(zip(x, o)), bs=8)]*2), 3) for o in (y, y.to(dtype)))
+    assert b[1].dtype == torch.int64 and all(torch.equal(o, p) for o,p in zip(a, b))
+
+@pytest.mark.parametrize('items,said', [([dict(x=torch.zeros(3), y=0)]*8, 'a batch is a dict; expected a pair'), ([(torch.zeros(3),)]*8, 'expected a pair'),
+    ([(torch.zeros(3), 'cat')]*8, 'labels of a batch are a'), ([(torch.zeros(3), True)]*8, 'integer class labels'), ([(torch.zeros(3), torch.tensor(1j))]*8, 'integer class labels'),
+    ([(torch.zeros(3), .5)]*8, 'integer class labels'), ([(torch.zeros(3), torch.zeros(4).long())]*8, 'integer class labels')])
+def test_batches_that_are_no_pairs(items, said):
+    for dl in (DataLoader(items, bs=4), torch.utils.data.DataLoader(items, 4)):
+        with pytest.raises(ValueError, match=said): calib_batch(DataLoaders(dl, dl), n=2)
+
+def test_inputs_of_different_shapes_and_no_loaders():
+    rows = [(torch.zeros(i//4+1), i % 2) for i in range(8)]
+    with pytest.raises(ValueError, match='dls: the inputs have different shapes'): calib_batch(DataLoaders(*[DataLoader(rows, bs=4)]*2), n=8)
+    for bad in ([1, 2], 5, torch.zeros(4, 1, 8, 8), (torch.zeros(3), torch.zeros(3)), torch.utils.data.DataLoader(rows, 4), None):
+        with pytest.raises(TypeError, match='dls: expected DataLoaders'): calib_batch(bad, n=2)
+
 @real
 def test_real_mnist():
     dls = get_dls('mnist', root=REAL.parents[1], bs=256, device='cpu')
