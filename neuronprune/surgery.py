@@ -199,6 +199,8 @@ def _plan(model, mask, xb):
     return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, new_widths(g, outs, ins), outs, ins)
 
 # %% ../nbs/06_surgery.ipynb #plan-2
+def _at(model, xb): "`xb` on the device of `model`."; return mapped(lambda o: o.to(next(model.parameters()).device), xb)
+
 def plan(model:nn.Module, # the dense or masked model
          mask:Mask,       # what to drop
          xb=None          # a batch of inputs; needed when the mask carries no graph, and to find constants
@@ -235,6 +237,7 @@ def _cut(m, out, inp):
 def _cut_all(model, cuts, widths):
     for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
     for n,v in widths.items(): setattr(*_owner(model, n), v)
+    if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model
 
 @torch.no_grad()
@@ -247,8 +250,6 @@ def _fold(model, worth):
     return model
 
 # %% ../nbs/06_surgery.ipynb #difference
-def _at(model, xb): "`xb` on the device of `model`."; return mapped(lambda o: o.to(next(model.parameters()).device), xb)
-
 @torch.no_grad()
 def difference(a:nn.Module, # reference
                b:nn.Module, # other model
@@ -380,7 +381,7 @@ def save(model:nn.Module, # pruned or not
     try: json.dumps(spec)
     except TypeError: spec = None
     factored = {n:getattr(m[0], 'groups', 1) for n,m in model.named_modules() if isinstance(m, Factored)}
-    save_tensors(path, model.state_dict(), dict(kind='model', spec=spec, factored=factored))
+    save_tensors(path, model.state_dict(), dict(kind='model', spec=spec, factored=factored, widths=getattr(model, 'cut_widths', {})))
 
 # %% ../nbs/06_surgery.ipynb #rebuild
 def _rebuild(spec, state):
@@ -421,12 +422,20 @@ def _narrowed(model, state):
     first = lambda n, have: None if n == have else torch.arange(n)
     for n,m in model.named_modules():
         k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
-        if k is None or not isinstance(m, PRUNABLE+NORMS): continue
+        if k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
         new, old = state[k].shape, model.get_submodule(n).state_dict()[k.rpartition('.')[2]].shape
         whole = len(new) > 1 and getattr(m, 'groups', 1) == 1
         out, inp = first(new[0], old[0]), first(new[1], old[1]) if whole else None
         if (out, inp) != (None, None): _cut(m, out, inp)
     return model
+
+def _set_widths(model, widths):
+    "Set the attributes that `shrink` had set; raises unless each is a whole number of the model already."
+    for n,v in check_type('widths', widths, dict).items():
+        m, a = _owner(model, n)
+        if type(vars(m).get(a)) is not int: raise ValueError(f"widths: {n!r} is no whole number of the model")
+        setattr(m, a, check_int(f'widths[{n!r}]', v, 1))
+    if widths: model.cut_widths = dict(widths)
 
 # %% ../nbs/06_surgery.ipynb #load
 def load(path,                # file written by `save`
@@ -442,5 +451,6 @@ def load(path,                # file written by `save`
         _check_shapes(model, state)
         model = _narrowed(model, state)
         if zoo: _check_runs(model, h['spec'])
+        _set_widths(model, h.get('widths', {}))
         model.load_state_dict({k:v.clone() for k,v in state.items()}, assign=zoo)
     return model

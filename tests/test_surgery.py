@@ -292,6 +292,9 @@ def mask_of(m, x, **keep): return Mask({k:torch.tensor(v) for k,v in keep.items(
 
 def test_errors():
     x = torch.rand(3, 1, 4, 4); old = Net(lambda s, x: s.fc(s.conv(x).relu().view(-1, 16)), conv=nn.Conv2d(1, 4, 3), fc=L(16, 2)); m = mask_of(old, x, conv=[True, False, True, True])
+    assert 'a cut network' in m.graph.fixed['conv'] and shrink(old, m, x).conv.weight.shape == (4, 1, 3, 3)
+    with pytest.raises(ValueError, match='cannot digest a batch of shape'): shrink(old, m, x[..., :3])
+    m.graph.fixed.pop('conv')
     with pytest.raises(SurgeryError, match='cannot run.*hard-coded view'): shrink(old, m, x)
     with pytest.raises(ValueError, match='batch is empty'): shrink(old, m, x[:0])
     with pytest.raises(ValueError, match='NaN'): shrink(old, m, x*float('nan'))
@@ -302,7 +305,7 @@ def test_errors():
 def test_a_difference_is_an_error_that_says_how_much(monkeypatch):
     with torch.random.fork_rng(): torch.manual_seed(0); model = nn.Sequential(L(3, 4), nn.LeakyReLU(), L(4, 2)); x = torch.randn(5, 3)
     m, cut = mask_of(model, x, **{'0': [True, False, True, True]}), surgery._cut_all
-    monkeypatch.setattr(surgery, '_cut_all', lambda mod, cuts: cut(mod, {n:(torch.tensor([0, 1, 2]) if n == '0' else o, i) for n,(o,i) in cuts.items()}))
+    monkeypatch.setattr(surgery, '_cut_all', lambda mod, cuts, widths: cut(mod, {n:(torch.tensor([0, 1, 2]) if n == '0' else o, i) for n,(o,i) in cuts.items()}, widths))
     with pytest.raises(SurgeryError, match=r'differ by .* allowed are tol=1e-05'): shrink(model, m, x)
     shrink(model, m, x, tol=float('inf'))
 
