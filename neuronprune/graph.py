@@ -56,10 +56,12 @@ class Graph:
 @patch(as_prop=True)
 def ties(self:Graph)->list:
     "Lists of layers that share bundles, each list longer than one."
-    names, ids = list(self.out_slots), [set(v.tolist()) for v in self.out_slots.values()]
-    edges = [(i, j) for i in range(len(names)) for j in range(i) if ids[i] & ids[j]]
-    _, lab = _components(len(names), edges)
-    return [o for k in range(lab.max()+1) if len(o := [n for n,l in zip(names, lab) if l == k]) > 1]
+    names, ids = list(self.out_slots), [v.unique().numpy() for v in self.out_slots.values()]
+    if not names: return []
+    edges = np.concatenate([np.stack([np.full(len(v), i), len(names)+v], 1) for i,v in enumerate(ids)]) # layers and bundles as two kinds of nodes
+    lab = _components(len(names)+1+max(int(v.max()) for v in ids), edges)[1][:len(names)]; groups = {}
+    for n,l in zip(names, lab.tolist()): groups.setdefault(l, []).append(n)
+    return [o for o in groups.values() if len(o) > 1]
 
 def _components(n, edges):
     e = np.array(edges, dtype=int).reshape(-1, 2)
@@ -140,14 +142,15 @@ def _unfed(n, found, heard, n_in):
 def _bundles(probe, sources):
     "Layer -> bundle number of every output channel."
     names = list(probe.n_out); start = dict(zip(names, np.cumsum([0]+[probe.n_out[n] for n in names])))
-    edges, total = [], sum(probe.n_out.values())
+    edges, total = [np.empty((0, 2), dtype=int)], sum(probe.n_out.values())
     for k,src in sources.items():
         ids = [(s.numpy(), start[p]+c.numpy()) for p,(s,c) in src.items()]
         if k in start and getattr(probe.layers[k], 'groups', 1) == (n := probe.n_out[k]) > 1:
             ids.append((np.arange(n), start[k]+np.arange(n)))
-        first, (slots, chans) = {}, map(np.concatenate, zip(*ids))
-        edges += [(first.setdefault(s, c), c) for s,c in zip(slots.tolist(), chans.tolist())]
-    lab = _components(total, edges)[1]
+        slots, chans = map(np.concatenate, zip(*ids)); order = slots.argsort(kind='stable')
+        slots, chans = slots[order], chans[order]; meet = slots[1:] == slots[:-1]
+        edges.append(np.stack([chans[1:][meet], chans[:-1][meet]], 1))
+    lab = _components(total, np.concatenate(edges))[1]
     return {n:torch.from_numpy(lab[start[n]:start[n]+probe.n_out[n]]).long() for n in names}
 
 # %% ../nbs/03_graph.ipynb #place
@@ -181,12 +184,11 @@ def _unions(g, names):
     return [t for t in tied if t] + [[n] for n in names if n not in inside]
 
 def _gone(g, unions, part):
-    "Bool per bundle, True = cut: of the layers of every union one half at random, the other half, the first, or the first half."
+    "Bool per bundle, True = cut: of the layers of every union the first half, the other half, or the first one alone."
     gone = torch.zeros(1+max(int(o.max()) for o in g.out_slots.values()), dtype=torch.bool)
     for union in unions:
         ids = torch.cat([g.out_slots[n] for n in union]).unique()
-        order = ids[torch.randperm(len(ids), generator=generator(0))]; half = len(ids)//2
-        gone[(order[:half], order[half:], ids[:1], ids[:half])[part]] = True
+        half = len(ids)//2; gone[(ids[:half], ids[half:], ids[:1])[part]] = True
     return spared(g, gone)
 
 def spared(g:Graph,         # wiring
@@ -208,7 +210,7 @@ def kept_slots(g:Graph,           # wiring
 # %% ../nbs/03_graph.ipynb #try-cut
 def _faulty(probe, g, unions):
     "None, or why a network in which the layers of `unions` were cut would be wrong; both halves are tried."
-    for part in range(4):
+    for part in range(3):
         gone = _gone(g, unions, part)
         outs, ins = kept_slots(g, gone)
         if outs and (why := probe.rehearse(outs, ins, new_widths(g, outs, ins))): return why
@@ -255,6 +257,8 @@ def _learn_widths(probe, g, union, limit=24):
     return False
 
 # %% ../nbs/03_graph.ipynb #trace
+_LARGE = 4_000_000 # activations above which single precision has to do
+
 def probing(model:nn.Module, # any model; not changed
             xb               # a batch of inputs
            )->Probe:
@@ -263,7 +267,9 @@ def probing(model:nn.Module, # any model; not changed
     own = torch.float32 if own in (torch.half, torch.bfloat16) else own
     double = own if next(model.parameters()).device.type == 'mps' else torch.float64
     for dtype,generic in ((double, True), (own, True), (own, False)):
-        try: return Probe(model, xb, dtype, generic).settle()
+        try:
+            probe = Probe(model, xb, dtype, generic).settle()
+            if probe.volume <= _LARGE or dtype == own: return probe.measure()
         except Exception as e: err = e
     raise err
 
@@ -277,10 +283,12 @@ def _sources(found):
 
 def _with_ties(fixed, out_slots):
     "`fixed` with the layers that are tied to a fixed one."
-    bad = {i:n for n in out_slots if n in fixed for i in out_slots[n].tolist()}
+    names = list(out_slots); bad = torch.full((1+max((int(o.max()) for o in out_slots.values()), default=0),), -1)
+    for i,n in enumerate(names):
+        if n in fixed: bad[out_slots[n]] = i
     for n,ids in out_slots.items():
-        hit = [bad[i] for i in ids.tolist() if i in bad]
-        if n not in fixed and hit: fixed[n] = f"tied to {hit[0]!r}: {fixed[hit[0]]}"
+        hit = bad[ids][bad[ids] >= 0]
+        if n not in fixed and len(hit): fixed[n] = f"tied to {names[hit[0]]!r}: {fixed[names[hit[0]]]}"
     return fixed
 
 # %% ../nbs/03_graph.ipynb #trace-2

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'OPAQUE', 'LEVELS', 'Table', 'is_norm', 'norm_width', 'channel_dim', 'slots', 'Probe', 'digits', 'spelt',
-           'attributes']
+           'owner']
 
 # %% ../nbs/02a_probe.ipynb #imports
-import copy, math
+import copy, math, zlib
 from contextlib import contextmanager
 import torch
 from torch import nn
@@ -15,16 +15,18 @@ from fastcore.basics import patch
 from .core import *
 
 # %% ../nbs/02a_probe.ipynb #generic
+_PRIME = 65_537 # numbers in the table
+
 class Table:
     "Random numbers in (½, 1½) to fill tensors with, cheaply; the same seed gives the same numbers."
     def __init__(self, dtype, device, seed=1):
-        self.values = (torch.rand(65_537, generator=generator(seed), dtype=torch.float64)+.5).to(device, dtype) # a prime number of them
-    def __call__(self, shape, key=0):
-        "A tensor of this shape; equal `key`, equal numbers."
-        n = math.prod(shape); v = self.values.roll(-(hash(key) % 65_537)) if isinstance(key, int) else self.values.roll(-(sum(map(ord, str(key)))*101 % 65_537))
-        if n > len(v): v = v.repeat(-(-n//len(v)))
-        return v[:n].view(shape)
-    def like(self, p, key=0):
+        v = torch.rand(_PRIME, generator=generator(seed), dtype=torch.float64)+.5
+        self.values = torch.cat([v, v]).to(device, dtype)
+    def __call__(self, shape, key=''):
+        "A tensor of this shape; equal `key`, equal numbers. Not to be written to."
+        n, start = math.prod(shape), zlib.crc32(str(key).encode()) % _PRIME; v = self.values[start:start+_PRIME]
+        return (v if n <= _PRIME else v.repeat(-(-n//_PRIME)))[:n].view(shape)
+    def like(self, p, key=''):
         "Numbers for the parameter or buffer `p`: what is not finite stays, matrices are divided by their fan-in."
         v = self(p.shape, key) / max(1, math.prod(p.shape[1:]))
         return torch.where(torch.isfinite(p), v, p.to(v))
@@ -198,15 +200,21 @@ def _smaller(x, side, dims):
 # %% ../nbs/02a_probe.ipynb #shrink-input
 def _noise(probe, x): return mapped(lambda o: probe.table(o.shape, 'input') if o.is_floating_point() else o, x)
 
+def _stride(inputs, outs):
+    "How many pixels of an image become one in the coarsest map that has more than one; 0 without images."
+    side = max((s for o in inputs for s in o), default=0)
+    return max((side//max(o[2:]) for o in outs if len(o) > 3 and max(o[2:]) > 1), default=0) if side else 0
+
 @patch
 @torch.no_grad()
 def settle(self:Probe):
-    "Run the network at full size, then choose the smallest input that it takes and that keeps the wiring; `positions` are those of the full size."
+    "Run the network at full size, then choose the smallest input that it takes and that keeps the wiring; `positions` are those of the full size, `volume` the activations of the small one."
     try: self.run(1)
     except (RuntimeError, IndexError, ValueError): self.run(2)
     full, calls, width, whole = self.out, self.calls, _widths(self), self.inputs
     self.positions = {n:math.prod(s)//self.rows//len(self.layers[n].weight) for n,s in full.items()}
-    sizes = [(s, d) for s in _SIDES for d in ((2,), (1,))] if sum(map(math.prod, full.values())) > _SMALL else []
+    least = _stride([o.shape[2:] for o in tensors(whole) if o.ndim > 3], full.values())
+    sizes = [(s, d) for s in _SIDES if s > least for d in ((2,), (1,))] if sum(map(math.prod, full.values())) > _SMALL else []
     for side,dims in sizes:
         self.inputs = _smaller(whole, side, dims)
         if all(a.shape == b.shape for a,b in zip(tensors(self.inputs), tensors(whole))): continue
@@ -215,14 +223,15 @@ def settle(self:Probe):
         same = self.calls == calls and list(self.calls) == list(calls) and _widths(self) == width
         if same and all(t >= min(s, 2) for n,o in full.items() for s,t in zip(o[1:], self.out[n][1:])): break
     else: self.inputs = whole
-    return self._with_noise().measure()
+    return self._with_noise()
 
 @patch
 def _with_noise(self:Probe):
     "Keep the given example beside noise of its shape, if the network takes noise."
     self.given, self.inputs = self.inputs, _noise(self, self.inputs)
-    try: self.run(2)
-    except Exception: self.inputs = self.given
+    try: self.run(1)
+    except Exception: self.inputs = self.given; self.run(1)
+    self.volume = sum(o.numel() for k,v in self.seen.items() for o in tensors(v))//self.rows
     return self
 
 # %% ../nbs/02a_probe.ipynb #emit
@@ -255,7 +264,7 @@ def rows_of(self:Probe, k):
     return x.movedim(-1 if channel_dim(m) == -1 else 2, 1).flatten(2)
 
 # %% ../nbs/02a_probe.ipynb #reach
-_VOLUME = 4_000_000 # activations per run that are worth another row
+_VOLUME = 500_000 # activations per run that are worth another row
 
 @patch
 @torch.enable_grad()
@@ -290,10 +299,10 @@ def digits(n:int,  # number of channels
     return torch.cat([ref, torch.arange(n)[None]//LEVELS**torch.arange(d)[:, None] % LEVELS])
 
 def spelt(x:torch.Tensor, # what was seen [LEVELS+d, slots, rest]
+          w:torch.Tensor, # random weights [rest] by which positions are summed
           tol:float       # relative difference that counts
          )->tuple:
     "(bool [d, LEVELS, slots]: which levels does each row look like?, bool [slots]: do the levels differ at all?)."
-    w = Table(x.dtype, x.device)((x.shape[-1],))
     y = x @ w
     if not torch.isfinite(y).all(): y = x.nan_to_num(0, 0, 0) @ w
     near = tol*(1+x.shape[-1]+y[:LEVELS].abs().amax(0))
@@ -311,7 +320,7 @@ def decode(self:Probe, names, places, reach, tries=24):
         self.lifting(lift, sign=t or None).run(LEVELS+d, self.inputs if t % 2 == 0 else self.given)
         for k in places:
             if (x := self.rows_of(k)) is None: continue
-            like, heard = spelt(x, tol)
+            like, heard = spelt(x, self.table((x.shape[-1],)), tol)
             if k in found: like, heard = like & found[k][0], heard | found[k][1]
             found[k] = like, heard
         if all(_complete(*o, [c for n,c in reach.get(k, {}).items() if n in lift]) for k,o in found.items()): break
@@ -320,7 +329,7 @@ def decode(self:Probe, names, places, reach, tries=24):
 def _read(like, heard):
     "(channel [slots] or -1, bool [slots]: mixed?) from the levels that were possible in every digit."
     one = (like.sum(1) == 1).all(0) & heard
-    chan = (like.int().argmax(1)*LEVELS**torch.arange(len(like))[:, None]).sum(0)
+    chan = ((like*torch.arange(LEVELS)[:, None]).sum(1)*LEVELS**torch.arange(len(like))[:, None]).sum(0) # if there is one level
     return torch.where(one, chan, -1), heard & ~one
 
 def _complete(like, heard, arrives):
@@ -386,31 +395,35 @@ def loud(self:Probe):
     return res
 
 # %% ../nbs/02a_probe.ipynb #attributes
-def _owner(model, name): path, _, a = name.rpartition('.'); return model.get_submodule(path), a
+def owner(model:nn.Module, # any model
+          name:str         # 'module.attribute'
+         )->tuple:
+    "(the module, name of the attribute)."
+    path, _, a = name.rpartition('.')
+    return model.get_submodule(path), a
 
 @contextmanager
-def attributes(model:nn.Module, # changed inside the block
-               values:dict      # 'module.attribute' -> value
-              ):
-    "Inside the block these attributes have these values."
-    old = {n:getattr(*_owner(model, n)) for n in values}
-    for n,v in values.items(): setattr(*_owner(model, n), v)
+def _attributes(values):
+    "Inside the block the attributes have these values: [(module, name, value)]."
+    at = lambda m, a: next(d for d in (m._parameters, m._buffers, vars(m)) if a in d)
+    old = [(at(m, a), a, at(m, a)[a]) for m,a,_ in values]
+    for (d,a,_),(*_,v) in zip(old, values): d[a] = v
     try: yield
     finally:
-        for n,v in old.items(): setattr(*_owner(model, n), v)
+        for d,a,v in old: d[a] = v
 
 @patch
 def resized(self:Probe, kept, slots):
-    "'module.attribute' -> value for layers and norms of the new widths: code may ask `fc.in_features` or `conv.bias.shape`."
-    res = {}
+    "[(module, attribute, value)] for layers and norms of the new widths: code may ask `fc.in_features` or `conv.bias.shape`."
+    res = []
     for n,keep in slots.items():
-        m, n_in, n_out = self.norms.get(n) or self.layers[n], int(keep.sum()), int(kept[n].sum()) if n in kept else None
-        norm = n in self.norms; new = n_in if norm else n_out
-        ins, outs = ((), ('num_features', 'num_parameters')) if norm else (('in_features', 'in_channels'), ('out_features', 'out_channels'))
-        res.update({f'{n}.{a}':v for names,v in ((ins, n_in), (outs, new)) for a in names if v is not None and hasattr(m, a)})
+        norm, n_in = n in self.norms, int(keep.sum()); m = self.norms[n] if norm else self.layers[n]
+        new = n_in if norm else int(kept[n].sum()) if n in kept else None
+        names = {'num_features': new, 'num_parameters': new} if norm else {'in_features': n_in, 'in_channels': n_in, 'out_features': new, 'out_channels': new}
+        res += [(m, a, v) for a,v in names.items() if v is not None and a in vars(m)]
         if new is None or norm and not _plain(m): continue
-        for k,p in {**m._parameters, **m._buffers}.items():
-            if p is not None and p.ndim: res[f'{n}.{k}'] = nn.Parameter(p.detach()[:new], requires_grad=False) if k in m._parameters else p[:new]
+        res += [(m, k, nn.Parameter(p.detach()[:new], requires_grad=False)) for k,p in m._parameters.items() if p is not None]
+        res += [(m, k, p[:new]) for k,p in m._buffers.items() if p is not None and p.ndim]
     return res
 
 # %% ../nbs/02a_probe.ipynb #rehearse
@@ -434,7 +447,7 @@ def rehearse(self:Probe, kept, slots, widths={}):
     "None, or why a network cut to `kept` (layer -> bool [n_out]; place -> bool in `slots`), with attributes set to `widths`, would not compute what the masked one does."
     self._emitting(kept, cut=False).run(1, self.both()); want, raw = {k:self.rows_of(k) for k in slots}, dict(self.seen)
     try:
-        with attributes(self.model, {**self.resized(kept, slots), **widths}): self._emitting(kept, cut=True).run(1, self.both())
+        with _attributes(self.resized(kept, slots) + [(*owner(self.model, n), v) for n,v in widths.items()]): self._emitting(kept, cut=True).run(1, self.both())
     except Exception as e: return f"a cut network cannot run ({type(e).__name__}: {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''})"
     if list(self.seen) != list(raw): return "a cut network calls other layers"
     for k,o in self.seen.items():
@@ -442,7 +455,7 @@ def rehearse(self:Probe, kept, slots, widths={}):
             x, y = want[k], self.rows_of(k)
             if x is None: continue
             if y is None: return f"a cut network sends nothing to {k!r}"
-            if not _same(x[:, slots[k]], y) or (k in self.layers and not _same(x[:, ~slots[k]], torch.zeros(()))): return f"a cut network computes something else at {k!r}"
+            if not _same(x[:, slots[k]], y) or k in self.layers and x[:, ~slots[k]].any(): return f"a cut network computes something else at {k!r}"
         elif not all(map(_same, tensors(raw[k]), tensors(o))): return f"a cut network computes something else at {k.rstrip('#')!r}" if k else "a cut network's output differs"
 
 @patch
@@ -454,6 +467,5 @@ def both(self:Probe):
 
 def _same(a, b):
     "Equal up to rounding, NaN to NaN."
-    if b.ndim and a.shape != b.shape: return False
     tol = 1e-8 if a.dtype == torch.float64 else 1e-4
-    return torch.allclose(a, b.to(a.dtype).expand(a.shape), rtol=tol, atol=tol, equal_nan=True)
+    return a.shape == b.shape and (torch.equal(a, b) or torch.allclose(a, b, rtol=tol, atol=tol, equal_nan=True))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from .core import *
-from .probe import is_norm, slots, _owner
+from .probe import is_norm, owner, slots
 from .graph import kept_slots, new_widths, probing, spared, trace, _check_fit, _check_plain, _depthwise, _twins
 
 # %% ../nbs/06_surgery.ipynb #factors
@@ -236,7 +236,7 @@ def _cut(m, out, inp):
 # %% ../nbs/06_surgery.ipynb #cut-all
 def _cut_all(model, cuts, widths):
     for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
-    for n,v in widths.items(): setattr(*_owner(model, n), v)
+    for n,v in widths.items(): setattr(*owner(model, n), v)
     if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model
 
@@ -432,7 +432,7 @@ def _narrowed(model, state):
 def _set_widths(model, widths):
     "Set the attributes that `shrink` had set; raises unless each is a whole number of the model already."
     for n,v in check_type('widths', widths, dict).items():
-        m, a = _owner(model, n)
+        m, a = owner(model, n)
         if type(vars(m).get(a)) is not int: raise ValueError(f"widths: {n!r} is no whole number of the model")
         setattr(m, a, check_int(f'widths[{n!r}]', v, 1))
     if widths: model.cut_widths = dict(widths)
