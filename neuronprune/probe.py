@@ -77,12 +77,10 @@ def _out_shape(m, x, n):
 
 # %% ../nbs/02a_probe.ipynb #substitutes
 def _plain(m): return type(m).__module__.startswith('torch.nn') # a norm of torch's own, not one with an activation inside
-_FUSED = nn.modules.linear.NonDynamicallyQuantizableLinear # attention multiplies with the weight of this layer without calling it
-
 def _substitutes(model, table):
     "For `deepcopy`: id of a tensor -> what the copy has in its place."
     mods = dict(model.named_modules()); own = lambda m: [*m._parameters.items(), *m._buffers.items()]
-    hold = lambda m: is_norm(m) or isinstance(m, PRUNABLE) and not isinstance(m, _FUSED)
+    hold = lambda m: is_norm(m) or isinstance(m, (*PRUNABLE, nn.MultiheadAttention)) # these do not compute
     res = {id(p):p for m in mods.values() if hold(m) for _,p in own(m) if p is not None}
     for n,m in mods.items():
         for k,p in own(m):

@@ -337,3 +337,71 @@ def test_to_torch_prune_and_back():
     back = Mask.from_torch_prune(Mask(w, 'weight').to_torch_prune(m))
     assert all(torch.equal(back[k], v) for k,v in w.items()) and (m[0].weight[~w['0']] == 0).all()
     with pytest.raises(ValueError, match='no layer carries a weight_mask'): Mask.from_torch_prune(mid())
+
+# ---- numbers of the moment, forms of inputs and outputs
+
+@pytest.mark.parametrize('a', [0., 1e-6, .3])
+def test_a_factor_ties_whatever_it_is_now(a):
+    m = Net(lambda s, x: s.c((x := s.a(x).relu()) + s.alpha*s.b(x)), a=L(3, 4), b=L(4, 4), c=L(4, 2), alpha=nn.Parameter(torch.tensor(a)))
+    assert trace(m, x3).ties == [['a', 'b']] and trace(m, x3).removable == ['a', 'b']
+
+def test_a_shift_that_is_zero_now_is_a_shift():
+    m = Net(lambda s, x: s.c(s.a(x)+s.shift), **two, shift=nn.Parameter(torch.zeros(1)))
+    assert 'not be zero' in trace(m, x3).fixed['a']
+
+def test_means_over_positions_hide_nothing():
+    m = Net(lambda s, x: s.c((y := s.a(x))-y.mean((2, 3), keepdim=True)), a=C(2, 4, 1), c=C(4, 2, 1)); g = trace(m, X)
+    assert g.removable == ['a'] and g.in_slots['c'].tolist() == g.out_slots['a'].tolist()
+    assert trace(cmid(nn.InstanceNorm2d(4)), X).removable == ['0']
+
+@pytest.mark.parametrize('out', [lambda y: (y, y.sum()), lambda y: dict(logits=y, loss=None), lambda y: [y]], ids=['tuple', 'dict', 'list'])
+def test_outputs_in_any_form(out):
+    g = trace(Net(lambda s, x: out(s.c(s.a(x).relu())), **two), x3); assert g.outputs == ['c'] and g.removable == ['a']
+
+@pytest.mark.parametrize('named', [False, True])
+def test_several_inputs(named):
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.c = L(3, 4), L(5, 4), L(4, 2)
+        def forward(self, x, z): return self.c(self.a(x)*self.b(z))
+    x, z = x3, torch.rand(2, 5); g = trace(Two(), dict(z=z, x=x) if named else (x, z)); assert g.ties == [['a', 'b']]
+
+@pytest.mark.parametrize('shape', ['written', 'attribute', 'layer', 'half'])
+def test_widths_in_the_code(shape):
+    class Flat(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.c, self.n = C(2, 6, 1), L(24, 3), 24
+        def forward(self, x):
+            x = self.a(x).relu(); n = dict(written=24, attribute=self.n, layer=self.c.in_features, half=self.n)[shape]
+            return self.c(x.reshape(len(x), n) if shape != 'half' else x.reshape(len(x), 2, n//2).flatten(1))
+    g = trace(Flat(), X)
+    if shape == 'written': assert 'a cut network cannot run (RuntimeError' in g.fixed['a'] and g.widths == {}
+    else: assert g.removable == ['a'] and g.widths == ({} if shape == 'layer' else {'n': 'c'}) and Graph.from_dict(json.loads(json.dumps(g.to_dict()))).widths == g.widths
+
+def test_one_odd_operation_costs_its_own_layers():
+    m = Net(lambda s, x: s.e(s.d(s.b(s.a(x).relu()).view(-1, 2, 2, 2, 2).transpose(1, 2).reshape(-1, 4, 2, 2)).relu()), a=C(2, 4, 1), b=C(4, 4, 1), d=C(4, 6, 1), e=C(6, 2, 1))
+    g = trace(m, X); assert g.removable == ['a', 'd'] and 'a cut network' in g.fixed['b']
+
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_a_batch_is_taken_as_it_is(n):
+    def squeeze(s, x): assert x.min() >= 0; return s.c(s.a(x).relu()).log_softmax(-1)
+    assert trace(Net(squeeze, **two), torch.rand(n, 3)).removable == ['a']
+
+def test_the_probe_is_small_and_the_positions_are_large():
+    m = nn.Sequential(C(2, 4, 3, padding=1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), L(4, 2)); seen = []
+    m[1].register_forward_hook(lambda mod, i, o: seen.append(o.shape[2])) # hooks travel with the copy
+    assert trace(m, torch.rand(1, 2, 512, 256)).layers['0']['positions'] == 256*128 and max(seen[3:]) <= 8
+
+def test_sequence_first_and_windows():
+    seq = Net(lambda s, x: s.c(s.a(x.transpose(0, 1)).relu()).mean(0), **two); assert trace(seq, torch.rand(2, 7, 3)).removable == ['a']
+    win = Net(lambda s, x: s.c(s.a(x.reshape(-1, 4, 3)).relu()).reshape(len(x), -1), **two); assert trace(win, torch.rand(2, 8, 3)).removable == ['a']
+
+def test_layers_behind_mixed_channels_are_fixed_before_anything_is_cut():
+    m = Net(lambda s, x: s.e(s.d(F.glu(s.a(x), 1)).relu()), a=C(2, 8, 1), d=C(4, 4, 3, padding=1, groups=4), e=C(4, 2, 1)); g = trace(m, X)
+    assert g.removable == [] and 'what cannot be cut' in g.fixed['d'] and 'mixed' in g.fixed['a']
+
+def test_attention_in_evaluation_is_heard():
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.).eval()
+    assert trace(nn.Sequential(layer, L(4, 2)), torch.rand(2, 5, 4)).removable == ['0.linear1'] and torch.backends.mha.get_fastpath_enabled()
+
+def test_an_embedding_that_shares_its_tensor_is_not_parted():
+    m = nn.Sequential(nn.Embedding(7, 4), L(4, 6), nn.ReLU(), L(6, 4), nn.ReLU(), L(4, 7, bias=False)); m[5].weight = m[0].weight
+    g = trace(m, torch.tensor([[1, 2, 3]])); assert g.removable == ['1'] and "shares its weight with '0'" in g.fixed['3']
