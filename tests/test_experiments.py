@@ -1,7 +1,7 @@
 """The experiments page through papermill, one run per registered method, and grids of runs."""
-import json, os, subprocess, sys, time
+import json, os, shutil, time
 from pathlib import Path
-import papermill as pm, pytest
+import nbformat, papermill as pm, pytest
 from neuronprune.batch import PARAMETERS, check_parameters, complete, gather, grid, load_grid, notebook_path, run, run_all, run_folder, tuning
 from neuronprune.core import DamagedFileError, methods
 from neuronprune.report import Report
@@ -69,8 +69,8 @@ def test_broken_records(tmp_path, monkeypatch, text):
     with pytest.warns(UserWarning, match=f'left out: path=.*{f.parent.name}/record.json'): assert [r.seed for r in gather(tmp_path)] == [1]
 
 def test_a_copied_run_counts_once(tmp_path):
-    import shutil
     f = write_record(tmp_path, dict(method='random')); shutil.copytree(f.parent, tmp_path/'zcopy')
+
     with pytest.warns(UserWarning, match='zcopy.*the same run as'): assert len(gather(tmp_path)) == 1
 
 SPY = """
@@ -102,9 +102,11 @@ def test_page_reads_like_a_report(runs):
     assert [c for c in cells if 'record' in c['metadata'].get('tags', [])]
 
 def test_failures_stay_where_they_happen(tmp_path):
-    df = run_all([dict(method='random', sparsity=1.5, **QUICK)], n_jobs=1, out=tmp_path, progress=False)
+    cell = lambda source, *tags: nbformat.v4.new_code_cell(source, metadata=dict(tags=list(tags)))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell('sparsity = .5', 'parameters'), cell("raise ValueError(f'{sparsity=}')")]), tmp_path/'page.ipynb')
+    df = run_all([dict(method='random', sparsity=1.5)], n_jobs=1, out=tmp_path/'runs', notebook=tmp_path/'page.ipynb', progress=False)
     assert list(df.record) == [None] and 'sparsity=1.5' in df.error[0]
-    assert len(list(tmp_path.glob('*/failed.ipynb'))) == 1 and not list(tmp_path.glob('*/page.ipynb')) and not list(tmp_path.glob('*/record.json'))
+    left = [f.name for f in (tmp_path/'runs').glob('*/*')]; assert left == ['failed.ipynb']
 
 def test_unknown_parameter_fails_loudly(tmp_path):
     with pytest.raises(pm.exceptions.PapermillExecutionError, match="did you mean 'method'"):
