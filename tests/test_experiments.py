@@ -103,7 +103,8 @@ def test_page_reads_like_a_report(runs):
 
 def test_failures_stay_where_they_happen(tmp_path):
     cell = lambda source, *tags: nbformat.v4.new_code_cell(source, metadata=dict(tags=list(tags)))
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell('sparsity = .5', 'parameters'), cell("raise ValueError(f'{sparsity=}')")]), tmp_path/'page.ipynb')
+    python = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    nbformat.write(nbformat.v4.new_notebook(metadata=python, cells=[cell('sparsity = .5', 'parameters'), cell("raise ValueError(f'{sparsity=}')")]), tmp_path/'page.ipynb')
     df = run_all([dict(method='random', sparsity=1.5)], n_jobs=1, out=tmp_path/'runs', notebook=tmp_path/'page.ipynb', progress=False)
     assert list(df.record) == [None] and 'sparsity=1.5' in df.error[0]
     left = [f.name for f in (tmp_path/'runs').glob('*/*')]; assert left == ['failed.ipynb']
