@@ -1,14 +1,8 @@
-"""What several test files share: the digits, and pages that are run again and again in one kernel."""
+"""What several test files share: pages that are run again and again in one kernel."""
 import copy, os
 from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
-from neuronprune.data import get_dls
-
-@pytest.fixture(scope='session')
-def digits_dls():
-    "All digits, in batches of 64; do not change it."
-    return get_dls('digits')
 
 def run_pages(path, cases, extra=''):
     "Run All, once per case, in one kernel: each with its values after the parameters cell, then `extra`. The outputs of each run as text."
