@@ -2,7 +2,7 @@
 import json, math, sys, types
 from itertools import product
 from pathlib import Path
-import numpy as np, pandas as pd, papermill as pm, pytest, torch, yaml
+import numpy as np, pandas as pd, pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 import neuronprune.core as core
@@ -318,13 +318,63 @@ def test_names_of_files_do_not_change(dls):
 def test_dying_while_writing(dls, tmp_path, monkeypatch):
     whole = chain(dls, tmp_path/'a')
     with monkeypatch.context() as m:
-        real = C.replacing
-        def broken(path):
-            if Path(path).name == 'rows.json' and len(list(Path(path).parent.glob('step*'))) == 2: raise OSError('disk full')
-            return real(path)
-        m.setattr(C, 'replacing', broken)
+        real = C.save_json
+        def broken(path, d):
+            if len(list(Path(path).parent.glob('step*'))) == 2: raise OSError('disk full')
+            return real(path, d)
+        m.setattr(C, 'save_json', broken)
         with pytest.raises(OSError, match='disk full'): chain(dls, tmp_path/'b')
     pd.testing.assert_frame_equal(timeless(whole), timeless(chain(dls, tmp_path/'b')))
+
+def half_done(out):
+    "(data, arguments, the chain's files with their bytes, all its rows): a chain whose last density is still to come."
+    data = get_dls('digits', n_train=64); kw = dict(ds=(.5, .3), model='fc_baseline', epochs=1, args=dict(FT))
+    whole, d = chain(data, out, **kw), folder(data, out, **kw)
+    real = C._prune
+    C._prune = lambda run, i, b: (_ for _ in ()).throw(KeyboardInterrupt) if i else real(run, i, b)
+    try:
+        for f in d.iterdir(): f.unlink()
+        with pytest.raises(KeyboardInterrupt): chain(data, out, **kw)
+    finally: C._prune = real
+    return data, kw, d, {f.name:f.read_bytes() for f in d.iterdir()}, whole
+
+@pytest.fixture(scope='module')
+def half(tmp_path_factory): out = tmp_path_factory.mktemp('half'); return out, *half_done(out)
+
+def restored(half):
+    out, data, kw, d, kept, whole = half
+    for f in d.iterdir(): f.unlink()
+    for n,b in kept.items(): (d/n).write_bytes(b)
+    return lambda: chain(data, out, **kw)
+
+@settings(max_examples=30, deadline=None)
+@given(name=st.sampled_from(['rows.json', 'state000.safetensors', 'step000.safetensors']), at=st.floats(0, .999), bit=st.integers(0, 7), cut=st.booleans())
+def test_damaged_chains_do_not_go_on(half, name, at, bit, cut):
+    go, d, b, whole = restored(half), half[3], bytearray(half[4][name]), half[5]; i = int(at*len(b)); b[i] ^= 1 << bit
+    (d/name).write_bytes(b[:i] if cut else b)
+    try: df = go()
+    except core.DamagedFileError as e: assert f"path='{d/name}'" in str(e) and 'delete the folder it is in' in str(e)
+    else: pd.testing.assert_frame_equal(timeless(df), timeless(whole))
+
+@pytest.mark.parametrize('change', [lambda rows: rows*2, lambda rows: rows*9, lambda rows: [], lambda rows: [dict(rows[0], step=1)], lambda rows: [dict(rows[0], density=.4)], lambda rows: [dict(rows[0], method='random')],
+    lambda rows: [dict(rows[0], seed=1)], lambda rows: [{}], lambda rows: [3], lambda rows: {}, lambda rows: 'rows', lambda rows: None])
+def test_rows_of_another_chain(half, change):
+    go, d, rows = restored(half), half[3], json.loads(half[4]['rows.json'])['rows']
+    (d/'rows.json').write_text(json.dumps(dict(arguments={}, rows=change(rows)))) # as written before there were checksums
+    if change(rows) == []: return pd.testing.assert_frame_equal(timeless(go()), timeless(half[5]))
+    with pytest.raises(core.DamagedFileError, match='rows.json'): go()
+
+def test_files_of_another_chain(half, tmp_path):
+    go, d, kept = restored(half), half[3], half[4]; t, h = load_tensors(d/'state000.safetensors'); k = next(k for k in t if k.startswith('origin/')); s = d/'state000.safetensors'
+    for tensors, head in [(t, {**h, 'chain': 'other'}), (t, {**h, 'step': 1}), (t, {**h, 'kind': 'model'}), ({**t, k: t[k]+10**6}, h), ({**t, k: t[k][:1]}, h), ({o:v for o,v in t.items() if o != k}, h), ({**t, 'keep/fc9.weight': t[k] > 0}, h),
+                          ({**t, f"keep/{k.removeprefix('origin/')}": t[k]}, h)]:
+        save_tensors(s, tensors, head)
+        with pytest.raises(core.DamagedFileError, match='state000'): go()
+    for name in ('state000.safetensors', 'step000.safetensors'):
+        go = restored(half); (d/name).unlink()
+        with pytest.raises(core.DamagedFileError, match=f'{name}.*delete the folder'): go()
+    go = restored(half); surgery.save(build('fc2', 1, 10, 8), d/'step000.safetensors')
+    with pytest.raises(core.DamagedFileError, match='step000'): go()
 
 def test_a_finished_chain_is_not_run_again(dls, home, monkeypatch):
     first = chain(dls, home)
@@ -650,8 +700,13 @@ def test_bad_studies():
                          (dict(normalize='unity'), ValueError, "did you mean 'unit'"), (dict(n_train=0), ValueError, 'n_train=0'), (dict(seeds=[-1]), ValueError, 'seed=-1')]:
         with pytest.raises(err, match=words): check_study(kw)
 
-def test_the_page_runs_a_file(tmp_path):
-    pm.execute_notebook(str(ROOT/'nbs'/'comparison.ipynb'), str(tmp_path/'x.ipynb'), kernel_name='python3', progress_bar=False,
-                        parameters=dict(epochs=1, seeds=[0], n_train=200, out=str(tmp_path), methods={'FT': dict(FT, method='magnitude')}))
+def test_the_page_runs_twice_in_one_kernel(tmp_path, pages):
+    same = dict(epochs=1, seeds=[0], n_train=200, out=str(tmp_path))
+    pages(ROOT/'nbs'/'comparison.ipynb', [dict(same, methods={'FT': dict(FT, method='magnitude')}), dict(same, methods={'WT': {'method': 'magnitude'}})])
     done = list((tmp_path/'comparison').glob('digits-lenet300-cascade-*/rows.csv'))
-    assert len(done) == 1 and set(pd.read_csv(done[0]).name) == {'FT'}
+    assert sorted(set(pd.read_csv(f).name) == {'FT'} for f in done) == [False, True]
+
+def test_names_on_a_page_that_ran_before():
+    with pytest.raises(ValueError, match="parameter='when'"): check_study(dict(when='tuned'))
+    assert 'when' not in check_study(dict(when='tuned', files=[], show=['name']), again=True)
+    with pytest.raises(ValueError, match="did you mean 'epochs'"): check_study(dict(epoch=3), again=True)

@@ -1,9 +1,9 @@
 """The experiments page through papermill, one run per registered method, and grids of runs."""
-import json, os, subprocess, sys, time
+import json, os, shutil, time
 from pathlib import Path
-import papermill as pm, pytest
+import nbformat, papermill as pm, pytest
 from neuronprune.batch import PARAMETERS, check_parameters, complete, gather, grid, load_grid, notebook_path, run, run_all, run_folder, tuning
-from neuronprune.core import methods
+from neuronprune.core import DamagedFileError, methods
 from neuronprune.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,51 +11,88 @@ QUICK = dict(epochs=2, fine_tune_epochs=1)
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    out = tmp_path_factory.mktemp('runs'); t = time.time()
-    return out, run_all([dict(method=m, **QUICK) for m in methods()], n_jobs=2, out=out, threads=1, progress=False), time.time()-t
+    out = tmp_path_factory.mktemp('runs')
+    return out, run_all([dict(method=m, **QUICK) for m in ('mint', 'random')], n_jobs=2, out=out, threads=1, progress=False)
 
-def test_every_method_runs(runs):
-    out, df, secs = runs
-    assert list(df.error) == ['']*len(df)
-    for m,r in zip(df.method, df.record):
-        assert r.method == m and r.dataset == 'digits' and r.tuned.n == 359 and r.params_removed > .2
-    assert secs < 90*len(df)/2
-    assert len(gather(out)) == len(df) and not list(out.glob('*/failed.ipynb'))
+def test_runs_of_a_grid(runs):
+    out, df = runs
+    assert list(df.error) == ['']*2 and [r.method for r in df.record] == list(df.method)
+    assert [Path(f).name for f in df.folder] == [r.extra['run'] for r in df.record]
+    assert len(gather(out)) == 2 and len(list(out.glob('*/page.ipynb'))) == 2 and not list(out.glob('*/failed.ipynb'))
 
-def test_runs_share_the_dense_network(runs):
-    df = runs[1]
-    assert len({r.before.k for m,r in zip(df.method, df.record) if m != 'slimming'}) == 1
+def test_every_method_runs_in_one_kernel(pages, tmp_path):
+    cases = [dict(method=m, out=str(tmp_path), **QUICK) for m in methods()]
+    shown = pages(notebook_path(), cases)
+    records = {r.method: r for r in gather(tmp_path)}
+    assert set(records) == set(methods()) and all('after fine-tuning' in o for o in shown)
+    for c in cases:
+        r = records[c['method']]; assert r.extra['run'] == run_folder(c).name
+        assert r.dataset == 'digits' and r.tuned.n == 359 and r.params_removed > .2
+    assert len({r.before.k for r in records.values() if r.method != 'slimming'}) == 1, 'one dense network for all'
 
 def test_resume_does_nothing_twice(runs):
-    out, df, _ = runs; page = next(out.glob('*/page.ipynb')); stamp = page.stat().st_mtime; t = time.time()
-    again = run_all([dict(method=m, **QUICK) for m in methods()], n_jobs=1, out=out, progress=False)
+    out, df = runs; page = next(out.glob('*/page.ipynb')); stamp = page.stat().st_mtime; t = time.time()
+    again = run_all([dict(method=m, **QUICK) for m in df.method], n_jobs=1, out=out, progress=False)
     assert time.time()-t < 5 and page.stat().st_mtime == stamp
     assert [r.tuned for r in again.record] == [r.tuned for r in df.record]
+    assert len({r.before.k for r in df.record}) == 1
 
-SPY = """import functools, json
-from pathlib import Path
-from neuronprune import train
-_seen, _real = [], train.fit
-@functools.wraps(_real)
-def spy(learn, epochs, lr=None, **kw):
-    r = _real(learn, epochs, lr, **kw)
+def test_names_on_a_page_that_ran_before():
+    mine = dict(sparsity=.4, own={}, bounds=None, frames={}, tune_lr=.1, twin=None, scratch=3)
+    with pytest.raises(ValueError, match="parameter='own'"): check_parameters(mine)
+    assert check_parameters(mine, again=True)['sparsity'] == .4 and 'scratch' not in check_parameters(mine, again=True)
+    for typo in ('sparsty', 'seeds', 'epoch', 'metod', 'methodargs'):
+        for again in (False, True):
+            with pytest.raises(ValueError, match=f"parameter='{typo}'.*did you mean"): check_parameters({typo: 3}, again=again)
+
+def write_record(out, params, **kw):
+    d = run_folder(params, out); p = complete(params)
+    Report(**{**dict(method=p['method'], model=p['model'], seed=p['seed'], sparsity=p['sparsity'], extra=dict(run=d.name)), **kw}).save(d/'record.json')
+    return d/'record.json'
+
+def test_records_of_another_run_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr('papermill.execute_notebook', lambda *a, **k: pytest.fail('it ran'))
+    asked = dict(method='random', sparsity=.3, seed=2)
+    f = write_record(tmp_path, asked); assert run(asked, out=tmp_path) == Report.load(f)
+    assert write_record(tmp_path, asked, extra={}) == f and run(asked, out=tmp_path).seed == 2, 'records of earlier versions do not say'
+    for kw in (dict(extra=dict(run='random-0123456789abcdef')), dict(extra={}, seed=1), dict(extra={}, method='mint'), dict(extra={}, model='vgg16'), dict(extra={}, sparsity=.5)):
+        write_record(tmp_path, asked, **kw)
+        with pytest.raises(DamagedFileError, match=f'path=.*{f.parent.name}/record.json.*another run.*delete it'): run(asked, out=tmp_path)
+        row = run_all([asked], out=tmp_path, progress=False).iloc[0]; assert row.record is None and 'record.json' in row.error
+
+@pytest.mark.parametrize('text', ['', '{}', '[]', '{"method": "random"}', 'no'])
+def test_broken_records(tmp_path, monkeypatch, text):
+    monkeypatch.setattr('papermill.execute_notebook', lambda *a, **k: pytest.fail('it ran'))
+    good, bad = dict(method='random', seed=1), dict(method='random', seed=2)
+    write_record(tmp_path, good); f = write_record(tmp_path, bad); f.write_text(text)
+    with pytest.raises(DamagedFileError, match=f'path=.*{f.parent.name}/record.json'): run(bad, out=tmp_path)
+    with pytest.warns(UserWarning, match=f'left out: path=.*{f.parent.name}/record.json'): assert [r.seed for r in gather(tmp_path)] == [1]
+
+def test_a_copied_run_counts_once(tmp_path):
+    f = write_record(tmp_path, dict(method='random')); shutil.copytree(f.parent, tmp_path/'zcopy')
+
+    with pytest.warns(UserWarning, match='zcopy.*the same run as'): assert len(gather(tmp_path)) == 1
+
+SPY = """
+import functools as _functools, json as _json, pathlib as _pathlib
+from neuronprune import pipeline as _pipeline, train as _train
+_seen, _fit = [], getattr(_train.fit, '__wrapped__', _train.fit)
+@_functools.wraps(_fit)
+def _spy(learn, epochs, lr=None, **kw):
+    r = _fit(learn, epochs, lr, **kw)
     _seen.append(dict(lr=learn.lr if lr is None else lr, wd=learn.opt.opt.param_groups[0]['weight_decay'], schedule=kw.get('schedule')))
-    (Path(out)/'fits.json').write_text(json.dumps(_seen)); return r
-train.fit = spy
-from neuronprune import pipeline
-pipeline.fit = spy
+    (_pathlib.Path(out)/'fits.json').write_text(_json.dumps(_seen)); return r
+_train.fit = _pipeline.fit = _spy
 """
 
-def test_the_fine_tuning_has_its_own_schedule(tmp_path):
-    nb = json.loads(notebook_path().read_text())
-    at = next(i for i,c in enumerate(nb['cells']) if 'parameters' in c['metadata'].get('tags', []))
-    nb['cells'].insert(at+1, dict(cell_type='code', id='spy', metadata={}, source=SPY, outputs=[], execution_count=None))
-    (tmp_path/'spied.ipynb').write_text(json.dumps(nb)); first = dict(schedule='flat'); own = dict(lr=.02, wd=.03, schedule='cosine')
+def test_the_fine_tuning_has_its_own_schedule(tmp_path, pages):
+    first, own = dict(schedule='flat'), dict(lr=.02, wd=.03, schedule='cosine')
     base = dict(method='random', unit='group', lr=.1, opt_args=dict(wd=.01), fit_args=first, tune_args=own, **QUICK)
     dense, tune = dict(lr=.1, wd=.01, **first), own
-    for k,(more, want) in enumerate([({}, [dense, tune, tune]), (dict(channel_form=False), [dense, tune]), (dict(channel_form=False, tune_args={}), [dense, dense])]):
-        run({**base, **more}, out=tmp_path/str(k), notebook=tmp_path/'spied.ipynb')
-        assert json.loads((tmp_path/str(k)/'fits.json').read_text()) == want
+    cases = [({}, [dense, tune, tune]), (dict(channel_form=False), [dense, tune]), (dict(channel_form=False, tune_args={}), [dense, dense])]
+    for k in range(len(cases)): (tmp_path/str(k)).mkdir()
+    pages(notebook_path(), [{**base, **more, 'out': str(tmp_path/str(k))} for k,(more,_) in enumerate(cases)], SPY)
+    for k,(_, want) in enumerate(cases): assert json.loads((tmp_path/str(k)/'fits.json').read_text()) == want
 
 def test_page_reads_like_a_report(runs):
     page = next(p for p in runs[0].glob('*/page.ipynb') if p.parent.name.startswith('mint'))
@@ -65,10 +102,12 @@ def test_page_reads_like_a_report(runs):
     assert [c for c in cells if 'record' in c['metadata'].get('tags', [])]
 
 def test_failures_stay_where_they_happen(tmp_path):
-    df = run_all([dict(method='random', sparsity=1.5, **QUICK), dict(method='random', dataset='digts', **QUICK)], n_jobs=1, out=tmp_path, progress=False)
-    assert list(df.record) == [None, None]
-    assert 'did you mean' in df.error[1] and 'sparsity=1.5' in df.error[0]
-    assert len(list(tmp_path.glob('*/failed.ipynb'))) == 2 and not list(tmp_path.glob('*/page.ipynb')) and not list(tmp_path.glob('*/record.json'))
+    cell = lambda source, *tags: nbformat.v4.new_code_cell(source, metadata=dict(tags=list(tags)))
+    python = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    nbformat.write(nbformat.v4.new_notebook(metadata=python, cells=[cell('sparsity = .5', 'parameters'), cell("raise ValueError(f'{sparsity=}')")]), tmp_path/'page.ipynb')
+    df = run_all([dict(method='random', sparsity=1.5)], n_jobs=1, out=tmp_path/'runs', notebook=tmp_path/'page.ipynb', progress=False)
+    assert list(df.record) == [None] and 'sparsity=1.5' in df.error[0]
+    left = [f.name for f in (tmp_path/'runs').glob('*/*')]; assert left == ['failed.ipynb']
 
 def test_unknown_parameter_fails_loudly(tmp_path):
     with pytest.raises(pm.exceptions.PapermillExecutionError, match="did you mean 'method'"):

@@ -1,13 +1,19 @@
 """Files that were damaged, cut short, swapped or written by somebody else: one error with the file's name, never a wrong result."""
-import copy, json, os, warnings
+import json, os
 from pathlib import Path
-import numpy as np, pytest, torch
+import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import nn
-import neuronprune.core as core
+from neuronprune import surgery
+from neuronprune.allocate import allocate
 from neuronprune.core import DamagedFileError, Mask, Scores, load_json, load_tensors, save_json, save_tensors
+from neuronprune.data import get_dls
 from neuronprune.graph import trace
+from neuronprune.models import ZOO, build
+from neuronprune.pipeline import dense
+from neuronprune.report import Report
+from neuronprune.train import Evaluation
 
 hurt = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -108,10 +114,6 @@ def test_tensors_of_all_kinds_have_a_checksum(tmp_path, dtype):
 
 # ---- models: the recipe in the header is not believed
 
-from neuronprune import surgery
-from neuronprune.allocate import allocate
-from neuronprune.models import ZOO, build
-
 def small_lenet():
     net, xb = build('lenet5', 1, 10, 28, seed=0), torch.rand(4, 1, 28, 28)
     g = trace(net, xb)
@@ -149,7 +151,6 @@ def test_specs_that_lie(lenet, tmp_path, monkeypatch, spec):
 @pytest.mark.parametrize('factored', [[], 'fc1', 5, {'fc9': 1}, {'fc1': 1}, {'fc1': 'a'}, {'fc1': HUGE}, {'': 1}, {'relu1': 1}, {'fc1': 0}])
 def test_factored_layers_that_are_none(lenet, tmp_path, factored):
     old(tmp_path/'m', lenet.state_dict(), dict(kind='model', spec=lenet.spec, factored=factored))
-    if not factored and factored != 5 and factored == {}: return
     try: assert equal_models(surgery.load(tmp_path/'m'), lenet)
     except DamagedFileError as e: assert '/m' in str(e)
 
@@ -176,9 +177,6 @@ def test_every_network_comes_back(name, tmp_path):
     assert equal_models(back, net) and back.spec == net.spec
 
 # ---- records
-
-from neuronprune.report import Report
-from neuronprune.train import Evaluation
 
 def record(): return Report(method='mint', method_args=dict(n=3), model='mlp', seed=0, sparsity=.5, params_before=9, before=Evaluation(9, 10, .5), tuned=Evaluation(8, 10), extra=dict(rounds=1))
 
@@ -207,9 +205,6 @@ def test_files_that_are_no_records(tmp_path, text):
     with pytest.raises(DamagedFileError, match='path=.*r.json'): Report.load(tmp_path/'r.json')
 
 # ---- the cache of dense networks
-
-from neuronprune.data import get_dls
-from neuronprune.pipeline import dense
 
 @pytest.fixture(scope='module')
 def dls(): return get_dls('digits', n_train=64)
