@@ -24,7 +24,7 @@ from .core import *
 from .graph import trace
 from .data import DATASETS, augmentations, get_dls
 from .models import build, models
-from .batch import SCHEDULE_ARGS, input_size, tuning
+from .batch import SCHEDULE_ARGS, input_size, parameters_in, tuning
 from .pipeline import _dense_file, _digest, _inputs, _params, _small, _tested, check_fit, dense, score_with, split_args
 from .provable_allocate import equalise
 from .train import OPTS, _slice, fine_tune, learner, rebind, sink
@@ -734,13 +734,11 @@ STUDY = dict(dataset='digits', model='lenet300', methods={'magnitude': {'method'
              augment=None, normalize=None, valid_pct=.1, n_train=None, level=.5, out='runs', data_root=None, n_jobs=1, tensorboard=None)
 
 # %% ../nbs/20a_cascade.ipynb #check-study
-def check_study(namespace:dict # name -> value, such as a notebook's `globals()`
+def check_study(namespace:dict, # name -> value, such as a notebook's `globals()`
+                again:bool=False # has the page been run in this name space?
                )->dict:
-    "The study's parameters out of a name space; a plain value under an unknown name is an error."
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    mine = {k:v for k,v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out') and isinstance(v, plain)}
-    for k in mine: check_choice('parameter', k, STUDY)
-    p = {**STUDY, **mine}
+    "The study's parameters out of a name space; a plain value under an unknown name is an error, `again` only if it looks like one of them."
+    p = {**STUDY, **parameters_in(namespace, STUDY, again)}
     for k,cls in dict(methods=dict, spacing=list, seeds=list).items():
         if not check_type(k, p[k], cls): raise ValueError(f"{k}: empty; expected at least one")
     check_choice('dataset', p['dataset'], DATASETS); _check_numbers(p)

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['VGG', 'FIRST_POOL', 'Net', 'ZOO', 'mlp', 'n_params', 'lenet5', 'basiccnn', 'vgg', 'GlobalMean', 'BasicBlock',
            'resnet_cifar', 'WideBlock', 'wide_resnet', 'replace_module', 'tv_model', 'densenet22', 'init_weights',
-           'load_pretrained', 'min_size', 'build', 'Models', 'models']
+           'load_pretrained', 'own_args', 'min_size', 'build', 'Models', 'models']
 
 # %% ../nbs/02_models.ipynb #import-warnings-2
-import warnings
+import inspect, math, warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache, partial
 import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models as tvm
-from .core import check_choice, check_int, layers, seed_everything
+from .core import check_choice, check_fraction, check_int, check_room, check_type, layers, seed_everything
 
 # %% ../nbs/02_models.ipynb #mlp
 def mlp(widths,          # hidden widths, e.g. (300, 100)
@@ -61,6 +61,7 @@ def basiccnn(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes, s
              dropout:float=.3 # between ReLU and batch norm
             )->nn.Sequential:
     "Four unpadded 3x3 convolutions (strides 2, 1, 2, 1), each conv, ReLU, dropout, batch norm; then one linear layer."
+    if len(widths) != 4: raise ValueError(f"widths={widths}: expected four numbers of filters")
     net,k,side = OrderedDict(),c_in,size
     for i,(w,s) in enumerate(zip(widths, (2, 1, 2, 1)), 1):
         net[f'conv{i}'] = nn.Conv2d(k, w, 3, s)
@@ -201,6 +202,7 @@ def densenet22(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes,
                growth:int=12, depth:int=22 # channels per layer; 6m+4
               )->nn.Module:
     "DenseNet-BC for 32 pixels (Huang et al. 2017), of torchvision's class: three blocks of (depth-4)/6 bottlenecks."
+    if depth < 10 or (depth-4) % 6: raise ValueError(f"depth={depth}: expected 6m+4, e.g. 22, 40")
     model = tvm.DenseNet(growth, ((depth-4)//6,)*3, 2*growth, num_classes=n_out)
     model.features.conv0 = nn.Conv2d(c_in, 2*growth, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(model.features.conv0.weight)
@@ -265,6 +267,34 @@ ZOO = dict(
     alexnet=_tv('alexnet', 'energy'), squeezenet1_1=_tv('squeezenet1_1', 'energy'),
     mobilenet_v3_small=_tv('mobilenet_v3_small', ''), densenet121=_tv('densenet121', ''))
 
+# %% ../nbs/02_models.ipynb #own
+def own_args(name:str # a name of the zoo
+            )->list:
+    "Names of the network's own arguments, such as 'dropout'."
+    known = inspect.signature(ZOO[check_choice('name', name, ZOO)].make).parameters
+    return [k for k in known if k not in ('c_in', 'n_out', 'size')]
+
+def _widths(k, v):
+    "A tuple of positive whole numbers."
+    if not isinstance(v, tuple): raise TypeError(f"{k}={v!r}: expected a tuple of whole numbers, got {type(v).__name__}")
+    return tuple(check_int(k, o, 1) for o in v)
+
+def _pool(k, v):
+    "Something that makes a pool from its side."
+    if callable(v): return v
+    raise TypeError(f"{k}={v!r}: expected a class such as nn.MaxPool2d, called with the side of its window")
+
+_RULES = dict(head=_widths, widths=_widths, pool=_pool, dropout=check_fraction, bias=lambda k, v: check_type(k, v, bool),
+              bn=lambda k, v: check_choice(k, v, [True, False, 'fixed']), stem=lambda k, v: check_choice(k, v, [None, 'full', 'small']),
+              out_side=lambda k, v: v if v is None else check_int(k, v, 1), **{k:partial(check_int, lo=1) for k in ('ks', 'growth', 'depth')})
+
+def _own(name, kw):
+    "The network's own arguments, checked."
+    known = own_args(name)
+    if kw and not known: raise ValueError(f"{next(iter(kw))}: {name} takes no arguments of its own; expected none")
+    for k in kw: check_choice(f'argument of {name}', k, known)
+    return {k:_RULES[k](k, v) for k,v in kw.items()}
+
 # %% ../nbs/02_models.ipynb #make
 def _make(name, c_in, n_out, size, kw): return ZOO[name].make(c_in=c_in, n_out=n_out, size=size, **kw)
 
@@ -281,7 +311,9 @@ def _runs(name, size, kw):
 @lru_cache(None)
 def _min_size(name, kw):
     lo,hi = 0,next((s for s in (8, 16, 32, 64, 128, 256) if _runs(name, s, dict(kw))), None)
-    if hi is None: raise ValueError(f"name={name!r}: no input side up to 256 is legal with {dict(kw)}")
+    if hi is None:
+        with torch.device('meta'), suppress(RuntimeError): _make(name, 3, 10, 256, dict(kw)) # its own `ValueError` says more
+        raise ValueError(f"name={name!r}: no input side up to 256 is legal with {', '.join(f'{k}={v!r}' for k,v in kw)}")
     while hi-lo > 1:
         mid = (lo+hi)//2
         lo,hi = (lo,mid) if _runs(name, mid, dict(kw)) else (mid,hi)
@@ -292,7 +324,15 @@ def min_size(name:str, # a name of the zoo
              **kw      # as for `build`
             )->int:
     "Smallest side in pixels that the network accepts, found by trying."
-    return _min_size(check_choice('name', name, ZOO), tuple(sorted(kw.items())))
+    return _min_size(check_choice('name', name, ZOO), tuple(sorted(_own(name, kw).items())))
+
+# %% ../nbs/02_models.ipynb #n-params-2
+@lru_cache(None)
+def _n_params(name, c_in, n_out, size, kw):
+    "Parameters of the network, counted without making them; infinite where the number is too large to count."
+    try:
+        with torch.device('meta'): return n_params(_make(name, c_in, n_out, size, dict(kw)))
+    except (RuntimeError, OverflowError, TypeError): return math.inf
 
 # %% ../nbs/02_models.ipynb #build
 def build(name:str,        # a name of `models()`
@@ -308,12 +348,14 @@ def build(name:str,        # a name of `models()`
     "A network of the zoo in training mode, [n, c_in, size, size] -> logits [n, n_out]; `model.spec` says how it was built."
     net = ZOO[check_choice('name', name, ZOO)]
     for k,v in dict(c_in=c_in, n_out=n_out, size=size).items(): check_int(k, v, 1)
+    kw = _own(name, kw)
     least = min_size(name, **kw)
     if size < least:
         raise ValueError(f"size={size}: {name} needs at least {least} pixels; up-sample with get_dls(..., size={least})")
     if weights and net.n_out != 1000:
         raise ValueError(f"weights={weights!r}: there are none for {name}; "
                          "only torchvision's networks have published weights")
+    check_room(f"n_out={n_out}, size={size}, c_in={c_in}: {name}", 4*_n_params(name, c_in, n_out, size, tuple(sorted(kw.items()))))
     with nullcontext() if seed is None else seed_everything(seed):
         model = init_weights(_make(name, c_in, n_out, size, kw), init)
     if weights: load_pretrained(model, name, weights)

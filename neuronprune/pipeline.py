@@ -243,6 +243,23 @@ class _Stop(Callback):
     def after_train(self):
         if self.epoch+1 == self.n: raise CancelFitException()
 
+# %% ../nbs/20_pipeline.ipynb #cached
+def _cached(learn, path, epochs):
+    "Fill `learn` with the dense network in the file; `DamagedFileError` for one that is damaged, of another network or another training."
+    cure = 'delete it, and the network is trained anew'
+    state, h = load_tensors(path, 'dense', cure)
+    want = {f'{p}/{k}':v for p in ('init', 'trained') for k,v in learn.model.state_dict().items()}
+    like = lambda k: k in state and k in want and (state[k].shape, state[k].dtype) == (want[k].shape, want[k].dtype)
+    with reading(path, cure):
+        if h.get('key', path.stem) != path.stem: raise ValueError("holds a network of other data, another model or another training")
+        for k in [*want, *state]:
+            if not like(k): raise ValueError(f"{k}: the tensors are not those of the network that was asked for")
+        if len(check_type('history', h['history'], list)) > epochs: raise ValueError(f"holds {len(h['history'])} epochs; expected at most {epochs}")
+        learn.history, learn.n_fits, learn.rewind.done = h['history'], check_int('n_fits', h['n_fits'], 0), epochs
+    learn.rewind.states[0] = {k.removeprefix('init/'):v for k,v in state.items() if k.startswith('init/')}
+    learn.model.load_state_dict({k.removeprefix('trained/'):v for k,v in state.items() if k.startswith('trained/')})
+    return learn
+
 # %% ../nbs/20_pipeline.ipynb #dense
 def dense(dls,            # from `get_dls`
           model:str,      # a name of the zoo
@@ -259,16 +276,11 @@ def dense(dls,            # from `get_dls`
     if stop is not None and check_int('stop', stop, 0) > epochs: raise ValueError(f"stop={stop}: expected at most epochs={epochs}")
     path = None if out is None else _dense_file(learn, out, init, stop, weights=weights, epochs=epochs, opt=opt, opt_args=opt_args or {},
                                                 seed=seed, fit=fit_args)
-    if path is not None and path.exists():
-        state, h = load_tensors(path)
-        learn.rewind.states[0] = {k.removeprefix('init/'):v for k,v in state.items() if k.startswith('init/')}
-        learn.model.load_state_dict({k.removeprefix('trained/'):v for k,v in state.items() if k.startswith('trained/')})
-        learn.history, learn.n_fits, learn.rewind.done = h['history'], h['n_fits'], epochs if stop is None else stop
-        return learn
+    if path is not None and path.exists(): return _cached(learn, path, epochs if stop is None else stop)
     if stop != 0: fit(learn, epochs, progress=progress, **{**fit_args, **({} if stop is None else dict(cbs=[_Stop(stop)]))})
     learn.opt = None
     if path is not None:
         parts = {'init': learn.rewind.init, 'trained': learn.model.state_dict()}
         save_tensors(path, {f'{p}/{k}':v for p,d in parts.items() for k,v in d.items()},
-                     dict(kind='dense', history=learn.history, n_fits=learn.n_fits))
+                     dict(kind='dense', key=path.stem, history=learn.history, n_fits=learn.n_fits))
     return learn

@@ -17,7 +17,7 @@ import neuronprune
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
-from .core import Mask, as_found, check_choice, check_int, check_type, layers, replacing
+from .core import Mask, as_found, check_choice, check_int, check_type, layers, load_json, reading, save_json
 from .surgery import factorise
 from .train import Evaluation
 
@@ -367,20 +367,29 @@ def _repr_html_(self:Report): return self.to_frame().to_html(header=False)
 @patch
 def save(self:Report, path): # file to write, .json
     "Write to `path` as JSON."
-    text = json.dumps(_plain(vars(self)), indent=1, allow_nan=False, ensure_ascii=False)
-    with replacing(path) as tmp: Path(tmp).write_text(text+'\n', encoding='utf-8')
+    save_json(path, _plain(vars(self)))
 
 # %% ../nbs/07_report.ipynb #load
+def _evaluation(d):
+    "An `Evaluation` out of a file, or None; raises for counts that cannot be."
+    if d is None: return
+    e = Evaluation(**d)
+    if not 0 <= check_int('k', e.k) <= check_int('n', e.n, 1): raise ValueError(f"k={e.k} of n={e.n}: expected a count of right answers")
+    return e
+
+_HOLDS = {str: str, dict: dict, float: (int, float), int: (int, list)} # field's type -> what its JSON is; a size may be two numbers
+
 @patch(cls_method=True)
 def load(cls:Report, path): # file written by `save`
-    "Read back what `save` wrote; raises `ValueError` for anything else."
-    try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"path={str(path)!r}: not JSON ({e}); expected a file written by Report.save") from None
-    if not isinstance(d, dict) or set(d) - {f.name for f in fields(cls)}:
-        raise ValueError(f"path={str(path)!r}: not a record; expected a file written by Report.save")
-    for k in ('before', 'pruned', 'tuned'): d[k] = None if d.get(k) is None else Evaluation(**d[k])
-    return cls(**d)
+    "Read back what `save` wrote; `DamagedFileError`, a `ValueError`, for anything else."
+    cure = 'expected a file written by Report.save; delete it, and the run is repeated'
+    d = load_json(path, [f.name for f in fields(cls)], cure)
+    with reading(path, cure):
+        for k in ('method', 'versions', 'hardware'):
+            if k not in d: raise ValueError(f"not a record, it holds no {k!r}")
+        for f in fields(cls):
+            if d.get(f.name) is not None: check_type(f.name, d[f.name], _HOLDS.get(f.type, object))
+        return cls(**{**d, **{k:_evaluation(d.get(k)) for k in ('before', 'pruned', 'tuned')}})
 
 # %% ../nbs/07_report.ipynb #differs
 def differs(a:Evaluation, # first

@@ -333,11 +333,14 @@ def save(model:nn.Module, # pruned or not
     save_tensors(path, model.state_dict(), dict(kind='model', spec=spec, factored=factored))
 
 # %% ../nbs/06_surgery.ipynb #rebuild
-def _rebuild(spec, path):
-    "An unpruned network of the zoo from its spec."
-    if spec is None: raise ValueError(f"path={str(path)!r}: the file holds no recipe of the zoo; expected model=, an unpruned instance")
-    from neuronprune.models import build
-    return build(**{k:tuple(v) if isinstance(v, list) else v for k,v in spec.items()})
+def _rebuild(spec, state):
+    "An unpruned network of the zoo from its spec, without memory; raises for a spec that is none, or is larger than `state` can be."
+    from neuronprune.models import build, own_args
+    name = check_type('spec', spec, dict).get('name')
+    for k in spec: check_choice('spec', k, ['name', 'c_in', 'n_out', 'size', *own_args(name)])
+    for k,n in dict(depth=len(state), c_in=sum(v.numel() for v in state.values())).items():
+        if check_int(k, spec.get(k, 0)) > n: raise ValueError(f"{k}={spec[k]}: the file has {len(state)} tensors, too few or too small for that")
+    with torch.device('meta'): return build(**{k:tuple(v) if isinstance(v, list) else v for k,v in spec.items()})
 
 # %% ../nbs/06_surgery.ipynb #refactor
 def _refactor(model, state, factored):
@@ -348,15 +351,23 @@ def _refactor(model, state, factored):
         m = model.get_submodule(n); model = _swap(model, m, _factored(m, left, right, state.get(f'{n}.1.bias')))
     return model
 
-# %% ../nbs/06_surgery.ipynb #load
-def load(path,                # file written by `save`
-         model:nn.Module=None # an unpruned instance, for models that are not of our zoo; it is changed and returned
-        )->nn.Module:
-    "The saved model, rebuilt at its pruned widths. `ValueError` when the file is not a model, or needs `model=`."
-    state, h = load_tensors(path)
-    if h.get('kind') != 'model': raise ValueError(f"path={str(path)!r}: holds {h.get('kind')!r}, expected a model")
-    if model is None: model = _rebuild(h['spec'], path)
-    model = _refactor(model, state, h.get('factored', {}))
+# %% ../nbs/06_surgery.ipynb #check-shapes
+def _check_shapes(model, state):
+    "Raises unless `state` has the names of `model`'s tensors and nowhere more entries."
+    own = model.state_dict()
+    for k in [*own, *state]:
+        if k not in own or k not in state: raise ValueError(f"{k}: {'not in the file' if k in own else 'the network has no such tensor'}")
+        if own[k].ndim != state[k].ndim or any(n > m for n,m in zip(state[k].shape, own[k].shape)):
+            raise ValueError(f"{k}: shape {tuple(state[k].shape)}, but {tuple(own[k].shape)} in the unpruned network")
+
+def _check_runs(model, spec):
+    "Raises unless a network without memory takes what its spec says, and gives as many outputs."
+    x = torch.empty(2, spec['c_in'], spec['size'], spec['size'], device='meta')
+    with as_found(model, train=False), torch.no_grad(): shape = tuple(model(x).shape)
+    if shape != (2, spec['n_out']): raise ValueError(f"spec: says {spec['n_out']} outputs, the tensors make {shape[1:]}")
+
+def _narrowed(model, state):
+    "`model` cut to the widths in `state`, in place."
     first = lambda n, have: None if n == have else torch.arange(n)
     for n,m in model.named_modules():
         k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
@@ -365,5 +376,21 @@ def load(path,                # file written by `save`
         whole = len(new) > 1 and getattr(m, 'groups', 1) == 1
         out, inp = first(new[0], old[0]), first(new[1], old[1]) if whole else None
         if (out, inp) != (None, None): _cut(m, out, inp)
-    model.load_state_dict(state)
+    return model
+
+# %% ../nbs/06_surgery.ipynb #load
+def load(path,                # file written by `save`
+         model:nn.Module=None # an unpruned instance, for models that are not of our zoo; it is changed and returned
+        )->nn.Module:
+    "The saved model, rebuilt at its pruned widths. `ValueError` when the file is damaged, no model, or needs `model=`."
+    state, h = load_tensors(path, 'model')
+    if model is None and h.get('spec') is None:
+        raise ValueError(f"path={str(path)!r}: the file holds no recipe of the zoo; expected model=, an unpruned instance")
+    zoo, cure = model is None, 'delete the file, or give the unpruned network that it was saved from as model='
+    with reading(path, cure):
+        model = _refactor(_rebuild(h['spec'], state) if zoo else model, state, h.get('factored', {}))
+        _check_shapes(model, state)
+        model = _narrowed(model, state)
+        if zoo: _check_runs(model, h['spec'])
+        model.load_state_dict({k:v.clone() for k,v in state.items()}, assign=zoo)
     return model
