@@ -11,7 +11,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers, method, tensors
 from .graph import _slots
-from .inputs import calibration, column_groups, readers, slices, traced
+from .inputs import batch_for, column_groups, readers, slices, traced
 
 # %% ../nbs/17_criteria.ipynb #patches
 def _patches(m, x, place, size):
@@ -88,7 +88,7 @@ def thinet(model:nn.Module, # trained model
     start = time.perf_counter()
     check_choice('compat', compat, (None, 'released')); check_int('n_positions', n_positions, 1)
     for k,m in layers(model).items(): check_finite(f'{k}.weight', m.weight)
-    xb, yb = calibration(model, dls, 'thinet', 10 if n is None else None, n, split, seed)
+    xb, yb = batch_for(model, dls, 'thinet', 10 if n is None else None, n, split, seed)
     graph = traced(model, dls, graph); names, skipped = readers(graph)
     with as_found(model, train=False), torch.no_grad(): grams = _grams(model, names, graph, xb, n_positions, seed)
     units = {}

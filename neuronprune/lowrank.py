@@ -15,7 +15,7 @@ from torch import nn
 from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, feed, generator, layers, method, tensors
 from .allocate import _setup
 from .graph import _slots, _twins
-from .inputs import calibration, slices
+from .inputs import batch_for, slices
 
 # %% ../nbs/16_lowrank.ipynb #folded
 def folded(model:nn.Module # any model
@@ -209,7 +209,7 @@ def pca(model:nn.Module,    # trained model
        )->Scores:
     "Explained share per price of every principal direction of each layer's outputs; the directions are in `labels`. `ValueError` without images."
     start = time.perf_counter(); mats, skipped = folded(model); check_choice('per', per, ('params', 'macs')); check_int('max_columns', max_columns, 1)
-    xb, yb = calibration(model, dls, 'pca', n=n, split=split, seed=seed)
+    xb, yb = batch_for(model, dls, 'pca', n=n, split=split, seed=seed)
     got = output_moments(model, xb, mats, max_columns, seed)
     skipped |= {k:'never reached in the forward pass' for k in mats if k not in got}
     units, labels, cost = {}, {}, {}

@@ -19,7 +19,7 @@ from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_choice, 
                               generator, load_tensors, mapped, method, save_tensors, tensors)
 from .allocate import allocate
 from .blocks import block_cost, block_labels, block_layers, block_mean, check_groups, dead_units, parent_of
-from .inputs import calibration, slices, traced
+from .inputs import batch_for, slices, traced
 from .mint_engine import crossings, crossings_batched, crossings_near, mst, sq_dists
 
 # %% ../nbs/13_mint.ipynb #divergence
@@ -428,7 +428,7 @@ def score(model:nn.Module,  # trained network; left as found
     _check_score(dls, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()
-    xb, yb = calibration(model, dls, 'mint', n_per_class, split='train', seed=seed)
+    xb, yb = batch_for(model, dls, 'mint', n_per_class, split='train', seed=seed)
     graph = traced(model, dls, graph)
     names, skipped = block_layers(graph, layers)
     acts = _acts_of(model, graph, names, xb, tap, estimator == 'contribution')

@@ -12,7 +12,7 @@ from torch import nn
 from .core import (Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, feed, layers,
                               mapped, method, twins)
 from .allocate import allocate
-from .inputs import calibration, slices, traced
+from .inputs import batch_for, slices, traced
 from .provable_allocate import check_scores, equalise, sample_rows
 
 # %% ../nbs/12_provable.ipynb #halves
@@ -160,14 +160,14 @@ def calib_size(graph,             # `Graph` of the network
     sizes = [l['n_out']*l['positions'] for l in graph.layers.values()]
     return math.ceil(c*math.log(8*max(sizes)*sum(sizes)/delta))
 
-# %% ../nbs/12_provable.ipynb #calibration
+# %% ../nbs/12_provable.ipynb #batch-for
 def _calibration(model, dls, graph, who, n, delta, c, split, seed):
     "(images on the model's device, their number, graph) for a method; `ValueError` without data, for bad constants or another model's graph."
     if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits')")
     _check_constants(delta, c); graph = traced(model, dls, graph)
     if lost := [k for k in layers(model) if k not in graph.layers and k not in graph.fixed]:
         raise ValueError(f"graph: it does not know the model's layer {lost[0]!r}; expected graph=trace(model, xb) of this very model")
-    xb, yb = calibration(model, dls, who, n=calib_size(graph, delta, c) if n is None else n, split=split, seed=seed)
+    xb, yb = batch_for(model, dls, who, n=calib_size(graph, delta, c) if n is None else n, split=split, seed=seed)
     return xb, len(yb), graph
 
 # %% ../nbs/12_provable.ipynb #left-out

@@ -8,7 +8,7 @@ from neuronprune.baselines import snip
 from neuronprune.core import Mask, layers, tensors
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
-from neuronprune.inputs import calibration, column_groups, own_input, readers, slices, traced
+from neuronprune.inputs import batch_for, column_groups, own_input, readers, slices, traced
 from neuronprune.lowrank import output_moments, pca
 from neuronprune.mint import activations
 from neuronprune.models import build
@@ -112,6 +112,6 @@ def test_what_methods_see_in_a_batch_of_several_tensors(form):
 def test_loaders_of_two_inputs():
     x, shift, y = torch.rand(60, 1, 4, 4), torch.rand(60, 3), torch.arange(60, dtype=torch.uint8) % 3; m = Two()
     dls = DataLoaders(*[DataLoader(list(zip(x, shift, y)), bs=16) for _ in range(2)], device=torch.device('cpu')); loss = lambda out, y: F.cross_entropy(out['logits'], y)
-    (xb, sb), yb = calibration(m.double(), dls, 'a method', n=40); assert xb.dtype == sb.dtype == torch.float64 and yb.dtype == torch.int64 and len(yb) == len(xb) == 40
+    (xb, sb), yb = batch_for(m.double(), dls, 'a method', n=40); assert xb.dtype == sb.dtype == torch.float64 and yb.dtype == torch.int64 and len(yb) == len(xb) == 40
     s = snip(m.float(), dls, n=40, loss_func=loss); assert list(s) == ['net.0', 'net.3', 'net.5'] and s.meta['n'] == 40
     assert pca(m, dls, n=40).meta['n'] == 40
