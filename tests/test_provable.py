@@ -545,3 +545,9 @@ def test_messages(trained, dls, rand):
     with pytest.raises(ValueError, match='expected inputs of Linear'): sensitivity(nn.Linear(4, 3), torch.rand(2, 5))
     with pytest.warns(UserWarning, match='out of reach'): m = equalise(p, .9999)
     assert all(int(v.sum()) >= 1 for v in m.values())
+
+def test_a_layer_of_zeros_keeps_the_weight_it_had():
+    "No sensitivity, no order: the weight that is kept is the one an earlier round kept, as the second key says."
+    s = {'a': torch.rand(3, 4), 'b': torch.zeros(2, 4)}; first = {k:torch.zeros_like(v) for k,v in s.items()}; first['b'][1, 2] = 1
+    sc = Scores(s, 'weight', labels={k:(_sampling_row(torch.ones_like(v)), torch.tensor([30.])) for k,v in s.items()}, tiebreak=first, meta=dict(variant='rand', c=3., seed=0), method='sipp')
+    assert sipp_cut(sc, .6)['b'].nonzero().tolist() == [[1, 2]]
