@@ -9,10 +9,9 @@ __all__ = ['contributions', 'greedy_order', 'thinet']
 import time
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, generator, layers, method
-from .data import calib_batch
+from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers, method, tensors
 from .probe import slots
-from .inputs import column_groups, readers, traced
+from .inputs import batch_for, column_groups, readers, slices, traced
 
 # %% ../nbs/17_criteria.ipynb #patches
 def _patches(m, x, place, size):
@@ -54,22 +53,22 @@ def greedy_order(G # Gram matrix of the contributions, float64 [c, c]
 # %% ../nbs/17_criteria.ipynb #grams
 def _grams(model, names, graph, xb, n_positions, seed, bs=64):
     "Layer -> Gram matrix of the contributions of its input channels, float64 [groups, groups]; `ValueError` for images that do not suit the model or the graph."
-    mods, gen, groups = layers(model), generator(seed), {k:column_groups(graph, k) for k in names}
-    drawn = {k:[torch.randint(o, (len(xb), n_positions), generator=gen).to(xb.device) for o in (graph.layers[k]['positions'], graph.layers[k]['n_out'])] for k in names}
+    mods, gen, groups, first = layers(model), generator(seed), {k:column_groups(graph, k) for k in names}, tensors(xb)[0]
+    drawn = {k:[torch.randint(o, (len(first), n_positions), generator=gen).to(first.device) for o in (graph.layers[k]['positions'], graph.layers[k]['n_out'])] for k in names}
     res = {k:torch.zeros(int(g.max())+1, int(g.max())+1, dtype=torch.float64) for k,g in groups.items()}
     def hook(k, at):
         def look(m, inp, out):
             got, traced_ = slots(m, out).shape[2], graph.layers[k]['positions']
             if got != traced_: raise ValueError(f"graph: traced with other images than those of dls: layer {k!r} has {traced_} positions there and "
-                                                f"{got} for images of shape {tuple(xb.shape[1:])}; expected graph=trace(model, xb) with such images")
+                                                f"{got} for images of shape {tuple(first.shape[1:])}; expected graph=trace(model, xb) with such images")
             X = contributions(m, inp[0], *[o[at:at+len(out)] for o in drawn[k]], () if isinstance(m, nn.Linear) else tuple(out.shape[2:]))
             X = X.new_zeros(len(X), len(res[k])).index_add_(1, groups[k], X)
             res[k] += X.T @ X
         return look
-    for i in range(0, len(xb), bs):
-        hooks, x = [mods[k].register_forward_hook(hook(k, i)) for k in names], xb[i:i+bs]
+    for i,x in enumerate(slices(xb, bs)):
+        hooks = [mods[k].register_forward_hook(hook(k, i*bs)) for k in names]
         try:
-            with digesting(x): model(x)
+            with digesting(x): feed(model, x)
         finally: [h.remove() for h in hooks]
     return {k:check_finite(f'the contributions to {k!r}', v) for k,v in res.items()}
 
@@ -89,14 +88,12 @@ def thinet(model:nn.Module, # trained model
     start = time.perf_counter()
     check_choice('compat', compat, (None, 'released')); check_int('n_positions', n_positions, 1)
     for k,m in layers(model).items(): check_finite(f'{k}.weight', m.weight)
-    if dls is None: raise ValueError("dls=None: thinet needs images; pass fastai DataLoaders, such as get_dls('digits')")
-    graph, p = traced(model, dls, graph), next(p for p in model.parameters() if p.is_floating_point()); names, skipped = readers(graph)
-    xb, _ = calib_batch(dls, 10 if n is None else None, n, split=split, seed=seed, device=p.device)
-    if xb.is_floating_point(): xb = xb.to(p.dtype)
+    xb, yb = batch_for(model, dls, 'thinet', 10 if n is None else None, n, split, seed)
+    graph = traced(model, dls, graph); names, skipped = readers(graph)
     with as_found(model, train=False), torch.no_grad(): grams = _grams(model, names, graph, xb, n_positions, seed)
     units = {}
     for k,G in grams.items():
         rank = torch.from_numpy(greedy_order(G).argsort()).double()/len(G)
         units[f'{k}:in'] = (1-1/len(G)-rank if compat else rank)[column_groups(graph, k)]
     return Scores(units, 'channel', method='thinet', graph=graph, secs=time.perf_counter()-start, skipped=skipped,
-                  meta=dict(n=len(xb), n_positions=n_positions, split=split, compat=compat, seed=seed))
+                  meta=dict(n=len(yb), n_positions=n_positions, split=split, compat=compat, seed=seed))

@@ -12,11 +12,11 @@ from fnmatch import fnmatch
 from fractions import Fraction
 import numpy as np, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, generator, layers, method
+from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, feed, generator, layers, method, tensors
 from .allocate import _setup
-from .data import calib_batch
 from .probe import slots
 from .graph import _twins
+from .inputs import batch_for, slices
 
 # %% ../nbs/16_lowrank.ipynb #folded
 def folded(model:nn.Module # any model
@@ -163,25 +163,25 @@ def _moments(y, pick, got):
 
 @torch.no_grad()
 def output_moments(model:nn.Module, # left as found
-                   xb:torch.Tensor, # images on the model's device
+                   xb,              # images on the model's device, or a tuple or dictionary of inputs
                    names,           # paths of layers
                    max_columns:int=30000, # most columns (image × position) per layer
                    seed:int=0,      # of the positions
                    bs:int=128       # images at a time
                   )->dict:
     "Layer -> [number of columns, sum [O], sum of products [O, O], positions per image] of its outputs, float64; layers that are never reached are absent."
-    got, g, mods = {}, generator(seed), {n:model.get_submodule(n) for n in names}
+    got, g, mods, n_images = {}, generator(seed), {n:model.get_submodule(n) for n in names}, len(tensors(xb)[0])
     def watch(n, m):
         def hook(_, inp, out):
             y = slots(m, check_finite(f'output of {n!r}', out)); p = y.shape[2]
-            pick = torch.randperm(p, generator=g)[:max(1, max_columns//len(xb))].to(y.device)
+            pick = torch.randperm(p, generator=g)[:max(1, max_columns//n_images)].to(y.device)
             got[n] = _moments(y, pick, got.get(n, (0, 0., 0.)))
         return m.register_forward_hook(hook)
     hooks = [watch(n, m) for n,m in mods.items()]
     try:
         with as_found(model, train=False):
-            for x in xb.split(bs):
-                with digesting(x): model(x)
+            for x in slices(xb, bs):
+                with digesting(x): feed(model, x)
     finally: [h.remove() for h in hooks]
     return got
 
@@ -210,9 +210,7 @@ def pca(model:nn.Module,    # trained model
        )->Scores:
     "Explained share per price of every principal direction of each layer's outputs; the directions are in `labels`. `ValueError` without images."
     start = time.perf_counter(); mats, skipped = folded(model); check_choice('per', per, ('params', 'macs')); check_int('max_columns', max_columns, 1)
-    if dls is None: raise ValueError("dls=None: pca needs images; pass fastai DataLoaders, such as get_dls('digits')")
-    p = next(p for p in model.parameters() if p.is_floating_point()); xb, _ = calib_batch(dls, n=n, split=split, seed=seed, device=p.device)
-    if xb.is_floating_point(): xb = xb.to(p.dtype)
+    xb, yb = batch_for(model, dls, 'pca', n=n, split=split, seed=seed)
     got = output_moments(model, xb, mats, max_columns, seed)
     skipped |= {k:'never reached in the forward pass' for k in mats if k not in got}
     units, labels, cost = {}, {}, {}
@@ -221,4 +219,4 @@ def pca(model:nn.Module,    # trained model
         share = lam/lam.cumsum(0).clamp(min=torch.finfo(lam.dtype).tiny)
         units[k], labels[k] = share[:r]/(cost[k]*(1 if per == 'params' else got[k][3])), (u[:, :r], m)
     return Scores(units, 'rank', method='pca', graph=graph, labels=labels, cost=cost, skipped=skipped, secs=time.perf_counter()-start,
-                  meta=dict(n=len(xb), split=split, per=per, max_columns=max_columns, seed=seed))
+                  meta=dict(n=len(yb), split=split, per=per, max_columns=max_columns, seed=seed))

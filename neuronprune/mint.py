@@ -7,7 +7,7 @@ __all__ = ['ESTIMATORS', 'divergence', 'thirds', 'neighbours', 'pool_dists', 'co
            'gmi', 'cgmi', 'tap_means', 'activations', 'cut', 'score']
 
 # %% ../nbs/13_mint.ipynb #import-hashlib-time-from-conte
-import hashlib, time
+import hashlib, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
@@ -15,12 +15,11 @@ from torch import nn
 from fastprogress import progress_bar
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
-from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_choice, check_finite, check_int,
-                              check_type, generator, method, replacing)
-from .data import calib_batch
-from .graph import trace
+from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_choice, check_finite, check_int, check_type, feed,
+                              generator, load_tensors, mapped, method, save_tensors, tensors)
 from .allocate import allocate
 from .blocks import block_cost, block_labels, block_layers, block_mean, check_groups, dead_units, parent_of
+from .inputs import batch_for, slices, traced
 from .mint_engine import crossings, crossings_batched, crossings_near, mst, sq_dists
 
 # %% ../nbs/13_mint.ipynb #divergence
@@ -148,13 +147,22 @@ def constant_groups(A,  # activations [n, width], tensor
 
 # %% ../nbs/13_mint.ipynb #job
 def _job(P, C, parent, child, W, gs, seed, estimator, calibrate, max_mem, file):
-    "`_split_scores`, read from `file` if it is there and kept there otherwise."
-    if file is not None and file.exists(): return np.load(file, allow_pickle=False)
+    "`_split_scores`, kept in `file` unless that is None."
     with threadpool_limits(1): # the products are short: a second thread would only spin
         r = _split_scores(P, C, parent, child, W, gs, seed, estimator, calibrate, max_mem)
-    if file is not None:
-        with replacing(file) as tmp, open(tmp, 'wb') as f: np.save(f, r)
+    if file is not None: save_tensors(file, {'scores': torch.from_numpy(r)}, dict(kind='mint', job=file.stem))
     return r
+
+def _kept(file, shape):
+    "The scores [child groups, parent groups] in `file`, or None; with a warning if there is a file that does not hold them."
+    if file is None or not file.exists(): return None
+    try:
+        kept, header = load_tensors(file)
+        r, job = kept.get('scores', torch.empty(0)), header.get('job') if header.get('kind') == 'mint' else 'something else'
+        if job == file.stem and r.shape == shape and r.dtype == torch.float64 and r.isfinite().all(): return r.numpy()
+        says = f"path={str(file)!r}: holds the scores of {job}, {tuple(r.shape)}; expected {tuple(shape)} of {file.stem}"
+    except (ValueError, OSError) as e: says = str(e)
+    warnings.warn(f"cache: {says}; these scores are computed again and the file is replaced; delete the file if this comes back")
 
 # %% ../nbs/13_mint.ipynb #key
 def _key(P, x, W, *opts):
@@ -179,7 +187,7 @@ def _jobs(name, P, C, parent, child, W, estimator, n_trials, seed, calibrate, ma
     key = cache and _key(P, x, W, estimator, calibrate, parent.tolist(), idx.tolist(), seed)
     for t in range(n_trials):
         for part in np.array_split(gs, -(-len(gs)//32)):
-            file = cache and Path(cache)/f'{key}-{t}-{part[0]}-{len(part)}.npy'
+            file = cache and Path(cache)/f'{key}-{t}-{part[0]}-{len(part)}.safetensors'
             yield name, t, ks, part, (P, x, parent, idx, W, part, [seed, t], estimator, calibrate, max_mem, file)
 
 # %% ../nbs/13_mint.ipynb #check-layer
@@ -214,8 +222,11 @@ def dependencies(layers:dict,       # name -> (P [n, p], C [n, c], group of each
     res = {n:np.zeros((n_trials, int(o[3].max())+1, int(o[2].max())+1)) for n,o in args.items()}
     jobs = [j for n,o in args.items() for j in _jobs(n, *o, estimator, n_trials, seed, calibrate, max_mem, cache)]
     if any(o[0].is_cuda for o in args.values()): n_jobs = 1
-    done = Parallel(n_jobs=n_jobs, return_as='generator')(delayed(_job)(*j[-1]) for j in jobs)
-    for (n,t,ks,gs,_),r in zip(jobs, progress_bar(done, total=len(jobs)) if progress else done): res[n][t][np.ix_(ks, gs)] = r
+    kept = [_kept(j[-1][-1], (len(j[2]), len(j[3]))) for j in jobs]
+    todo = [j for j,r in zip(jobs, kept) if r is None]
+    done = Parallel(n_jobs=n_jobs, return_as='generator')(delayed(_job)(*j[-1]) for j in todo)
+    fresh = zip(todo, progress_bar(done, total=len(todo)) if progress else done)
+    for (n,t,ks,gs,_),r in (*((j, r) for j,r in zip(jobs, kept) if r is not None), *fresh): res[n][t][np.ix_(ks, gs)] = r
     return res
 
 # %% ../nbs/13_mint.ipynb #dependency
@@ -289,7 +300,7 @@ def _tapped(model, ins, outs, taps):
 
 # %% ../nbs/13_mint.ipynb #activations
 def activations(model:nn.Module,  # left as found; runs in eval mode
-                xb:torch.Tensor,  # images [n, ...]
+                xb,               # images [n, ...], or a tuple or dictionary of inputs
                 ins=(),           # layers whose input is wanted
                 outs=(),          # layers whose output is wanted
                 taps=(),          # layers whose input is wanted as `tap_means`
@@ -298,9 +309,9 @@ def activations(model:nn.Module,  # left as found; runs in eval mode
     "'path:in', 'path' or 'path:taps' -> float32 [n, channels] on the model's device, rows as in `xb`; `ValueError` for NaN, or a layer used twice."
     dev = next(model.parameters()).device
     with as_found(model, train=False), _tapped(model, ins, outs, taps) as got, torch.no_grad():
-        for o in xb.split(bs): model(o.to(dev))
+        for o in slices(mapped(lambda o: o.to(dev), xb), bs): feed(model, o)
     for k,v in got.items():
-        if sum(map(len, v)) != len(xb):
+        if sum(map(len, v)) != len(tensors(xb)[0]):
             name = k.removesuffix(':in').removesuffix(':taps')
             raise UnsupportedLayerError(f"layer {name!r} does not run once per forward pass; leave it out with layers=")
     return {k:check_finite(f'activations of layer {k!r}', torch.cat(v)) for k,v in got.items()}
@@ -417,14 +428,14 @@ def score(model:nn.Module,  # trained network; left as found
     _check_score(dls, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()
-    xb, yb = calib_batch(dls, n_per_class=n_per_class, split='train', seed=seed)
-    if graph is None: graph = trace(model, xb)
+    xb, yb = batch_for(model, dls, 'mint', n_per_class, split='train', seed=seed)
+    graph = traced(model, dls, graph)
     names, skipped = block_layers(graph, layers)
     acts = _acts_of(model, graph, names, xb, tap, estimator == 'contribution')
     groups = {n:block_labels(graph, n, n_groups, grouping, seed, *acts[n][:2]) for n in names}
     pairs = {n:_arrays(model.get_submodule(n), *acts[n], *groups[n]) for n in names}
     rho = dependencies(pairs, estimator, n_trials, seed, calibrate, max_mem, n_jobs, cache, progress)
-    meta = dict(estimator=estimator, n=len(xb), n_per_class=int(yb.bincount().max()), split='train', n_trials=n_trials,
+    meta = dict(estimator=estimator, n=len(yb), n_per_class=int(yb.bincount().max()), split='train', n_trials=n_trials,
                 calibrate=calibrate, weighted=weighted, clip=clip, tap=tap, grouping=grouping, seed=seed)
     return _scores(model, graph, rho, groups, acts, clip, start, skipped, meta)
 

@@ -15,10 +15,10 @@ from fastprogress import progress_bar
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 from .core import (Scores, Mask, as_found, check_batch, check_choice, check_fraction, check_int, check_type,
-                              layers as layers_of)
+                              feed, layers as layers_of, mapped, take)
 from .blocks import block_cost, check_groups
 from .data import ImageDL, calib_batch, _batches, _fetch, _loader
-from .graph import trace
+from .inputs import traced
 
 # %% ../nbs/13b_mint_released.ipynb #sample-rows
 def sample_rows(labels,          # class of each image [n]
@@ -224,18 +224,18 @@ def _executed(model, xb):
     def seen(k): return lambda *_: order.append(k)
     try:
         for k,m in layers_of(model).items(): hooks.append(m.register_forward_hook(seen(k)))
-        with as_found(model, train=False), torch.no_grad(): model(xb.to(next(model.parameters()).device))
+        with as_found(model, train=False), torch.no_grad(): feed(model, mapped(lambda o: o.to(next(model.parameters()).device), xb))
     finally:
         for h in hooks: h.remove()
     return list(dict.fromkeys(order))
 
 # %% ../nbs/13b_mint_released.ipynb #conv-out
 def conv_out(model:nn.Module, # left as found; runs in eval mode
-             xb:torch.Tensor  # images [n, ...]
+             xb               # images [n, ...], or a tuple or dictionary of inputs
             )->dict:
     "Layer -> released activations [n, channels], in order of execution: raw, or after a ReLU right behind a linear layer."
     from neuronprune.mint import activations
-    order, mods = _executed(model, xb[:1]), layers_of(model)
+    order, mods = _executed(model, take(xb, slice(1))), layers_of(model)
     acts = {k:v.cpu() for k,v in activations(model, xb, ins=order, outs=order).items()}
     def relu_follows(k, after): return isinstance(mods[k], nn.Linear) and torch.equal(acts[k].relu(), acts[f'{after}:in'])
     return {k:acts[k].relu() if after and relu_follows(k, after) else acts[k] for k,after in zip(order, [*order[1:], None])}
@@ -307,7 +307,7 @@ def score(model:nn.Module,  # trained network; left as found
     start, (units, labels, cost, ungrouped) = time.perf_counter(), ({} for _ in range(4))
     mods, n_per_class = layers_of(model), 250 if n_per_class is None else check_int('n_per_class', n_per_class, 1)
     xb, rows_p, rows_c = _draws(dls, n_per_class, seed)
-    if graph is None: graph = trace(model, xb)
+    graph = traced(model, dls, graph)
     acts = conv_out(model, xb)
     pairs, skipped = _pairs(model, acts, layers)
     groups = {k:_groups(k, mods[k], k in graph.outputs, n_groups) for k in pairs}

@@ -9,11 +9,10 @@ __all__ = ['CACHE', 'FEW', 'SUPPORTED', 'EPS', 'sensitivity', 'sensitivities', '
 import math, time
 import torch, torch.nn.functional as F
 from torch import nn
-from .core import (Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, layers, method,
-                              twins)
+from .core import (Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, feed, layers,
+                              mapped, method, twins)
 from .allocate import allocate
-from .data import calib_batch
-from .inputs import traced
+from .inputs import batch_for, slices, traced
 from .provable_allocate import check_scores, equalise, sample_rows
 
 # %% ../nbs/12_provable.ipynb #halves
@@ -127,7 +126,7 @@ def _catcher(res, k, reduce):
 
 # %% ../nbs/12_provable.ipynb #sensitivities
 def sensitivities(model:nn.Module,   # left as found
-                  xb:torch.Tensor,   # images [n, ...]; more of them, never smaller sensitivities
+                  xb,                # images [n, ...], or a tuple or dictionary of inputs; more of them, never smaller sensitivities
                   reduce=('max',),   # over positions: of 'max' and 'mean'
                   bs:int=32          # images per forward pass
                  )->dict:
@@ -139,7 +138,7 @@ def sensitivities(model:nn.Module,   # left as found
     hooks = [m.register_forward_pre_hook(_catcher(res, k, reduce)) for k,m in mods.items()]
     try:
         with as_found(model, train=False), torch.no_grad(), digesting(xb):
-            for x in xb.to(next(model.parameters()).device).split(bs): model(x)
+            for x in slices(mapped(lambda o: o.to(next(model.parameters()).device), xb), bs): feed(model, x)
     finally: [h.remove() for h in hooks]
     for k,o in twins(model).items():
         if k in res and o in res: res[k] = res[o] = {r:torch.maximum(v, res[o][r]) for r,v in res[k].items()}
@@ -161,15 +160,15 @@ def calib_size(graph,             # `Graph` of the network
     sizes = [l['n_out']*l['positions'] for l in graph.layers.values()]
     return math.ceil(c*math.log(8*max(sizes)*sum(sizes)/delta))
 
-# %% ../nbs/12_provable.ipynb #calibration
+# %% ../nbs/12_provable.ipynb #batch-for
 def _calibration(model, dls, graph, who, n, delta, c, split, seed):
-    "(images on the model's device, graph) for a method; `ValueError` without data, for bad constants or another model's graph."
+    "(images on the model's device, their number, graph) for a method; `ValueError` without data, for bad constants or another model's graph."
     if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits')")
     _check_constants(delta, c); graph = traced(model, dls, graph)
     if lost := [k for k in layers(model) if k not in graph.layers and k not in graph.fixed]:
         raise ValueError(f"graph: it does not know the model's layer {lost[0]!r}; expected graph=trace(model, xb) of this very model")
-    n = calib_size(graph, delta, c) if n is None else check_int('n', n, 1)
-    return calib_batch(dls, n=n, split=split, seed=seed, device=next(model.parameters()).device)[0], graph
+    xb, yb = batch_for(model, dls, who, n=calib_size(graph, delta, c) if n is None else n, split=split, seed=seed)
+    return xb, len(yb), graph
 
 # %% ../nbs/12_provable.ipynb #left-out
 def _left_out(model, found):
@@ -219,13 +218,13 @@ def sipp(model:nn.Module,     # trained network
     start = time.perf_counter()
     check_choice('variant', variant, ('det', 'rand', 'hybrid'))
     reduce = check_choice('reduce', reduce or ('mean' if variant == 'det' else 'max'), ('max', 'mean'))
-    xb, graph = _calibration(model, dls, graph, 'sipp', n, delta, c, split, seed)
+    xb, n, graph = _calibration(model, dls, graph, 'sipp', n, delta, c, split, seed)
     found = sensitivities(model, xb, (reduce,))[reduce]
     skipped, own = _left_out(model, found), layers(model)
     if variant != 'det': skipped |= {k:graph.fixed[k] for k in found if k not in graph.layers}
     units = {k:v for k,v in found.items() if k not in skipped}; logs = _logs(graph, [k for k in units if k in graph.layers], delta)
     labels = None if variant == 'det' else {k:(_sampling_row(own[k].weight), torch.tensor([c*logs[k]])) for k in units}
-    meta = dict(variant=variant, reduce=reduce, n=len(xb), delta=delta, c=c, split=split, seed=seed)
+    meta = dict(variant=variant, reduce=reduce, n=n, delta=delta, c=c, split=split, seed=seed)
     return Scores(units, 'weight', method='sipp', labels=labels, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
 
 # %% ../nbs/12_provable.ipynb #input-scores
@@ -249,11 +248,11 @@ def pfp(model:nn.Module,     # trained network
     "Largest sensitivity among the readers of every input channel, `layer:in` [n_in] (Liebenwein 2020); `ValueError` without images, for bad constants or another model's graph."
     start = time.perf_counter()
     check_choice('variant', variant, ('det', 'rand', 'top'))
-    xb, graph = _calibration(model, dls, graph, 'pfp', n, delta, c, split, seed)
+    xb, n, graph = _calibration(model, dls, graph, 'pfp', n, delta, c, split, seed)
     own, found = layers(model), sensitivities(model, xb)['max']
     skipped = {**{o:f'it shares its weight with {k!r}' for k,o in twins(model).items()}, **_left_out(model, found)}
     skipped.update({k:'grouped convolution: its inputs go with the channels they come from' for k in found if getattr(own[k], 'groups', 1) > 1})
     skipped.update({k:graph.fixed[k] for k in found if k not in graph.layers})
     units = {f'{k}:in':_input_scores(own[k], v) for k,v in found.items() if k not in skipped}
-    meta = dict(variant=variant, n=len(xb), delta=delta, c=c, split=split, seed=seed, logs=_logs(graph, [k.removesuffix(':in') for k in units], delta))
+    meta = dict(variant=variant, n=n, delta=delta, c=c, split=split, seed=seed, logs=_logs(graph, [k.removesuffix(':in') for k in units], delta))
     return Scores(units, 'channel', method='pfp', graph=graph, secs=time.perf_counter()-start, meta=meta, skipped=skipped)

@@ -139,6 +139,11 @@ def _row_plan(scores, budget, spared):
     return {k:(s, *o) for (k,(s,_)),*o in zip(table.items(), split(n), split(drawn))}
 
 # %% ../nbs/12a_provable_allocate.ipynb #safe-plan
+def _best(scores, k):
+    "Flat numbers of a layer's weights, the highest score first; equals by `tiebreak`, then by index."
+    s, second = (o.flatten().double().numpy() for o in (scores[k], scores.tiebreak.get(k, torch.zeros(1).expand_as(scores[k]))))
+    return np.lexsort((-second, -s))
+
 def _safe_plan(scores, budget, min_keep):
     "(`_row_plan`, layer -> flat numbers of the weights kept as they are), such that no draw can leave a layer with fewer than `min_keep` weights."
     spared = {}
@@ -146,7 +151,7 @@ def _safe_plan(scores, budget, min_keep):
         plan = _row_plan(scores, max(budget-sum(map(len, spared.values())), 0), spared)
         short = [k for k,(_,n,drawn) in plan.items() if k not in spared and np.where(drawn, n > 0, n).sum() < min(min_keep, scores[k].numel())]
         if not short: return plan, spared
-        spared.update({k:np.argsort(-scores[k].double().numpy(), axis=None, kind='stable')[:min_keep] for k in short})
+        spared.update({k:_best(scores, k)[:min_keep] for k in short})
 
 # %% ../nbs/12a_provable_allocate.ipynb #row-factors
 def _row_factors(s, n, drawn, rng):

@@ -10,10 +10,10 @@ __all__ = ['bernstein_error', 'bernstein_draws', 'bound', 'certificate', 'verdic
 import math
 import numpy as np, pandas as pd, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_batch, check_choice, check_int, check_type, digesting, layers, twins
+from .core import Mask, Scores, as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, mapped, take, tensors, twins
 from .data import calib_batch
 from .draws import expected_unique
-from .inputs import column_groups
+from .inputs import column_groups, slices
 from .provable import EPS, _check_constants, _columns, _halves, sensitivities
 
 # %% ../nbs/12b_provable_bounds.ipynb #bernstein-error
@@ -162,7 +162,7 @@ def _measure(m, w, eps, tally, tol=1e-4):
 def certificate(model:nn.Module, # the unpruned network, left as found
                 mask:Mask,       # from any method; ranks excepted
                 found:dict,      # layer -> sensitivities, `sensitivities(model, xb)['max']`
-                xb:torch.Tensor, # images to measure the errors on
+                xb,              # images to measure the errors on, or a tuple or dictionary of inputs
                 *, c:float=1.,   # as for `bound`
                 delta:float=.1,  # as for `bound`
                 union:bool=False, # as for `bound`
@@ -175,7 +175,7 @@ def certificate(model:nn.Module, # the unpruned network, left as found
     hooks = [own[k].register_forward_pre_hook(_measure(own[k], hat[k], e, tallies.setdefault(k, {}))) for k,(e,_,_) in eps.items()]
     try:
         with as_found(model, train=False), torch.no_grad(), digesting(xb):
-            for x in xb.to(next(model.parameters()).device).split(bs): model(x)
+            for x in slices(mapped(lambda o: o.to(next(model.parameters()).device), xb), bs): feed(model, x)
     finally: [h.remove() for h in hooks]
     for k,t in tallies.items():
         n, kept = (_by_sign(o, own[k].weight).T for o in (torch.ones_like(own[k].weight).cpu(), keep[k][0]))
@@ -224,7 +224,7 @@ def _both_batches(meta, dls, n):
     if size == meta['n']:
         raise ValueError(f"dls: no other test set, and all {size} images of its {meta['split']} part were used for the scores; expected some to measure on")
     both = draw(meta['split'], min(size, meta['n']+n))   # the first of a larger sample are the smaller sample
-    return both[:meta['n']], both[meta['n']:], f"{meta['split']}, not in S"
+    return take(both, slice(meta['n'])), take(both, slice(meta['n'], None)), f"{meta['split']}, not in S"
 
 # %% ../nbs/12b_provable_bounds.ipynb #bound-report
 def bound_report(model:nn.Module, # the unpruned network
@@ -247,7 +247,7 @@ def bound_report(model:nn.Module, # the unpruned network
 def failures(model:nn.Module, # the network, left as found
              layer:str,       # path of the layer
              found:dict,      # layer -> sensitivities
-             xb:torch.Tensor, # images
+             xb,              # images, or a tuple or dictionary of inputs
              eps:float=.5, delta:float=.1, c:float=1., # as in `bernstein_draws`
              n_trials:int=200, # masks drawn
              seed:int=0       # of the draws
@@ -257,7 +257,7 @@ def failures(model:nn.Module, # the network, left as found
     m, seen = layers(model)[check_choice('layer', layer, found)], []
     hook = m.register_forward_pre_hook(lambda _, inp: seen.append(inp[0].detach()))
     try:
-        with as_found(model, train=False), torch.no_grad(), digesting(xb): model(xb.to(next(model.parameters()).device))
+        with as_found(model, train=False), torch.no_grad(), digesting(xb): feed(model, mapped(lambda o: o.to(next(model.parameters()).device), xb))
     finally: hook.remove()
     w, s = m.weight.detach().flatten(1).double().cpu(), found[layer].flatten(1).double()
     groups = torch.cat([_columns(m, h.double()).permute(1, 0, 3, 2).flatten(1, 2) for a in seen for h in _halves(a)], 1).cpu()
@@ -272,7 +272,7 @@ def failures(model:nn.Module, # the network, left as found
             err = ((pts[live][:, on]*(side*w[o, on])) @ torch.from_numpy(f.T)/z[live, None] - 1).abs()
             pairs.append((err > eps).double().mean(1)); kept += float(expected_unique(q, n)); draws += n; size += int(on.sum())
     p = torch.cat(pairs) if pairs else torch.full((1,), math.nan)
-    return dict(layer=layer, eps=eps, delta=delta, images=len(xb), draws=draws/max(len(pairs), 1), kept_pct=100*kept/max(size, 1),
+    return dict(layer=layer, eps=eps, delta=delta, images=len(tensors(xb)[0]), draws=draws/max(len(pairs), 1), kept_pct=100*kept/max(size, 1),
                 failures=float(p.mean()), worst_pair=float(p.max()))
 
 # %% ../nbs/12b_provable_bounds.ipynb #affordable

@@ -49,18 +49,19 @@ def _targets(width, nnz, budget):
     return res.astype(np.int64)
 
 # %% ../nbs/18_sampling.ipynb #drawn
-def _drawn(scores, sparsity, seed):
-    "Key -> (factors like the scores, draws per row, expected number of distinct weights)."
+def _drawn(scores, budget, seed):
+    "(key -> (factors like the scores, draws per row, expected number of distinct weights), is `budget` within reach?)"
     q = {k:_share(v.double().flatten(1)).numpy() for k,v in scores.items()}
     width, nnz = (np.concatenate(o) for o in zip(*[(np.full(len(v), v.shape[1]), (v > 0).sum(1)) for v in q.values()]))
-    budget, rng, res = kappa(int(width.sum()), sparsity), np.random.default_rng(check_int('seed', seed, 0)), {}
-    if budget < (nnz > 0).sum(): warnings.warn(f"sampling: sparsity {sparsity} leaves {budget} weights; each of the {(nnz > 0).sum()} neurons with weights keeps one")
-    targets = np.split(_targets(width, nnz, budget), np.cumsum([len(v) for v in q.values()])[:-1])
-    for (k,v),t in zip(q.items(), targets):
+    bare = [k for k,v in q.items() if not v.any()]
+    all_targets, rng, res = _targets(width, nnz, budget-len(bare)), np.random.default_rng(check_int('seed', seed, 0)), {}
+    for (k,v),t in zip(q.items(), np.split(all_targets, np.cumsum([len(v) for v in q.values()])[:-1])):
         f, n = sample(v, t, rng)
-        hit = np.where(n > 0, expected_unique(v, n), np.minimum(t, (v > 0).sum(1)))
-        res[k] = torch.from_numpy(f).float().view(scores[k].shape), n, float(hit.sum())
-    return res
+        if k in bare: f.flat[int(scores.tiebreak[k].argmax()) if k in scores.tiebreak else 0] = 1.
+        hit = (k in bare) + np.where(n > 0, expected_unique(v, n), np.minimum(t, (v > 0).sum(1))).sum()
+        res[k] = torch.from_numpy(f).float().view(scores[k].shape), n, float(hit)
+    given, hit = all_targets.sum() + len(bare), sum(o[2] for o in res.values())
+    return res, given == budget and abs(hit-budget) <= len(res)/2+1e-6
 
 # %% ../nbs/18_sampling.ipynb #cut
 def cut(scores:Scores,  # from `uniform` or `sampling`
@@ -68,20 +69,22 @@ def cut(scores:Scores,  # from `uniform` or `sampling`
         *, seed:int=None, # of the draws; None = the seed of the scores
         of:str='units'  # channels only: what the fraction counts, as for `allocate`
        )->Mask:
-    "The mask with `scale` of weights drawn with replacement, or the plain mask of channel scores; `ValueError` for other units."
+    "The mask with `scale` of weights drawn with replacement, or the plain mask of channel scores; a warning when the budget is out of reach, `ValueError` for other units."
     check_type('scores', scores, Scores); check_choice('unit', scores.unit, ('weight', 'channel'))
     if scores.unit == 'channel':
         if scores.method != 'uniform': raise ValueError(f"unit='channel': {scores.method} draws weights; expected unit='weight', or uniform(unit='channel')")
         return allocate(scores, sparsity, scope='layer', of=of, normalize=None)
-    n = sum(v.numel() for v in scores.values())
+    n = sum(v.numel() for v in scores.values()); budget = kappa(n, sparsity)
     meta = dict(method=scores.method, requested=sparsity, threshold=None, of='units', scope='layer', tied=True)
-    if kappa(n, sparsity) == n:
+    if budget == n:
         return Mask({k:torch.ones(v.shape, dtype=torch.bool) for k,v in scores.items()}, 'weight', graph=scores.graph,
                     meta=dict(meta, achieved=0., expected=0., layers=dict.fromkeys(scores, 0.)))
-    res = _drawn(scores, sparsity, scores.meta.get('seed', 0) if seed is None else seed)
+    res, met = _drawn(scores, budget, scores.meta.get('seed', 0) if seed is None else seed)
     keep = {k:f > 0 for k,(f,_,_) in res.items()}
     meta.update(achieved=1-sum(int(v.sum()) for v in keep.values())/n, expected=1-sum(o[2] for o in res.values())/n,
                 layers={k:1-v.float().mean().item() for k,v in keep.items()}, draws={k:int(o[1].sum()) for k,o in res.items()})
+    if not met: warnings.warn(f"{scores.method}: sparsity {sparsity} is out of reach, {meta['achieved']:.4g} achieved; every neuron with weights "
+                              "keeps one, every layer too, and weights that are zero cannot be drawn")
     return Mask(keep, 'weight', graph=scores.graph, scale={k:o[0] for k,o in res.items()}, meta=meta)
 
 # %% ../nbs/18_sampling.ipynb #weight-scores

@@ -1,13 +1,16 @@
 """Baselines: closed forms, finite differences, brute force, and the promises every method makes."""
 import copy
+from contextlib import nullcontext
+from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropy
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate, ratios
-from neuronprune.baselines import (SlimmingCallback, _gate_gradients, _gradients, fpgm, lth, magnitude, magsign, random, slimming,
+from neuronprune.baselines import (SlimmingCallback, _gate_gradients, _gradients, fpgm, loss_name, lth, magnitude, magsign, random, slimming,
                                    snip, taylor)
 from neuronprune.core import Scores, kappa, layers, methods
 from neuronprune.data import calib_batch, get_dls
@@ -94,7 +97,7 @@ def test_what_is_missing_is_named(name, kw):
         with pytest.raises(ValueError, match='has shape'): m(model, data(), graph=trace(model, X), init={k:v[None] for k,v in init.items()}, **kw)
         kw = {**kw, 'init': init}
     if 'data' in m.needs:
-        with pytest.raises(ValueError, match=f'{name} needs labelled images'): m(model, graph=trace(model, X), **kw)
+        with pytest.raises(ValueError, match=f'{name} needs images'): m(model, graph=trace(model, X), **kw)
     if kw.get('unit', m.unit) != 'weight':
         with pytest.raises(ValueError, match=r'graph=trace\(model, xb\)'): m(model, **kw)
         other = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -410,3 +413,57 @@ def test_fpgm_twins_and_wide_layers():
     model = nn.Sequential(nn.Linear(200, 60), nn.ReLU(), nn.Linear(60, 2)); model[0].weight.data = w
     v = fpgm(model, graph=trace(model, torch.rand(1, 200)))['0']; a = w.double().numpy()
     assert np.allclose(v, np.sqrt(((a[:,None]-a[None])**2).sum(-1)).sum(1)) and v[0] == pytest.approx(v[1])
+
+# The loss, the labels, the form of a batch
+
+HEAVY = torch.tensor([50., 1, .1])
+LOSSES = {'plain': (None, F.cross_entropy), 'weighted': (nn.CrossEntropyLoss(weight=HEAVY), None), 'smooth': (nn.CrossEntropyLoss(label_smoothing=.3), None),
+          'fastai': (CrossEntropyLossFlat(weight=HEAVY), nn.CrossEntropyLoss(weight=HEAVY)), 'fastai smooth': (LabelSmoothingCrossEntropy(eps=.2), None),
+          'partial': (partial(F.cross_entropy, label_smoothing=.2), None), 'function': (lambda out, y: (out[:, 0]-y).pow(2).mean(), None)}
+
+@pytest.mark.parametrize('which', LOSSES)
+@pytest.mark.parametrize('method,kw', [(snip, dict(unit='channel')), (taylor, {})], ids=['snip', 'taylor'])
+def test_any_loss_is_the_one_that_is_differentiated(method, kw, which):
+    model, dls, (own, ref) = Net().eval().requires_grad_(), data(), LOSSES[which]; x, y = calib_batch(dls, n=20, split='train')
+    loss = (ref or own)(model(x), y); got = method(model, dls, n=20, loss_func=own, **kw)
+    w, b = torch.autograd.grad(loss, [model.fc1.weight, model.fc1.bias]); f = model.fc1
+    signed = (f.weight*w).sum(1) + (f.bias*b if method is taylor else 0)
+    assert torch.allclose(got['fc1'], (signed**2 if method is taylor else signed.abs()).detach(), rtol=1e-4)
+    if which != 'plain': assert not torch.allclose(got['fc1'], method(model, dls, n=20, **kw)['fc1'], rtol=1e-2)
+
+def test_the_loss_is_named():
+    names = {k:loss_name(o) for k,(o,_) in LOSSES.items()}
+    assert names['plain'] == 'CrossEntropyLoss' and names['weighted'] == names['fastai'] == 'CrossEntropyLoss(weight)' and names['smooth'] == 'CrossEntropyLoss(label_smoothing=0.3)'
+    assert names['partial'] == 'cross_entropy' and 'lambda' in names['function'] and names['fastai smooth'] == 'LabelSmoothingCrossEntropy(eps=0.2)'
+    for m in (snip, taylor): assert m(Net(), data(), n=5).meta['loss'] == 'CrossEntropyLoss' and m(Net(), data(), n=5, loss_func=LOSSES['smooth'][0]).meta['loss'] == names['smooth']
+
+@pytest.mark.parametrize('bad,says', [(5, 'expected a function'), (lambda o, y: (o, y), 'returned a tuple of shapes'), (nn.CrossEntropyLoss(reduction='none'), 'returned a tensor of shape'),
+                                      (lambda o, y: 1., 'returned a float'), (lambda o, y: o.detach().mean(), 'with a gradient'), (lambda o: o.mean(), 'cannot take a tensor of shape'),
+                                      (lambda o, y: o.logits.mean(), 'cannot take'), (lambda o, y: o.mean()*float('nan'), 'NaN'), (nn.MSELoss(), 'cannot take')])
+@pytest.mark.parametrize('method', [snip, taylor], ids=['snip', 'taylor'])
+def test_a_loss_that_is_none(method, bad, says):
+    with pytest.warns(UserWarning) if isinstance(bad, nn.MSELoss) else nullcontext(), pytest.raises((ValueError, TypeError), match=f'loss_func.*{says}'): method(Net(), data(), n=5, loss_func=bad)
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    model, dls = Net(), data(); x, y = (torch.stack(o) for o in zip(*dls.train.dataset))
+    odd = DataLoaders(*[DataLoader(list(zip(x, y.to(dtype))), bs=16)]*2, device=torch.device('cpu')); g = trace(model, X)
+    for m in (snip, taylor):
+        a, b = (m(model, o, n=20, graph=g, loss_func=f) for o,f in ((dls, None), (odd, CrossEntropyLossFlat())))
+        assert all(torch.allclose(a[k], b[k], rtol=1e-5) and torch.allclose(a[k], v, rtol=1e-5) for k,v in m(model, odd, n=20, graph=g).items())
+
+class Forms(nn.Module):
+    "Two inputs; the outputs as a tuple, a dictionary or plain."
+    def __init__(self, out): super().__init__(); self.net, self.out = Net(), out
+    def forward(self, image, shift): o = self.net(image)+shift; return {None: o, tuple: (o, image), dict: dict(logits=o, other=None)}[self.out]
+
+@pytest.mark.parametrize('form', [tuple, dict])
+def test_batches_and_outputs_of_several_tensors(form):
+    x, y = calib_batch(data(), n=20, split='train'); shift = torch.randn(20, 3, generator=gen(3)); loss = lambda o, y: F.cross_entropy(o['logits'] if form is dict else o[0], y)
+    model, plain = Forms(form), Forms(None); xb = (x, shift) if form is tuple else dict(shift=shift, image=x); names = [f'net.{k}.weight' for k in layers(model.net)]
+    want = torch.autograd.grad(F.cross_entropy(plain.eval().requires_grad_()(x, shift), y), [plain.get_parameter(k) for k in names])
+    for k,g in zip(names, want): assert torch.allclose(_gradients(model, names, xb, y, loss_func=loss, bs=7)[k][1], g, atol=1e-6)
+    gates, f = _gate_gradients(model, {'fc1': model.net.fc1}, xb, y, loss, bs=7)['fc1'].mean(0), plain.net.fc1
+    bias, = torch.autograd.grad(F.cross_entropy(plain(x, shift), y), [f.bias])
+    assert torch.allclose(gates, ((f.weight*want[names.index('net.fc1.weight')]).sum(1) + f.bias*bias).detach(), atol=1e-6)
+    with pytest.raises(ValueError, match='loss_func=None: cross-entropy needs outputs'): _gradients(model, names, xb, y)

@@ -21,7 +21,7 @@ def test_groups_are_balanced(width, data, grouping, seed):
     if grouping == 'contiguous': assert torch.equal(idx, idx.sort().values)
     assert torch.equal(idx, group_index(width, n, grouping, seed))
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 25), st.data(), st.integers(0, 5))
 def test_kmeans_leaves_no_group_empty(width, data, seed):
     "Duplicate and constant columns included; groups are numbered by first appearance, the same each time."
@@ -71,7 +71,7 @@ def test_parents_of_known_wirings(name):
     assert np.array_equal(parent_of(g, layer), want), g.producers
     assert parent_of(g, 'a').tolist() == [0, 1], 'the input: every column for itself'
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(nets())
 def test_columns_share_a_parent_when_the_same_channels_reach_them(model):
     g = trace(model, X)
@@ -82,9 +82,12 @@ def test_columns_share_a_parent_when_the_same_channels_reach_them(model):
         keys = [r or i for i,r in enumerate(reach)]
         assert p == [list(dict.fromkeys(keys)).index(k) for k in keys]
 
-def test_true_producers_in_resnet56():
+@pytest.fixture(scope='module')
+def resnet56(): return trace(build('resnet56', 3, 10, 8, seed=0), torch.rand(1, 3, 8, 8))
+
+def test_true_producers_in_resnet56(resnet56):
     "Option-A shortcuts: the parent is the tensor after the sum, as wide as the reader's input, whatever layer stands before it."
-    g = trace(build('resnet56', 3, 10, 32, seed=0), torch.rand(1, 3, 32, 32)); names = list(g.layers)
+    g = resnet56; names = list(g.layers)
     for n in names[1:-1]: assert torch.equal(parent_of(g, n), torch.arange(g.layers[n]['n_in'])), n
     many = [n for n in names if len(g.producers[n]) > 1]; assert len(many) == 27 and max(len(g.producers[n]) for n in names) > 10
 
@@ -107,7 +110,7 @@ def test_chosen_layers():
 
 # Blocks
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(nets(['seq', 'add', 'cat', 'dw', 'proj', 'pad']), st.sampled_from(['contiguous', 'random', 'kmeans']), st.integers(0, 20), st.data())
 def test_blocks_tile_the_weight_matrix(model, grouping, seed, data):
     g = trace(model, X); lay = layers(model)
@@ -135,8 +138,8 @@ def test_labels_by_default_and_by_seed():
         with pytest.raises(ValueError, match=said): block_labels(g, 'fc2', pair)
     with pytest.raises(ValueError, match='activations'): block_labels(g, 'fc2', (2, 2), 'kmeans')
 
-def test_each_channel_by_itself():
-    m = build('resnet56', 3, 10, 32); g = trace(m, torch.randn(1, 3, 32, 32))
+def test_each_channel_by_itself(resnet56):
+    g = resnet56
     for n in block_layers(g)[0]:
         child, parent, column = block_labels(g, n, 'each')
         assert child.tolist() == list(range(g.layers[n]['n_out'])) and parent.tolist() == list(range(len(parent))) == list(range(int(column.max())+1))

@@ -1,12 +1,18 @@
 """Readers and column groups against the graph of random networks."""
-import copy, pytest, torch
+import copy, pytest, torch, torch.nn.functional as F
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from hypothesis import given, settings
 from torch import nn
-from neuronprune.core import Mask, layers
+from neuronprune.baselines import snip
+from neuronprune.core import Mask, layers, tensors
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
-from neuronprune.inputs import column_groups, own_input, readers, traced
+from neuronprune.inputs import batch_for, column_groups, own_input, readers, slices, traced
+from neuronprune.lowrank import output_moments, pca
+from neuronprune.mint import activations
 from neuronprune.models import build
+from neuronprune.provable import sensitivities
 from neuronprune.surgery import apply, difference, shrink
 from test_graph import KINDS, nets
 
@@ -83,3 +89,29 @@ def test_unknown_layers_and_networks_without_readers():
     for f in (column_groups, own_input):
         with pytest.raises(ValueError, match='layer'): f(g, 'nope')
     with pytest.raises(ValueError, match='no layer has inputs'): readers(g)
+
+# Batches of several tensors
+
+class Two(nn.Module):
+    "A network and a shift of its answers: two inputs, the second without effect on the layers."
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3))
+    def forward(self, image, shift): return dict(logits=self.net(image)+shift)
+
+@pytest.mark.parametrize('form', ['tuple', 'dict'])
+def test_what_methods_see_in_a_batch_of_several_tensors(form):
+    "Sensitivities, activations and moments are those of the network alone, in whatever slices."
+    m, x, shift = Two(), torch.rand(23, 1, 4, 4), torch.rand(23, 3); xb = (x, shift) if form == 'tuple' else dict(shift=shift, image=x); inner = lambda k: f'net.{k}'
+    a, b = sensitivities(m, xb, bs=5)['max'], sensitivities(m.net, x)['max']; assert all(torch.allclose(a[inner(k)], v) for k,v in b.items())
+    a, b = activations(m, xb, ins=['net.5'], outs=['net.0'], bs=5), activations(m.net, x, ins=['5'], outs=['0']); assert all(torch.allclose(a[inner(k)], v) for k,v in b.items())
+    a, b = output_moments(m, xb, ['net.0', 'net.3'], bs=5), output_moments(m.net, x, ['0', '3'])
+    assert all(a[inner(k)][0] == v[0] and torch.allclose(a[inner(k)][2], v[2]) for k,v in b.items())
+    assert [len(o) for o in map(lambda s: tensors(s)[1], slices(xb, 10))] == [10, 10, 3]
+
+def test_loaders_of_two_inputs():
+    x, shift, y = torch.rand(60, 1, 4, 4), torch.rand(60, 3), torch.arange(60, dtype=torch.uint8) % 3; m = Two()
+    dls = DataLoaders(*[DataLoader(list(zip(x, shift, y)), bs=16) for _ in range(2)], device=torch.device('cpu')); loss = lambda out, y: F.cross_entropy(out['logits'], y)
+    (xb, sb), yb = batch_for(m.double(), dls, 'a method', n=40); assert xb.dtype == sb.dtype == torch.float64 and yb.dtype == torch.int64 and len(yb) == len(xb) == 40
+    s = snip(m.float(), dls, n=40, loss_func=loss); assert list(s) == ['net.0', 'net.3', 'net.5'] and s.meta['n'] == 40
+    assert pca(m, dls, n=40).meta['n'] == 40

@@ -1,11 +1,11 @@
 "MINT: the estimator against its definition and exact values, the score against its promises."
-import numpy as np, os, pytest, torch
+import numpy as np, os, pytest, torch, warnings
 from hypothesis import given, settings, strategies as st
 from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import cdist
 from torch import nn
 from neuronprune import mint
-from neuronprune.core import Mask, Scores, UnsupportedLayerError, generator, layers, methods
+from neuronprune.core import Mask, Scores, UnsupportedLayerError, generator, layers, methods, save_tensors
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.mint import activations, cgmi, cut, dependencies, dependency, divergence, gmi, neighbours, pool_dists, score, thirds
@@ -93,6 +93,24 @@ def test_jobs_side_by_side_and_resumed(tmp_path, monkeypatch):
         assert len(os.listdir(tmp_path)) == n+6 and (new != every).any()
     dependency(P+1e-3*(P > 1), C, parent, child, cache=tmp_path, **args); dependency(P, C, parent, child[::-1].copy(), cache=tmp_path, **args)
     assert len(os.listdir(tmp_path)) == 36
+
+def flip(f, i=-3): b = bytearray(f.read_bytes()); b[i] ^= 1; f.write_bytes(bytes(b))
+
+DAMAGE = {'cut short': lambda f, other: f.write_bytes(f.read_bytes()[:-1]), 'empty': lambda f, other: f.write_bytes(b''), 'a flipped bit': lambda f, other: flip(f),
+          'foreign': lambda f, other: f.write_text('<html>404</html>'), 'of another job': lambda f, other: f.write_bytes(other.read_bytes()),
+          'a broadcast shape': lambda f, other: save_tensors(f, {'scores': torch.zeros(1, 1, dtype=torch.float64)}, dict(kind='mint', job=f.stem)),
+          'one dimension': lambda f, other: save_tensors(f, {'scores': torch.zeros(32, dtype=torch.float64)}, dict(kind='mint', job=f.stem)),
+          'a mask': lambda f, other: Mask({'scores': torch.ones(4, 5, dtype=torch.bool)}, 'weight').save(f),
+          'NaN': lambda f, other: save_tensors(f, {'scores': torch.full((4, 5), float('nan'), dtype=torch.float64)}, dict(kind='mint', job=f.stem))}
+
+@pytest.mark.parametrize('what', DAMAGE)
+def test_a_damaged_cache_is_named_and_mended(what, tmp_path):
+    "The scores are those without a cache, a warning names the file, and the next call finds a whole one."
+    P, C, parent, child = network_like(60, p=10, c=8); args = dict(n_trials=2, seed=4, cache=tmp_path); first = dependency(P, C, parent, child, **args)
+    a, b = sorted(tmp_path.iterdir()); DAMAGE[what](a, b)
+    with pytest.warns(UserWarning, match=f'cache: .*{a.name}.*delete the file'): again = dependency(P, C, parent, child, **args)
+    np.testing.assert_array_equal(again, first)
+    with warnings.catch_warnings(): warnings.simplefilter('error'); np.testing.assert_array_equal(dependency(P, C, parent, child, **args), first)
 
 def test_contribution_is_its_definition():
     "One pair at a time: what the block sends, times the root of the number of groups; rows that the neighbours' rule does not touch."

@@ -1,5 +1,6 @@
 """Sensitivities against the definition, allocations against other solvers, and what SiPP and PFP promise."""
 import copy, math, pytest, torch, warnings
+from functools import cache
 import numpy as np, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
@@ -11,6 +12,7 @@ from neuronprune.draws import expected_unique
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.provable import _sampling_row, calib_size, pfp, sensitivities, sensitivity, sipp, sipp_cut
+from neuronprune import provable_allocate
 from neuronprune.provable_allocate import _factors, equalise, predicted_error, sample_rows, spread, spread_cvxpy, whole
 from neuronprune.surgery import apply, difference, shrink
 from neuronprune.train import MaskCallback, fine_tune, fit, learner
@@ -217,11 +219,14 @@ def trained(dls):
     l = learner(build('lenet300', size=8, seed=0), dls); fit(l, 4); return l
 
 @pytest.fixture(scope='module')
+def det(trained, dls): return sipp(trained.model, dls, n=64)
+
+@pytest.fixture(scope='module')
 def rand(trained, dls): return sipp(trained.model, dls, variant='rand', n=64)
 
 @pytest.mark.parametrize('sparsity', (.3, .777, .85))
-def test_det_is_the_global_ranking(trained, dls, sparsity):
-    sc = sipp(trained.model, dls, n=64); m = sipp_cut(sc, sparsity)
+def test_det_is_the_global_ranking(det, sparsity):
+    sc = det; m = sipp_cut(sc, sparsity)
     flat, keep = torch.cat([v.flatten() for v in sc.values()]), torch.cat([v.flatten() for v in m.values()])
     assert int(keep.sum()) == kappa(len(flat), sparsity) and flat[keep].min() >= flat[~keep].max() and not m.scale
     nested = sipp_cut(sc, .88)
@@ -267,15 +272,15 @@ def test_draws_are_unbiased_per_weight(target):
     "Mean of 4,000 draws of a neuron of ten weights per sign, also where all but one are wanted, and where all are."
     rng = np.random.default_rng(target); s = rng.uniform(.01, 1, (2, 20)); s[0, 10:] = 0; s[1, :10] = 0
     from neuronprune.draws import sample
-    x = np.stack([sample(s/s.sum(1, keepdims=True), np.array([target, target]), np.random.default_rng([target, i]))[0] for i in range(4000)])
+    x = sample(np.tile(s/s.sum(1, keepdims=True), (4000, 1, 1)), target, rng)[0]
     se = x.std(0)/math.sqrt(len(x))
     assert (np.abs(x.mean(0)-(s > 0)) <= 4*se + 1e-12).all()
 
 def test_unbiased_through_the_mask():
-    "The mean of 2,000 masks is 1 for every weight of a small layer, within 4 standard errors, whatever its row was given."
+    "The mean over 2,000 copies of a small layer is 1 for every weight, within 4 standard errors, whatever its row was given."
     torch.manual_seed(0); w = torch.randn(4, 8); s = torch.rand(4, 8)*(w > -1.5)
-    sc = Scores({'a': s}, 'weight', labels={'a': (_sampling_row(w), torch.tensor([100.]))}, meta=dict(variant='rand', c=3., seed=0), method='sipp')
-    x = torch.stack([sipp_cut(sc, .5, seed=i).scale['a'] for i in range(2000)])
+    many = Scores({'a': s.repeat(2000, 1)}, 'weight', labels={'a': (_sampling_row(w.repeat(2000, 1)), torch.tensor([100.]))}, meta=dict(variant='rand', c=3., seed=0), method='sipp')
+    x = sipp_cut(many, .5).scale['a'].view(2000, 4, 8)
     mean, se, live = x.mean(0), x.std(0)/math.sqrt(len(x)), s > 0
     assert ((mean-1).abs()[live] <= 4*se[live] + 1e-6).all() and (x[:, ~live] == 0).all()
     assert abs(float((x > 0).sum((1, 2)).float().mean()) - 16) < .5 # and as many distinct weights as asked for
@@ -287,9 +292,9 @@ def row_scores(s, w=None, variant='rand', log=100.):
 
 @pytest.mark.parametrize('min_keep', (2, 4, 5))
 def test_min_keep_is_kept_before_drawing(min_keep):
-    "Never fewer than asked for, always unbiased: 1,000 masks of one neuron of eight weights, five of them wanted."
+    "Never fewer than asked for, always unbiased: 250 masks of one neuron of eight weights, five of them wanted."
     sc = row_scores(torch.linspace(.2, .9, 8)[None])
-    x = torch.stack([sample_rows(sc, .375, min_keep=min_keep, seed=i).scale['a'][0] for i in range(1000)])
+    x = torch.stack([sample_rows(sc, .375, min_keep=min_keep, seed=i).scale['a'][0] for i in range(250)])
     mean, se, drawn = x.mean(0), x.std(0)/len(x)**.5, 5 > min_keep
     assert (x > 0).sum(1).min() >= min_keep and (x[:, -min_keep:] == 1).all()
     assert ((mean-1).abs() <= 4*se+1e-6)[:None if drawn else 0].all() and sample_rows(sc, .375, min_keep=min_keep).meta['allocated'] == 5
@@ -319,7 +324,7 @@ def test_a_row_has_no_more_weights_than_draws(trained, dls, variant):
             assert (hit <= n)[n > 0].all()
 
 def test_the_budget_of_draws_is_met_on_average(rand):
-    left = [int(sum(v.sum() for v in sipp_cut(rand, .8, seed=i).values())) for i in range(60)]
+    left = [int(sum(v.sum() for v in sipp_cut(rand, .8, seed=i).values())) for i in range(20)]
     assert abs(np.mean(left)/kappa(sum(v.numel() for v in rand.values()), .8)-1) < .01
 
 @pytest.mark.parametrize('variant', ('rand', 'top'))
@@ -329,7 +334,7 @@ def test_factors_of_a_family(variant):
     f, n = _factors(np.array([.5, .2, 0, 0]), 3, variant, 1, np.random.default_rng(0)); assert f.tolist() == [1, 1, 1, 0] and not n.any()
     s = np.sort(np.random.default_rng(1).uniform(.05, 1, 12))[::-1]
     for keep in (1, 4):
-        x = np.stack([_factors(s, 6, variant, keep, np.random.default_rng([keep, i]))[0] for i in range(1500)]); n = _factors(s, 6, variant, keep, np.random.default_rng(0))[1]
+        x = np.stack([_factors(s, 6, variant, keep, np.random.default_rng([keep, i]))[0] for i in range(600)]); n = _factors(s, 6, variant, keep, np.random.default_rng(0))[1]
         assert (np.abs(x.mean(0)-1) <= 4*x.std(0)/len(x)**.5+1e-9).all() and (x > 0).sum(1).min() >= keep and (x[:, n == 0] == 1).all() and (variant == 'top' or (n[:keep] == 0).all() == (keep > 1))
 
 def test_hybrid_takes_the_cheaper_rule(trained, dls):
@@ -368,6 +373,8 @@ def made_scores(name, size=32, seed=0):
     meta = dict(variant='det', n=1, delta=1e-12, c=3., seed=0, logs={k.removesuffix(':in'):1+i/10 for i,k in enumerate(found)})
     return Scores({k:torch.rand(n)**3 for k,n in found.items()}, 'channel', graph=g, meta=meta, method='pfp'), m, x
 
+made_once = cache(made_scores) # where nothing of it is changed
+
 @pytest.mark.parametrize('variant', ('det', 'rand', 'top'))
 def test_channels_without_sensitivity_go_only_as_far_as_asked(variant):
     "Three in ten score 0: small budgets are met all the same, with zeros only, and the predicted error is 0."
@@ -393,7 +400,7 @@ def test_mixed_columns_are_not_the_networks_inputs(dls):
 @pytest.mark.parametrize('name', ('lenet5_conv', 'resnet20', 'densenet22', 'vgg7_bn'))
 @pytest.mark.parametrize('tied', (True, False))
 def test_pfp_meets_the_budget_and_shrinks(name, tied):
-    sc, model, x = made_scores(name)
+    sc, model, x = made_once(name, 32 if name == 'lenet5_conv' else 16)
     for s in (.3, .8):
         m = equalise(sc, s, tied=tied, prune_inputs=not tied); total, left = weights_left(sc.graph, {}), weights_left(sc.graph, m)
         assert left >= kappa(total, s) and (left-kappa(total, s))/kappa(total, s) < (.04 if name == 'lenet5_conv' else .0075), (name, s, left/kappa(total, s))
@@ -402,7 +409,7 @@ def test_pfp_meets_the_budget_and_shrinks(name, tied):
         if tied: assert sum(o.weight.numel() for o in layers(small).values()) == left
 
 def test_a_channel_goes_when_all_its_readers_drop_it():
-    sc, model, x = made_scores('resnet20'); m = equalise(sc, .8, tied=False); keep, g = m.expand(model), sc.graph
+    sc, model, x = made_once('resnet20', 16); m = equalise(sc, .8, tied=False); keep, g = m.expand(model), sc.graph
     cut = g.unread({k.removesuffix(':in'):~v for k,v in m.items()})
     for k,gone in cut.items(): assert (~keep[f'{k}.weight'].flatten(1).any(1) == gone).all()
     assert any(v.any() for v in cut.values())
@@ -455,12 +462,12 @@ def test_constants_cancel():
     b = equalise(sc, .6)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
-@pytest.mark.parametrize('name, size, most, steps', (('vgg7_bn', 32, 0, 6), ('lenet300', 28, 0, 24), ('lenet5_conv', 32, 2, 47)))
+@pytest.mark.parametrize('name, size, most, steps', (('vgg7_bn', 32, 0, 6), ('lenet300', 28, 0, 24), ('lenet5_conv', 32, 2, 32)))
 def test_fewer_weights_hardly_ever_more_channels(name, size, most, steps):
     "Where channels are fine a smaller budget never gives a layer more of them; where they are coarse, two more at most, and fewer in all layers over a longer way."
     sc, *_ = made_scores(name, size); all_ = [{k:int(v.sum()) for k,v in equalise(sc, round(float(s), 3)).items()} for s in np.linspace(.05, .97, steps)]
     assert max(b[k]-a[k] for a,b in zip(all_, all_[1:]) for k in a) <= most
-    assert all(b[k] <= a[k] for a,b in zip(all_, all_[5:]) for k in a)
+    assert all(b[k] <= a[k] for a,b in zip(all_, all_[4:]) for k in a)
 
 def test_inputs_spared(trained, dls):
     sc = pfp(trained.model, dls, n=64)
@@ -468,8 +475,18 @@ def test_inputs_spared(trained, dls):
     assert not free['fc1:in'].all() and spared['fc1:in'].all() and spared['fc2:in'].sum() < free['fc2:in'].sum()
     assert equalise(sc, .5, keep=['fc2'])['fc2:in'].all()
 
+@pytest.fixture
+def one_search(monkeypatch):
+    "Masks that differ in the seed only share the search for tau, which does not depend on it."
+    found, search = {}, provable_allocate._find_tau
+    def once(ch, goal):
+        key = ch.s.tobytes(), ch.fixed.tobytes(), goal
+        if key not in found: found[key] = search(ch, goal)
+        return found[key]
+    monkeypatch.setattr(provable_allocate, '_find_tau', once)
+
 @pytest.mark.parametrize('variant', ('rand', 'top'))
-def test_pfp_draws(trained, dls, variant):
+def test_pfp_draws(trained, dls, variant, one_search):
     sc = pfp(trained.model, dls, variant=variant, n=64); m = equalise(sc, .6); a = equalise(sc, .6)
     assert all(torch.equal(m.scale[k], a.scale[k]) and torch.equal(m[k], m.scale[k] > 0) for k in m)
     x = torch.stack([equalise(sc, .6, seed=i).scale['fc3:in'] for i in range(100)])
@@ -528,3 +545,9 @@ def test_messages(trained, dls, rand):
     with pytest.raises(ValueError, match='expected inputs of Linear'): sensitivity(nn.Linear(4, 3), torch.rand(2, 5))
     with pytest.warns(UserWarning, match='out of reach'): m = equalise(p, .9999)
     assert all(int(v.sum()) >= 1 for v in m.values())
+
+def test_a_layer_of_zeros_keeps_the_weight_it_had():
+    "No sensitivity, no order: the weight that is kept is the one an earlier round kept, as the second key says."
+    s = {'a': torch.rand(3, 4), 'b': torch.zeros(2, 4)}; first = {k:torch.zeros_like(v) for k,v in s.items()}; first['b'][1, 2] = 1
+    sc = Scores(s, 'weight', labels={k:(_sampling_row(torch.ones_like(v)), torch.tensor([30.])) for k,v in s.items()}, tiebreak=first, meta=dict(variant='rand', c=3., seed=0), method='sipp')
+    assert sipp_cut(sc, .6)['b'].nonzero().tolist() == [[1, 2]]

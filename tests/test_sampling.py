@@ -9,6 +9,7 @@ from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.sampling import _targets, cut, probabilities, sampling, uniform
 from neuronprune.surgery import apply, difference, shrink
+from neuronprune.train import sink
 
 def net(seed=0): return build('mlp', 1, 10, 8, seed=seed)
 def small(seed=0):
@@ -79,8 +80,28 @@ def test_the_mean_number_over_seeds():
     assert abs(np.mean(kept)-kappa(n, .5)) < 4*np.std(kept)/20 + 1 and len(set(kept)) > 1
 
 def test_a_budget_below_one_weight_per_neuron_warns_and_keeps_one():
-    with pytest.warns(UserWarning, match='each of the 9 neurons'): mask = cut(sampling(small()), .95)
+    with pytest.warns(UserWarning, match='sampling: sparsity 0.95 is out of reach, 0.875 achieved'): mask = cut(sampling(small()), .95)
     assert all((v.sum(1) == 1).all() for v in mask.values())
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_layer_is_emptied_and_a_missed_budget_warns(data):
+    "Random zeros, whole rows and layers of them: what can be drawn is drawn, every layer keeps a weight, and a warning stands where the budget cannot be met."
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), min_size=1, max_size=3)); rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    norm, sparsity = data.draw(st.sampled_from(['uniform', 'l1', 'l2'])), data.draw(st.sampled_from([.1, .3, .5, .8, .95]))
+    ws = {str(i):torch.tensor(rng.uniform(.5, 1, o)*(rng.random(o) < rng.choice([0, .3, 1])*rng.choice([0, 1, 1], (o[0], 1)))) for i,o in enumerate(shapes)}
+    with warnings.catch_warnings(record=True) as got: warnings.simplefilter('always'); mask = cut(Scores({k:probabilities(w, norm) for k,w in ws.items()}, 'weight', method='sampling'), sparsity)
+    budget = kappa(sum(w.numel() for w in ws.values()), sparsity); rows = sum(int((w != 0).any(1).sum()) for w in ws.values())
+    bare, alive = sum(not w.any() for w in ws.values()), sum(int((w != 0).sum()) for w in ws.values())
+    if budget == sum(w.numel() for w in ws.values()): return
+    assert all(v.any() for v in mask.values()) and all(int(mask[k].sum()) == 1 if not w.any() else not mask[k][w == 0].any() for k,w in ws.items())
+    assert bool(got) == (not rows+bare <= budget <= alive+bare)
+    for o in got: assert f'{sparsity} is out of reach, {mask.sparsity:.4g} achieved' in str(o.message)
+
+def test_a_layer_of_zeros_keeps_what_it_had():
+    m = small(); m[3].weight.data.zero_(); first = cut(sampling(m), .5); was = first['3'].nonzero().tolist()
+    one = sink(sampling(m), Mask({'1':first['1'], '3':torch.zeros(3, 6, dtype=torch.bool).index_put((torch.tensor(2), torch.tensor(4)), torch.tensor(True))}, 'weight'))
+    assert was == [[0, 0]] and cut(one, .6)['3'].nonzero().tolist() == [[2, 4]]
 
 # What a mask does
 
@@ -101,7 +122,7 @@ def test_apply_multiplies_the_factors_in():
 
 def test_zeros_stay_zero_and_full_rows_stay_exact():
     m = small(); m[1].weight.data[:, 3:] = 0; w = m[1].weight.detach().clone()
-    mask = cut(uniform(m), .35)                       # the three non-zeros of each row are fewer than its share
+    with pytest.warns(UserWarning, match='uniform: sparsity 0.35 is out of reach, 0.5 achieved'): mask = cut(uniform(m), .35) # each row has only three non-zeros
     assert torch.equal(mask['1'], w != 0) and (mask.scale['1'][w != 0] == 1).all()
 
 def test_sparsity_zero_is_bit_identical():
