@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTS', 'SCHEDULES', 'Rewind', 'learner', 'schedule_lr', 'fit', 'wilson', 'Evaluation', 'evaluate', 'curves',
            'plot_curves', 'keep_tensors', 'MaskCallback', 'fine_tune', 'sign_weights', 'rewind_to', 'gradual',
-           'PruneCallback', 'sink', 'rebind']
+           'PruneCallback', 'sink', 'narrow', 'rebind']
 
 # %% ../nbs/05_train.ipynb #import-math-random-from-contex
 import math, random
@@ -451,22 +451,29 @@ def after_step(self:PruneCallback):
 def sink(scores:Scores, # scores of all units
          mask           # `Mask` of the units still there, or None
         )->Scores:
-    "`scores` with the units outside `mask` moved below all others (to 0 where scores are never negative)."
+    "`scores` with the units outside `mask` named as gone and below all others (at 0 where scores are never negative)."
     if mask is None: return scores
-    low = min(float(v.min()) for v in scores.values())
+    gone, low = {k:~mask[k] for k in scores}, min(float(v.min()) for v in scores.values())
     low = 0. if low >= 0 else low-1
-    units = {k:v.masked_fill(~mask[k], low) for k,v in scores.items()}
+    units = {k:v.masked_fill(gone[k], low) for k,v in scores.items()}
     second = scores.tiebreak or {k:torch.zeros_like(v) for k,v in units.items()} # among equals, what is gone comes first
-    ties = {k:v.masked_fill(~mask[k], float(v.min())-1) for k,v in second.items()}
+    ties = {k:v.masked_fill(gone[k], float(v.min())-1) for k,v in second.items()}
     return Scores(units, scores.unit, method=scores.method, graph=scores.graph, labels=scores.labels, cost=scores.cost,
-                  tiebreak=ties, meta=scores.meta, skipped=scores.skipped)
+                  tiebreak=ties, gone=gone, meta={**scores.meta, 'scales': mask.meta.get('scales', {})}, skipped=scores.skipped)
 
 # %% ../nbs/05_train.ipynb #tighten
+def narrow(mask:Mask, # of this round
+           old        # `Mask` of the round before, or None
+          )->Mask:
+    "`mask` without what `old` has removed; factors are multiplied, everything else is that of `mask`."
+    if old is None: return mask
+    return Mask({k:v & old.get(k, v) for k,v in mask.items()}, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta,
+                scale={k:s*old.get(k, torch.ones_like(s)) for k,s in mask.scale.items()})
+
 @patch
 def tighten(self:PruneCallback, sparsity, t):
     "Score the current weights and narrow the mask to `sparsity`."
-    mask = self.allocate(sink(self.score(self.model), self.mask), sparsity)
-    self.mask = mask if self.mask is None else mask & self.mask
+    self.mask = narrow(self.allocate(sink(self.score(self.model), self.mask), sparsity), self.mask)
     self.params,self.keeps = keep_tensors(self.model, self.mask)
     self.history.append((t, self.mask.sparsity))
 
