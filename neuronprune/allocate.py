@@ -33,11 +33,12 @@ def _slot_ids(scores, tied):
     return ids, n
 
 # %% ../nbs/04_allocate.ipynb #pool
-def _pool(ids, vals, n, reduce, live):
+def _pool(ids, vals, n, reduce, live=None):
     "Reduce the live entries of each atom, all of them where none is: 'mean', 'sum', 'max' or 'min'."
     i, v = np.concatenate(list(ids.values())), np.concatenate(vals)
     if len(i) == n: return v
-    use = np.concatenate(list(live.values())); use |= np.bincount(i, use, minlength=n)[i] == 0
+    use = np.ones(len(i), dtype=bool) if live is None else np.concatenate(list(live.values()))
+    use |= np.bincount(i, use, minlength=n)[i] == 0
     i, v = i[use], v[use]
     res = np.full(n, dict(max=-np.inf, min=np.inf).get(reduce, 0.))
     dict(max=np.maximum, min=np.minimum).get(reduce, np.add).at(res, i, v)

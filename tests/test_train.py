@@ -55,7 +55,9 @@ def test_masked_weights_stay_exactly_zero(opt, kw, dense_first):
     fine_tune(learn, mask, 2, cbs=[watch])
     assert watch.most == 0 and revived(learn.model, mask) == 0
     assert all(torch.count_nonzero(m.weight[mask[k]]) for k,m in layers(learn.model).items())
-    fit(learn, 1)
+    fit(learn, 1); learn.fit_one_cycle(1, .01)
+    assert revived(learn.model, mask) == 0
+    learn.remove_cb(learn.pruned); fit(learn, 1)
     assert revived(learn.model, mask) > 0
 
 def test_channel_mask_takes_norm_and_bias_along():
