@@ -9,6 +9,7 @@ __all__ = ['FIT_ARGS', 'split_args', 'weights_at', 'score_with', 'Result', 'chec
 import copy, hashlib, inspect, json, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import pandas as pd, torch
 from fastcore.basics import patch
@@ -182,11 +183,11 @@ def check_fit(name:str,   # what they are called in the message
     return args
 
 # %% ../nbs/20_pipeline.ipynb #check-run
-def _check_run(learn, sparsity, threshold, rounds, schedule, epochs, lr, at, rewind, fit_args, seed, **flags):
+def _check_run(learn, sparsity, threshold, rounds, schedule, epochs, lr, at, rewind, fit_args, seed, shrink, latency):
     "Raises for anything that would stop `prune` half-way."
     if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
     if sparsity is not None: check_fraction('sparsity', sparsity)
-    for k,v in flags.items(): check_type(k, v, bool)
+    for k,v in dict(shrink=shrink, latency=latency).items(): check_type(k, v, bool)
     check_int('seed', seed); check_int('rounds', rounds, 1); check_int('fine_tune_epochs', epochs, 0); check_choice('schedule', schedule, ('geometric', 'linear', 'cubic'))
     _check_moment('at', at, learn, ('trained', 'init')); _check_moment('rewind', rewind, learn, ('none', 'init', 'sign'))
     check_fit('fit_args', fit_args, learn.lr if lr is None else lr, epochs)
@@ -239,10 +240,10 @@ def _finish(learn, mask, xb, host, shrink, measure, known):
     return report
 
 # %% ../nbs/20_pipeline.ipynb #known
-def _known(scores, meters, old, **extra):
+def _known(scores, meters, mask, old, sparsity, **extra):
     "Fields of the `Report` about the scoring: seconds, memory, status and gap; in `extra` the loss, and what had gone before."
     if 'loss' in scores.meta: extra['loss'] = scores.meta['loss']
-    if old is not None: extra['gone_before'] = old.sparsity
+    if old is not None: extra['gone_before'] = old.sparsity; _said_less(mask, old, sparsity)
     return dict(secs=sum(o.secs for o in meters), peak_mib=max(o.peak_mib or 0. for o in meters), status=scores.meta.get('status'),
                 gap=scores.meta.get('gap'), extra=extra)
 
@@ -268,8 +269,7 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
     check_type('learn', learn, Learner, 'made by learner(model, dls)')
     m = methods()[method]; alloc, alloc_args, own = split_args(m, args)
     at, rewind, fit_args = m.at if at is None else at, m.rewind if rewind is None else rewind, {} if fit_args is None else fit_args
-    _check_run(learn, sparsity, alloc_args.get('threshold'), rounds, schedule, fine_tune_epochs, lr, at, rewind, fit_args, seed,
-               shrink=shrink, latency=latency)
+    _check_run(learn, sparsity, alloc_args.get('threshold'), rounds, schedule, fine_tune_epochs, lr, at, rewind, fit_args, seed, shrink, latency)
     if {'rounds', 'sparsity'} <= _params(m.fn): own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1 # goes in rounds by itself
     steps = [None]*rounds if sparsity is None else ratios(sparsity, rounds, schedule)
     before, xb, keeps, host, meters = _tested(learn), _inputs(learn), held(learn), learn.model, []
@@ -281,11 +281,10 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
         mask = _round(scores, mask, s, alloc, alloc_args, graph); meters.append(meter)
         if shrink: surgery.shrink(learn.model, mask, xb) # a network that cannot be cut is found out now
         pruned = _tune(learn, mask, keeps, rewind, xb, fine_tune_epochs, lr, progress=progress, **fit_args)
-    _said_less(mask, old, sparsity)
-    known = dict(_known(scores, meters, old, rounds=own.get('rounds', rounds), at=at, rewind=rewind, fine_tune_epochs=fine_tune_epochs),
+    known = dict(_known(scores, meters, mask, old, sparsity, rounds=own.get('rounds', rounds), at=at, rewind=rewind, fine_tune_epochs=fine_tune_epochs),
                  method=method, method_args=args, seed=seed, sparsity=sparsity, before=before, pruned=pruned,
                  tuned=_tested(learn) if fine_tune_epochs else None)
-    measure = lambda masked, small: Report.measure(dense, masked, small, xb=xb, mask=mask, scores=scores, dls=learn.dls, latency=latency, **known)
+    measure = partial(Report.measure, dense, xb=xb, mask=mask, scores=scores, dls=learn.dls, latency=latency, **known)
     report = _finish(learn, mask, xb, host, shrink, measure, known)
     return Result(learn.model, mask, scores, report)
 
@@ -342,7 +341,6 @@ def dense(dls,            # from `get_dls`
         state, h = load_tensors(path)
         learn.rewind.states[0] = {k.removeprefix('init/'):v for k,v in state.items() if k.startswith('init/')}
         learn.model.load_state_dict({k.removeprefix('trained/'):v for k,v in state.items() if k.startswith('trained/')})
-        learn.rewind.vouch()
         learn.history, learn.n_fits, learn.rewind.done = h['history'], h['n_fits'], epochs if stop is None else stop
         return learn
     if stop != 0: fit(learn, epochs, progress=progress, **{**fit_args, **({} if stop is None else dict(cbs=[_Stop(stop)]))})

@@ -211,8 +211,7 @@ class Report:
     size:int=None
     data:dict=field(default_factory=dict)
     unit:str=None
-    seed:int=None
-    sparsity:float=None
+    seed:int=None; sparsity:float=None
     units_removed:float=None
     weights_removed:float=None
     params_removed:float=None
@@ -237,8 +236,7 @@ class Report:
     hardware:dict=field(default_factory=hardware)
     bounds:dict=field(default_factory=dict)
     extra:dict=field(default_factory=dict)
-    status:str=None
-    gap:float=None
+    status:str=None; gap:float=None
     def __repr__(self):
         p = '?' if self.params_removed is None else f'{self.params_removed:.1%}'
         return f"Report({', '.join(filter(None, (self.method, self.model, self.dataset)))}: {p} of the parameters removed, {self.final})"

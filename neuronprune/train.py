@@ -104,9 +104,12 @@ class Rewind(Callback):
 
 # %% ../nbs/05_train.ipynb #belongs
 @patch
+def pair(self:Rewind)->tuple: "What the marks are about: this model with these initial weights."; return id(self.model), id(self.states.get(0))
+
+@patch
 def note(self:Rewind):
     "Remember the weights of now as known."
-    self.known.append((id(self.model), _sample(self.model)))
+    self.known.append((self.pair(), _sample(self.model)))
 
 @patch
 def vouch(self:Rewind):
@@ -116,8 +119,8 @@ def vouch(self:Rewind):
 
 @patch
 def belongs(self:Rewind)->bool:
-    "Have the weights of now come from the snapshots by training, as far as one can tell? Another model in the learner is not judged."
-    known = [s for i,s in self.known if i == id(self.model)]
+    "Have the weights of now come from the snapshots, as far as one can tell? Another model, or another `states[0]`, is not judged."
+    known = [s for o,s in self.known if o == self.pair()]
     return not self.lost and (self.fitting or not known or any(_same_origin(_sample(self.model), s) for s in known))
 
 # %% ../nbs/05_train.ipynb #learner-2
