@@ -500,9 +500,9 @@ def test_what_is_gone_counts_in_no_mean():
     for dead in (0., 1000.):
         sc = Scores({k:torch.where(first[k], v*t, dead) for (k,v),t in zip(live.items(), (1, 7))}, 'channel')
         assert same(allocate(sink(sc, first), .5), allocate(Scores(live, 'channel'), .5))
-    bare = Mask(dict(first), 'channel') # no scale known: the mean of the survivors, 3 and 30
-    sc = sink(Scores({'a': torch.tensor([9., 2, 3, 4]), 'b': torch.tensor([900., 25, 30, 35])}, 'channel'), bare)
-    assert [v.tolist() for v in allocate(sc, .375).values()] == [[False, False, True, True], [False, True, True, True]]
+    bare = Mask({'a': torch.tensor([0, 0, 1, 1]).bool(), 'b': torch.ones(4).bool()}, 'channel') # no scale known: the mean of the survivors, 4.5 and 27.5
+    sc = sink(Scores({'a': torch.tensor([9., 9, 3, 6]), 'b': torch.tensor([20., 25, 30, 35])}, 'channel'), bare)
+    assert [v.tolist() for v in allocate(sc, .375).values()] == [[False, False, False, True], [True]*4]
 
 def test_what_is_gone_stays_gone_whatever_is_asked():
     sc = Scores({'a': torch.tensor([1., 2, 3, 4]), 'b': torch.tensor([5., 6, 7, 8])}, 'channel'); gone = Mask({'a': torch.tensor([1, 0, 0, 0]).bool(), 'b': torch.ones(4).bool()}, 'channel')
