@@ -33,13 +33,24 @@ def _slot_ids(scores, tied):
     return ids, n
 
 # %% ../nbs/04_allocate.ipynb #pool
-def _pool(ids, vals, n, reduce):
-    "Reduce the entries of each atom: 'mean', 'sum', 'max' or 'min'."
+def _pool(ids, vals, n, reduce, live=None):
+    "Reduce the live entries of each atom, all of them where none is: 'mean', 'sum', 'max' or 'min'."
     i, v = np.concatenate(list(ids.values())), np.concatenate(vals)
     if len(i) == n: return v
+    use = np.ones(len(i), dtype=bool) if live is None else np.concatenate(list(live.values()))
+    use |= np.bincount(i, use, minlength=n)[i] == 0
+    i, v = i[use], v[use]
     res = np.full(n, dict(max=-np.inf, min=np.inf).get(reduce, 0.))
     dict(max=np.maximum, min=np.minimum).get(reduce, np.add).at(res, i, v)
     return res / np.bincount(i, minlength=n) if reduce == 'mean' else res
+
+def _gone(scores, ids, n):
+    "(key -> bool of the entries still there, bool per atom: has it gone before, with all of its entries?)"
+    there = lambda k,v: ~scores.gone[k].flatten().numpy() if k in scores.gone else np.ones(v.numel(), dtype=bool)
+    live = {k:there(k, v) for k,v in scores.items()}
+    gone = np.ones(n, dtype=bool)
+    for k,a in ids.items(): gone[a[live[k]]] = False
+    return live, gone
 
 # %% ../nbs/04_allocate.ipynb #unit_cost
 def _unit_cost(scores, k, of):
@@ -76,11 +87,27 @@ def _total(paid, n, of):
     return res
 
 # %% ../nbs/04_allocate.ipynb #values
-def _values(scores, normalize):
-    "Flat float64 scores per key, normalised; constant-zero layers stay zero."
-    f = {None: lambda v: 1., 'mean': lambda v: np.abs(v).mean(), 'max': lambda v: np.abs(v).max()}[normalize]
-    res = [v.flatten().double().numpy() for v in scores.values()]
-    return [v/d if (d := f(v)) > 0 else v for v in res]
+def _figure(v, normalize):
+    "Mean or largest absolute value of `v`, 0 of nothing."
+    return float(dict(mean=np.mean, max=np.max)[normalize](np.abs(v))) if len(v) else 0.
+
+def _scale(v, live, normalize, past):
+    "Divisor of a layer's scores `v`: a figure of the live ones, or the earlier scale times its change; `past` = (scale, figure)."
+    now = _figure(v[live], normalize)
+    return past[0]*(now/past[1]) if past and past[1] > 0 and now > 0 else now
+
+def _values(scores, normalize, live):
+    "Flat float64 scores per key, normalised, and the scale of each key; constant-zero layers stay zero."
+    vals = {k:v.flatten().double().numpy() for k,v in scores.items()}
+    if normalize is None: return list(vals.values()), {}
+    past = scores.meta.get('scales', {}).get(normalize, {})
+    scales = {k:_scale(v, live[k], normalize, past.get(k)) for k,v in vals.items()}
+    return [v/scales[k] if scales[k] > 0 else v for k,v in vals.items()], scales
+
+def _scales(scores, scales, normalize, kept):
+    "Key -> (scale, figure of the units `kept`), for the rounds after this one."
+    left = lambda k: scores[k].flatten().double().numpy()[kept[k]]
+    return {normalize:{k:(c, _figure(left(k), normalize)) for k,c in scales.items()}} if scales else {}
 
 # %% ../nbs/04_allocate.ipynb #in-order
 def _in_order(vals, second):
@@ -93,11 +120,13 @@ def _in_order(vals, second):
     return order
 
 # %% ../nbs/04_allocate.ipynb #ranked
-def _ranked(scores, ids, n, normalize, reduce):
-    "(score of each atom, atoms from the first to go to the last)."
-    vals = _pool(ids, _values(scores, normalize), n, reduce)
-    second = _pool(ids, [scores.tiebreak[k].flatten().double().numpy() for k in scores], n, reduce) if scores.tiebreak else None
-    return vals, _in_order(vals, second)
+def _ranked(scores, ids, n, normalize, reduce, live, gone):
+    "(score of each atom, atoms from the first to go to the last, scale of each key); what is gone goes first."
+    vals, scales = _values(scores, normalize, live)
+    vals = _pool(ids, vals, n, reduce, live)
+    second = [scores.tiebreak[k].flatten().double().numpy() for k in scores] if scores.tiebreak else None
+    order = _in_order(vals, None if second is None else _pool(ids, second, n, reduce, live))
+    return vals, np.concatenate([order[gone[order]], order[~gone[order]]]) if gone.any() else order, scales
 
 # %% ../nbs/04_allocate.ipynb #budget
 def _budget(cost, sparsity):
@@ -163,11 +192,11 @@ def _fitting(left, gone, more, goal):
         lo, hi = (mid, hi) if left(np.concatenate([gone, more[:mid]])) >= goal else (lo, mid)
     return np.concatenate([gone, more[:lo]]), more[lo:]
 
-def _remove_network(order, safe, scores, ids, sparsity, tied):
-    "(free atoms in `order` whose removal leaves the weights asked for, is the request out of reach?)"
+def _remove_network(order, safe, was, scores, ids, sparsity, tied):
+    "(atoms that are gone and free ones in `order` whose removal leaves the weights asked for, is that out of reach?)"
     left, total = _network_left(scores, ids, len(safe), tied), weights_left(scores.graph, {})
     goal, parts = total - math.floor(total*Fraction(str(sparsity))), list(_parts(ids, len(safe), 'layer'))
-    gone, rest = _fitting(left, order[:0], order[~safe[order]], goal)
+    gone, rest = _fitting(left, order[was[order]], order[~(safe | was)[order]], goal)
     short = not len(rest) and left(gone) > goal
     while len(rest) and left(gone) > (1+_CLOSE)*goal:
         stops = next(p for p in parts if p[rest[0]])[rest]
@@ -176,16 +205,15 @@ def _remove_network(order, safe, scores, ids, sparsity, tied):
     return gone, short
 
 # %% ../nbs/04_allocate.ipynb #spared
-def _spared(ids, n, keep):
-    "Bool per atom: in a layer that `keep` spares?"
+def _spared(ids, n, keys):
+    "Bool per atom: in a layer that is spared, one of `keys`?"
     res = np.zeros(n, dtype=bool)
-    for k,a in ids.items():
-        if any(fnmatch(k.removesuffix(':in'), p) for p in keep): res[a] = True
+    for k in keys: res[ids[k]] = True
     return res
 
 # %% ../nbs/04_allocate.ipynb #protected
-def _protected(spared, order, scores, ids, layer_costs, caps, min_keep):
-    "Bool per atom: spared, among the best `min_keep` of its layer (for blocks: of its child group), or left by the layer's cap."
+def _protected(spared, was, order, scores, ids, layer_costs, caps, min_keep):
+    "Bool per atom, unless it is gone: spared, left by its layer's cap, or of the best `min_keep` of its layer (block: child group)."
     rank = np.empty(len(order), dtype=np.int64); rank[order] = np.arange(len(order))
     safe = spared.copy()
     def protect(a, n): safe[a if n >= len(a) else a[np.argpartition(rank[a], len(a)-n)[len(a)-n:]]] = True
@@ -196,27 +224,27 @@ def _protected(spared, order, scores, ids, layer_costs, caps, min_keep):
         first = np.argsort(rank[a])
         first = first[~safe[a[first]]]
         safe[a[first[_n_within(c[first], _budget(c, cap)):]]] = True
-    return safe
+    return safe & ~was
 
 # %% ../nbs/04_allocate.ipynb #remove
-def _remove(order, safe, cost, sparsity):
-    "(atoms removed out of those in `order`, is the request out of reach because of what is protected?)"
+def _remove(order, safe, was, cost, sparsity):
+    "(atoms removed of those in `order`, what was gone included; is the request out of reach because of what is protected?)"
     paid, safe = cost[order], safe[order]
     free, kept, coins = order[~safe], paid[safe], paid[~safe]
     budget = _budget(paid, sparsity)
-    n = _n_within(coins, budget)
+    n = max(_n_within(coins, budget), int(was[free].sum()))
     left = budget - coins[:n].sum()
     return free[:n], n == len(free) and bool(((kept > 0) & (kept <= left)).any())
 
 # %% ../nbs/04_allocate.ipynb #round
-def _round(removed, ids, order, round_to):
-    "Give back the best removed atoms of each layer until the number kept is a multiple of `round_to`."
+def _round(removed, was, ids, order, round_to):
+    "Give back the best of the atoms removed now until each layer keeps a multiple of `round_to`, as far as they go."
     rank = np.empty(len(order), dtype=np.int64); rank[order] = np.arange(len(order))
     changed = True
     while changed:
         changed = False
         for a in map(np.unique, ids.values()):
-            gone = a[removed[a]]; need = min(-(len(a)-len(gone)) % round_to, len(gone))
+            gone = a[removed[a] & ~was[a]]; need = min(-(len(a)-int(removed[a].sum())) % round_to, len(gone))
             if need: removed[gone[np.argsort(rank[gone])[-need:]]] = False; changed = True
     return removed
 
@@ -246,6 +274,84 @@ def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
     auto = 'mean' if scores.unit == 'channel' and threshold is None else None
     return auto if normalize == 'auto' else normalize, of, caps, keep
 
+# %% ../nbs/04_allocate.ipynb #lowest
+def _lowest(v, k, second=None):
+    "Bool [n]: the `k` lowest of `v`; equals by `second`, then by position."
+    if k <= 0 or k >= len(v): return torch.full(v.shape, k > 0)
+    at = v.kthvalue(k).values
+    low, equal = v < at, (v == at).nonzero().flatten()
+    if second is not None: equal = equal[second[equal].argsort(stable=True)]
+    low[equal[:k-int(low.sum())]] = True
+    return low
+
+# %% ../nbs/04_allocate.ipynb #plain
+def _flat(d): return torch.cat([v.flatten() for v in d.values()])
+
+def _below(v, threshold):
+    "`v` < `threshold`, compared as real numbers, whatever the precision of `v`."
+    t = torch.tensor(threshold, dtype=v.dtype)
+    return v <= t if float(t) < threshold else v < t
+
+def _plain_part(vals, second, was, spared, sparsity, threshold, min_keep):
+    "(bool per weight of one budget: removed; is the request out of reach?)"
+    sizes, v, gone = [o.numel() for o in vals.values()], _flat(vals), _flat(was)
+    if v.dtype in (torch.half, torch.bfloat16): v = v.float()
+    second, safe = _flat(second) if second else None, torch.cat([torch.full((n,), k in spared) for k,n in zip(vals, sizes)])
+    safe &= ~gone
+    def cut():
+        v.masked_fill_(gone, -math.inf).masked_fill_(safe, math.inf)
+        if threshold is not None: return _below(v, threshold), 0
+        budget, free = math.floor(len(v)*Fraction(str(sparsity))), len(v)-int(safe.sum())
+        return _lowest(v, max(min(budget, free), int(gone.sum())), second), budget-free
+    low, over = cut()
+    if any(o.sum() > n-min_keep for o,n in zip(low.split(sizes), sizes)):
+        seconds = [None]*len(sizes) if second is None else second.split(sizes)
+        safe |= torch.cat([~_lowest(o, n-min_keep, t) for o,n,t in zip(v.split(sizes), sizes, seconds)]) & ~gone
+        low, over = cut()
+    return low, over > 0 and bool(safe.any())
+
+# %% ../nbs/04_allocate.ipynb #plain-2
+def _plain(scores, sparsity, threshold, scope, spared, min_keep):
+    "(key -> bool of the weights removed, share, share per key, (protected, all), is it out of reach?), each weight counting one."
+    was = {k:scores.gone.get(k, torch.zeros(v.shape, dtype=torch.bool)) for k,v in scores.items()}
+    removed, short = {}, False
+    for keys in [list(scores)] if scope == 'global' else [[k] for k in scores]:
+        vals, second, gone = ({k:d[k] for k in keys} if d else None for d in (scores, scores.tiebreak, was))
+        low, out = _plain_part(vals, second, gone, spared, sparsity, threshold, min_keep)
+        parts = low.split([scores[k].numel() for k in keys])
+        removed.update({k:o.view(scores[k].shape) for k,o in zip(keys, parts)})
+        short |= out and (scope == 'global' or keys[0] not in spared)
+    gone, size = ({k:f(v) for k,v in removed.items()} for f in (lambda v: int(v.sum()), torch.numel))
+    live = {k:int((~v).sum()) for k,v in was.items()}
+    safe = sum(n if k in spared else min(min_keep, n) for k,n in live.items())
+    n = sum(size.values())
+    return removed, sum(gone.values())/n, {k:gone[k]/size[k] for k in removed}, (safe, n), short
+
+# %% ../nbs/04_allocate.ipynb #general
+def _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, caps, round_to, spared, min_keep):
+    "What `_plain` returns, for any scores; and the scales they were divided by."
+    ids, n = _slot_ids(scores, tied)
+    live, was = _gone(scores, ids, n)
+    vals, order, scales = _ranked(scores, ids, n, normalize, reduce, live, was)
+    coin, spared = 'params' if of == 'network' else of, _spared(ids, n, spared)
+    paid, removed, short = _layer_costs(ids, scores, coin), was.copy(), False
+    safe, cost = _protected(spared, was, order, scores, ids, paid, caps, min_keep), _total(paid, n, coin)
+    if threshold is not None: removed[(vals < threshold) & ~safe] = True
+    elif of == 'network':
+        if scope == 'layer': order = _evenly(order, ids, n)
+        gone, short = _remove_network(order, safe, was, scores, ids, sparsity, tied)
+        removed[gone] = True
+    else:
+        for part in _parts(ids, n, scope):
+            gone, out = _remove(order[part[order]], safe, was, cost, sparsity)
+            removed[gone] = True
+            short |= out and (scope == 'global' or not spared[part].all()) # a layer spared on purpose is no surprise
+    if round_to > 1: removed = _round(removed, was, ids, order, round_to)
+    units = {k:torch.from_numpy(removed[a] | ~live[k]).view(scores[k].shape) for k,a in ids.items()}
+    shares = {k:float(c[removed[a]].sum()/c.sum()) for k,(a,c) in paid.items()}
+    scales = _scales(scores, scales, normalize, {k:~u.flatten().numpy() for k,u in units.items()})
+    return units, float(cost[removed].sum()/cost.sum()), shares, (int(safe.sum()), n), short, scales
+
 # %% ../nbs/04_allocate.ipynb #allocate-2
 def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
@@ -264,28 +370,19 @@ def allocate(scores:Scores,       # what to rank
     normalize, of, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
     check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
     check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
-    ids, n = _slot_ids(scores, tied)
-    vals, order = _ranked(scores, ids, n, normalize, reduce)
-    coin = 'params' if of == 'network' else of
-    paid, removed, short, spared = _layer_costs(ids, scores, coin), np.zeros(n, dtype=bool), False, _spared(ids, n, keep)
-    safe, cost = _protected(spared, order, scores, ids, paid, caps, min_keep), _total(paid, n, coin)
-    if threshold is not None: removed[(vals < threshold) & ~safe] = True
-    elif of == 'network':
-        gone, short = _remove_network(order if scope == 'global' else _evenly(order, ids, n), safe, scores, ids, sparsity, tied)
-        removed[gone] = True
-    else:
-        for part in _parts(ids, n, scope):
-            gone, out = _remove(order[part[order]], safe, cost, sparsity)
-            removed[gone] = True
-            short |= out and (scope == 'global' or not spared[part].all()) # a layer spared on purpose is no surprise
-    if round_to > 1: removed = _round(removed, ids, order, round_to)
-    units = {k:torch.from_numpy(~removed[a]).view(scores[k].shape) for k,a in ids.items()}
+    spared = {k for k in scores if any(fnmatch(k.removesuffix(':in'), p) for p in keep)}
+    plain = of == 'units' or of == 'params' and not scores.cost
+    if scores.unit == 'weight' and plain and not (caps or normalize or round_to > 1):
+        res, scales = _plain(scores, sparsity, threshold, scope, spared, min_keep), {}
+    else: *res, scales = _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, caps, round_to, spared, min_keep)
+    removed, got, shares, safe, short = res
+    units = {k:~v for k,v in removed.items()}
     if tied: units.update(_rest_of_ties(scores, units))
-    got = float(cost[removed].sum()/cost.sum()) if of != 'network' else 1-weights_left(scores.graph, units)/weights_left(scores.graph, {})
+    if of == 'network': got = 1-weights_left(scores.graph, units)/weights_left(scores.graph, {})
     if short: warnings.warn(f"allocate: sparsity {sparsity} of the {of} (scope={scope!r}) is out of reach, {got:.4g} achieved; "
-                            f"min_keep, caps and keep protect {int(safe.sum())} of {n} units")
+                            f"min_keep, caps and keep protect {safe[0]} of {safe[1]} units")
     meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope, tied=tied,
-                layers={k:float(c[removed[a]].sum()/c.sum()) for k,(a,c) in paid.items()})
+                layers=shares, **(dict(scales=scales) if scales else {}))
     return Mask(units, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)
 
 # %% ../nbs/04_allocate.ipynb #rest_of_ties

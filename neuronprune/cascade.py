@@ -324,7 +324,7 @@ def _tune(run, i, folder):
     lr, wd, args = tuning(p)
     learn.opt = None
     if wd is not None: learn.opt_func = functools.partial(learn.opt_func, weight_decay=wd)
-    if source is not None: learn.model.load_state_dict({k:v.flatten()[run.origin[k]] for k,v in source.items()})
+    if source is not None: learn.model.load_state_dict({k:v.flatten()[run.origin[k]] for k,v in source.items()}); learn.rewind.vouch()
     back, before = dict(start_epoch=_back(p)) if p['mode'] == 'rewind' else {}, len(learn.history)
     with metered(run.xb.device) as meter:
         fine_tune(learn, run.keeps, p['epochs'] if back else p['fine_tune_epochs'], lr, seed=_seed(p, i+1), **args, **back)

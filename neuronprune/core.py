@@ -310,6 +310,7 @@ class Scores(Units):
                  labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'; (row each weight is drawn in, coefficient [1]) for 'weight'
                  cost:dict=None,   # key -> weights per unit, a number or a tensor of the score's shape
                  tiebreak:dict=None, # key -> tensor of the score's shape; of two equal scores the lower one here goes first
+                 gone:dict=None,   # key -> bool tensor, True = removed before: goes first, counts in no mean (`sink`)
                  secs:float=math.nan, # seconds the scoring took
                  meta:dict=None,   # anything else worth keeping, JSON-able
                  skipped:dict=None # layer -> reason it was not scored
@@ -318,6 +319,7 @@ class Scores(Units):
         for k,v in self.units.items(): self.units[k] = check_finite(f'scores[{k!r}]', v if v.is_floating_point() else v.float())
         self.method,self.secs,self.skipped = method,secs,dict(skipped or {})
         self.cost, self.tiebreak = _tensors('cost', cost), _tensors('tiebreak', tiebreak)
+        self.gone = _tensors('gone', gone)
         if self.tiebreak: _check_tiebreak(self.tiebreak, self.units)
 
     def __repr__(self):
@@ -569,7 +571,7 @@ def load_json(path, # file written by `save_json`
 def save(self:Units, path):
     "Write to `path` (safetensors, JSON header)."
     own = {k:getattr(self, k) for k in ('method', 'secs', 'skipped') if hasattr(self, k)}
-    parts = {'unit': self.units, 'cost': getattr(self, 'cost', {}), 'scale': getattr(self, 'scale', {}), 'tiebreak': getattr(self, 'tiebreak', {}),
+    parts = {'unit': self.units, **{k:getattr(self, k, {}) for k in ('cost', 'scale', 'tiebreak', 'gone')},
              'child': {k:v[0] for k,v in self.labels.items()}, 'parent': {k:v[1] for k,v in self.labels.items()}}
     save_tensors(path, {f'{p}/{k}':v for p,d in parts.items() for k,v in d.items()},
                  dict(kind=type(self).__name__, unit=self.unit, keys=list(self), meta=self.meta, own=own,
@@ -582,7 +584,7 @@ def _units_from(cls, t, h):
     units, child, parent, keys = part('unit'), part('child'), part('parent'), h['keys']
     if sorted(keys) != sorted(units): raise ValueError(f"its header lists {len(keys)} layers, its tensors are those of others")
     graph = None if h['graph'] is None else importlib.import_module('neuronprune.graph').Graph.from_dict(h['graph'])
-    extra = dict(cost=part('cost'), tiebreak=part('tiebreak')) if cls is Scores else dict(scale=part('scale'))
+    extra = dict(cost=part('cost'), tiebreak=part('tiebreak'), gone=part('gone')) if cls is Scores else dict(scale=part('scale'))
     return cls({k:units[k] for k in keys}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child}, meta=h['meta'],
                **extra, **h['own'])
 

@@ -6,9 +6,10 @@
 __all__ = ['FIT_ARGS', 'split_args', 'weights_at', 'score_with', 'Result', 'check_fit', 'prune', 'channel_table', 'dense']
 
 # %% ../nbs/20_pipeline.ipynb #import-copy-hashlib-inspect-js
-import copy, hashlib, inspect, json
+import copy, hashlib, inspect, json, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import pandas as pd, torch
 from fastcore.basics import patch
@@ -20,7 +21,8 @@ from .data import calib_batch
 from .models import build
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
-from .train import _state, evaluate, fine_tune, fit, learner, rebind, rewind_to, schedule_lr, sink
+from .train import (_CrossEntropy, Rewind, _state, evaluate, fit, held, hold, keep_tensors, learner, narrow, rebind, rewind_to,
+                           schedule_lr, sink, split_batch, _slice)
 from .report import Report, metered
 
 # %% ../nbs/20_pipeline.ipynb #params
@@ -44,12 +46,22 @@ def weights_at(learn, # a `Learner` made by `learner`
               ):
     "Inside the block `learn.model` has the weights of that moment; afterwards its own again."
     if at == 'trained': yield; return
-    own, opt, done = copy.deepcopy(learn.model.state_dict()), learn.opt, learn.rewind.done
+    own, opt, done, pruned = copy.deepcopy(learn.model.state_dict()), learn.opt, learn.rewind.done, learn.__dict__.get('pruned')
     rewind_to(learn, at)
     try: yield
     finally:
         learn.model.load_state_dict(own)
         learn.opt, learn.rewind.done = opt, done
+        if pruned is not None: learn.add_cb(pruned)
+
+# %% ../nbs/20_pipeline.ipynb #finished
+def _finished(scores):
+    "`scores`; `KeyboardInterrupt` if they were interrupted, a warning if they are not what the method would have found in the end."
+    status, gap = scores.meta.get('status'), scores.meta.get('gap')
+    if status == 'interrupted': raise KeyboardInterrupt(f"{scores.method}: interrupted while scoring; nothing was cut")
+    if status not in (None, 'optimal'):
+        warnings.warn(f"{scores.method}: the scores are not final, status {status!r}" + ('' if gap is None else f", gap {gap:.3g}"))
+    return scores
 
 # %% ../nbs/20_pipeline.ipynb #score-with
 def score_with(learn,      # a `Learner`
@@ -61,10 +73,11 @@ def score_with(learn,      # a `Learner`
               ):
     "Run a method on `learn`: (`Scores`, `Meter` of seconds and memory). Weight or group scores become channel scores if asked for."
     known, unit, kept = _params(m.fn), check_choice('unit', unit or m.unit, UNITS), learn.__dict__.get('rewind')
-    extra = dict(seed=seed, progress=progress, unit=unit, graph=graph, init=getattr(kept, 'init', None))
+    loss = None if isinstance(learn.loss_func, _CrossEntropy) else learn.loss_func # None is cross-entropy, with checked labels
+    extra = dict(seed=seed, progress=progress, unit=unit, graph=graph, init=getattr(kept, 'init', None), loss_func=loss)
     args = {**{k:v for k,v in extra.items() if k in known}, **args}
     with weights_at(learn, at), metered(next(learn.model.parameters()).device) as meter:
-        scores = m(learn.model, learn.dls, **args)
+        scores = _finished(m(learn.model, learn.dls, **args))
     if scores.unit != unit and unit == 'channel':
         if scores.graph is None: scores.graph = graph
         scores = scores.to_channels()
@@ -102,19 +115,18 @@ def _round(scores, mask, sparsity, alloc, args, graph):
     "The narrowed mask of one round, with its graph."
     if scores.unit == 'rank': mask = None # the weights have lost those ranks already
     new = alloc(sink(scores, mask), **(dict(sparsity=sparsity) if args.get('threshold') is None else {}), **args)
-    if mask is not None: # factors of weights that were drawn; what is gone already has no chance of being drawn
-        units = {k:v & mask.get(k, v) for k,v in new.items()}
-        new = Mask(units, new.unit, graph=new.graph, labels=new.labels, meta=_recounted(new.meta, units, new.graph or graph),
-                   scale={k:s*mask.get(k, torch.ones_like(s)) for k,s in new.scale.items()})
-    if new.graph is None: new.graph = graph
-    return new
+    res = narrow(new, mask) # factors of weights that were drawn; what is gone already has no chance of being drawn
+    if mask is not None: res.meta = _recounted(res.meta, res.units, res.graph or graph)
+    if res.graph is None: res.graph = graph
+    return res
 
 # %% ../nbs/20_pipeline.ipynb #inputs
 def _inputs(learn):
     "A batch of inputs on the model's device."
     b = next(iter(learn.dls.train), None)
     if b is None: raise ValueError("learn.dls.train: no batches; expected at least one")
-    return b[0].as_subclass(torch.Tensor).to(next(learn.model.parameters()).device)
+    xb, _ = split_batch(b, next(learn.model.parameters()).device, getattr(learn.dls, 'n_inp', None))
+    return mapped(lambda o: o.as_subclass(torch.Tensor), xb)
 
 def _tested(learn): return evaluate(learn, learn.dls.loaders[2] if len(learn.dls.loaders) > 2 else learn.dls.valid)
 
@@ -124,6 +136,31 @@ def _small(model, mask, xb, must):
     try: return surgery.shrink(model, mask, xb)
     except surgery.SurgeryError:
         if must: raise
+
+# %% ../nbs/20_pipeline.ipynb #earlier
+def _earlier(learn, scores):
+    "The `Mask` of the units of `scores` that an earlier pruning of `learn` has removed, or None."
+    keeps, old = held(learn), learn.pruned.decided if held(learn) else None
+    if scores.unit == 'weight':
+        units = {k:keeps.get(f'{k}.weight', torch.ones(v.shape, dtype=torch.bool)) for k,v in scores.items()}
+        return None if all(v.all() for v in units.values()) else Mask(units, 'weight')
+    shapes = lambda d: {k:v.shape for k,v in d.items()}
+    if old is None or old.unit != scores.unit or not shapes(scores).items() <= shapes(old).items(): return None
+    if any(not torch.equal(a, b) for k in scores.labels for a,b in zip(scores.labels[k], old.labels[k])): return None
+    return old
+
+def _said_less(mask, old, sparsity):
+    "A warning if `mask` removes nothing beyond `old`."
+    if old is None or sparsity is None or any((old[k] & ~v).any() for k,v in mask.items() if k in old): return
+    warnings.warn(f"prune: sparsity={sparsity}, but {old.sparsity:.3g} of the units have gone in an earlier call, and stay gone; "
+                  "nothing more is removed. Expected more than that, or a learner with the dense network")
+
+def _whole(model, keeps):
+    "A copy of `model` that counts as before any pruning: weights that are held at zero are filled with ones."
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p,k in zip(*keep_tensors(model, keeps)): p += 1-k
+    return model
 
 # %% ../nbs/20_pipeline.ipynb #check_moment
 def _check_moment(name, value, learn, allowed):
@@ -146,28 +183,69 @@ def check_fit(name:str,   # what they are called in the message
     return args
 
 # %% ../nbs/20_pipeline.ipynb #check-run
-def _check_run(learn, sparsity, threshold, rounds, schedule, epochs, lr, at, rewind, fit_args):
+def _check_run(learn, sparsity, threshold, rounds, schedule, epochs, lr, at, rewind, fit_args, seed, shrink, latency):
     "Raises for anything that would stop `prune` half-way."
     if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
     if sparsity is not None: check_fraction('sparsity', sparsity)
-    check_int('rounds', rounds, 1); check_int('fine_tune_epochs', epochs, 0); check_choice('schedule', schedule, ('geometric', 'linear', 'cubic'))
+    for k,v in dict(shrink=shrink, latency=latency).items(): check_type(k, v, bool)
+    check_int('seed', seed); check_int('rounds', rounds, 1); check_int('fine_tune_epochs', epochs, 0); check_choice('schedule', schedule, ('geometric', 'linear', 'cubic'))
     _check_moment('at', at, learn, ('trained', 'init')); _check_moment('rewind', rewind, learn, ('none', 'init', 'sign'))
     check_fit('fit_args', fit_args, learn.lr if lr is None else lr, epochs)
 
 # %% ../nbs/20_pipeline.ipynb #tune
-def _tune(learn, mask, rewind, xb, epochs, lr, **fit_args):
-    "Rewind, cut and fine-tune `learn` in place; the evaluation right after the cut."
+def _together(mask, model, keeps):
+    "Parameter name -> bool tensor, True = kept by `mask` and by `keeps`."
+    new = {k:v.cpu() for k,v in mask.expand(model).items()}
+    return {**keeps, **{k:v & keeps[k] if k in keeps else v for k,v in new.items()}}
+
+def _tune(learn, mask, keeps, rewind, xb, epochs, lr, **fit_args):
+    "Rewind, cut and fine-tune `learn` in place, with `keeps` of an earlier call held too; the evaluation right after the cut."
     if mask.unit == 'rank':
-        rewind_to(learn, rewind); learn.model, learn.opt = surgery.shrink(learn.model, mask, xb), None; cut = _tested(learn)
-        fit(learn, epochs, lr, **fit_args)
+        rewind_to(learn, rewind); learn.model, learn.opt = surgery.shrink(learn.model, mask, xb), None
+        shapes = {k:p.shape for k,p in learn.model.named_parameters()}
+        hold(learn, {k:v for k,v in keeps.items() if shapes.get(k) == v.shape})
     else:
-        rewind_to(learn, rewind, mask); surgery.apply(learn.model, mask); cut = _tested(learn)
-        fine_tune(learn, mask, epochs, lr, **fit_args)
+        rewind_to(learn, rewind); surgery.apply(learn.model, mask); hold(learn, _together(mask, learn.model, keeps), mask)
+        if isinstance(learn.__dict__.get('rewind'), Rewind): learn.rewind.note()
+    cut = _tested(learn)
+    fit(learn, epochs, lr, **fit_args)
     return cut
 
 def _unfactor(learn, model):
     "Write the products of the factors into `model`, and `model` into `learn`."
     model.load_state_dict(surgery.merge(learn.model).state_dict()); learn.model, learn.opt = model, None
+
+# %% ../nbs/20_pipeline.ipynb #after
+def _after(f, what):
+    "`f()`, or None and a warning: what fails after a finished training must not lose it."
+    try: return f()
+    except Exception as e:
+        warnings.warn(f"prune: {what} failed after the fine-tuning, {type(e).__name__}: {e}; the trained network is kept, with zeros")
+
+def _replace(learn, small, cuts):
+    "Put the smaller network into `learn`; zeros inside of it stay held."
+    keeps = {k:_slice(v, k, cuts) for k,v in held(learn).items()}
+    rebind(learn, small, cuts)
+    shapes = {k:p.shape for k,p in small.named_parameters()}
+    hold(learn, {k:v for k,v in keeps.items() if shapes.get(k) == v.shape})
+
+def _finish(learn, mask, xb, host, shrink, measure, known):
+    "Shrink, measure and put the outcome into `learn`; the `Report`, which holds only what is `known` where measuring failed."
+    bare = Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta) # the factors are in the weights by now
+    small = _after(lambda: _small(learn.model, bare, xb, shrink), 'surgery')
+    cuts = {} if mask.unit == 'rank' or not shrink or small is None else _after(lambda: surgery.plan(learn.model, mask, xb), 'surgery')
+    report = _after(lambda: measure(learn.model, small), 'measuring') or Report(**known)
+    if shrink and small is not None and cuts is not None: _replace(learn, small, cuts)
+    elif learn.model is not host: _unfactor(learn, host)
+    return report
+
+# %% ../nbs/20_pipeline.ipynb #known
+def _known(scores, meters, mask, old, sparsity, **extra):
+    "Fields of the `Report` about the scoring: seconds, memory, status and gap; in `extra` the loss, and what had gone before."
+    if 'loss' in scores.meta: extra['loss'] = scores.meta['loss']
+    if old is not None: extra['gone_before'] = old.sparsity; _said_less(mask, old, sparsity)
+    return dict(secs=sum(o.secs for o in meters), peak_mib=max(o.peak_mib or 0. for o in meters), status=scores.meta.get('status'),
+                gap=scores.meta.get('gap'), extra=extra)
 
 # %% ../nbs/20_pipeline.ipynb #prune-2
 def prune(learn,              # a trained `Learner` from `learner`; changed in place
@@ -182,6 +260,7 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
           rewind=None,        # weights to train from: 'none', 'init', 'sign', an epoch; None = the method's
           unit:str=None,      # 'weight', 'channel', 'group', 'rank'; None = the method's
           seed:int=0,         # of the method's own randomness
+          latency:bool=True,  # time the networks for the record
           progress:bool=False, # progress bars
           fit_args:dict=None, # further arguments of `fit` for the fine-tuning
           **args              # arguments of the method and of its allocator
@@ -190,24 +269,23 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
     check_type('learn', learn, Learner, 'made by learner(model, dls)')
     m = methods()[method]; alloc, alloc_args, own = split_args(m, args)
     at, rewind, fit_args = m.at if at is None else at, m.rewind if rewind is None else rewind, {} if fit_args is None else fit_args
-    _check_run(learn, sparsity, alloc_args.get('threshold'), rounds, schedule, fine_tune_epochs, lr, at, rewind, fit_args)
+    _check_run(learn, sparsity, alloc_args.get('threshold'), rounds, schedule, fine_tune_epochs, lr, at, rewind, fit_args, seed, shrink, latency)
     if {'rounds', 'sparsity'} <= _params(m.fn): own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1 # goes in rounds by itself
     steps = [None]*rounds if sparsity is None else ratios(sparsity, rounds, schedule)
-    xb = _inputs(learn); graph = trace(learn.model, xb)
-    dense, before, mask, secs, peak, host = copy.deepcopy(learn.model), _tested(learn), None, 0., 0., learn.model
+    before, xb, keeps, host, meters = _tested(learn), _inputs(learn), held(learn), learn.model, []
+    graph, dense, mask = trace(learn.model, xb), _whole(learn.model, keeps), None
     for s in steps:
         if learn.model is not host: _unfactor(learn, host)
         scores, meter = score_with(learn, m, at=at, unit=unit, graph=graph, seed=seed, progress=progress, **own)
-        mask = _round(scores, mask, s, alloc, alloc_args, graph); secs += meter.secs; peak = max(peak, meter.peak_mib or 0.)
+        if mask is None: mask = old = _earlier(learn, scores)
+        mask = _round(scores, mask, s, alloc, alloc_args, graph); meters.append(meter)
         if shrink: surgery.shrink(learn.model, mask, xb) # a network that cannot be cut is found out now
-        pruned = _tune(learn, mask, rewind, xb, fine_tune_epochs, lr, progress=progress, **fit_args)
-    tuned = _tested(learn) if fine_tune_epochs else None
-    small = _small(learn.model, Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta), xb, shrink)
-    report = Report.measure(dense, learn.model, small, xb=xb, mask=mask, scores=scores, dls=learn.dls, before=before, pruned=pruned,
-                            tuned=tuned, method=method, method_args=args, seed=seed, sparsity=sparsity, secs=secs, peak_mib=peak,
-                            extra=dict(rounds=own.get('rounds', rounds), at=at, rewind=rewind, fine_tune_epochs=fine_tune_epochs))
-    if shrink: rebind(learn, small, {} if mask.unit == 'rank' else surgery.plan(learn.model, mask, xb))
-    elif learn.model is not host: _unfactor(learn, host)
+        pruned = _tune(learn, mask, keeps, rewind, xb, fine_tune_epochs, lr, progress=progress, **fit_args)
+    known = dict(_known(scores, meters, mask, old, sparsity, rounds=own.get('rounds', rounds), at=at, rewind=rewind, fine_tune_epochs=fine_tune_epochs),
+                 method=method, method_args=args, seed=seed, sparsity=sparsity, before=before, pruned=pruned,
+                 tuned=_tested(learn) if fine_tune_epochs else None)
+    measure = partial(Report.measure, dense, xb=xb, mask=mask, scores=scores, dls=learn.dls, latency=latency, **known)
+    report = _finish(learn, mask, xb, host, shrink, measure, known)
     return Result(learn.model, mask, scores, report)
 
 # %% ../nbs/20_pipeline.ipynb #channel-table

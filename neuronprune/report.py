@@ -17,7 +17,7 @@ import neuronprune
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
-from .core import Mask, as_found, check_choice, check_int, check_type, layers, load_json, reading, save_json
+from .core import Mask, as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, load_json, mapped, reading, save_json, tensors
 from .surgery import factorise
 from .train import Evaluation
 
@@ -25,58 +25,69 @@ from .train import Evaluation
 def count_params(model:nn.Module # any network
                 )->int:
     "Parameters stored, biases and norms included; a shared parameter counts once."
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in check_type('model', model, nn.Module).parameters())
 
 def nonzero_params(model:nn.Module # any network
                   )->int:
     "Parameters that are not exactly zero."
-    return sum(int(torch.count_nonzero(p.detach())) for p in model.parameters())
+    return sum(int(torch.count_nonzero(p.detach())) for p in check_type('model', model, nn.Module).parameters())
 
 # %% ../nbs/07_report.ipynb #layer_macs
-def _layer_macs(model, x):
-    "(MACs of the prunable layers, the same over their non-zero weights) while `model` runs on `x`."
-    got = [0, 0]
+def _device(model): return next((p.device for p in check_type('model', model, nn.Module).parameters()), torch.device('cpu'))
+
+def _all_macs(model, xb):
+    "(MACs of `model` for the first example of `xb`, the same over the non-zero weights of the prunable layers)."
+    check_batch(xb); got, dev = [0, 0], _device(model)
     def hook(m, _, out):
         w = m.weight.detach(); n = out.numel()//w.shape[0]
         got[0] += n*w.numel(); got[1] += n*int(torch.count_nonzero(w))
     hooks = [m.register_forward_hook(hook) for m in layers(model).values()]
-    try: model(x)
+    x = mapped(lambda o: o[:1].to(dev), xb)
+    try:
+        with as_found(model, train=False), torch.no_grad(), digesting(x), FlopCounterMode(display=False) as counter: feed(model, x)
     finally:
         for h in hooks: h.remove()
-    return got
+    macs = counter.get_total_flops()//2
+    return macs, macs-got[0]+got[1]
 
 # %% ../nbs/07_report.ipynb #count_macs
 def count_macs(model:nn.Module,    # any network
-               xb:torch.Tensor,    # inputs [n, ...]; the first one is used
+               xb,                 # a batch of inputs; the first one is used
                nonzero:bool=False  # count non-zero weights only
               )->int:
     "Multiply-adds for one example; the model is left as it was found."
-    if len(xb) == 0: raise ValueError("xb: the batch is empty; expected at least one example")
-    x = xb[:1].to(next(model.parameters()).device)
-    with as_found(model, train=False), torch.no_grad():
-        with FlopCounterMode(display=False) as counter: model(x)
-        dense, alive = _layer_macs(model, x) if nonzero else (0, 0)
-    return counter.get_total_flops()//2 - dense + alive
+    return _all_macs(model, xb)[bool(nonzero)]
 
 # %% ../nbs/07_report.ipynb #npz-bytes
-def _npz_bytes(w, compressed):
+def _npz_bytes(w, compressed=True):
     "Size of the file `scipy.sparse.save_npz` would write for the matrix `w`."
     f = io.BytesIO()
     scipy.sparse.save_npz(f, scipy.sparse.csr_matrix(w), compressed=compressed)
     return f.getbuffer().nbytes
 
-def _stored(w, how):
+_FRAME = _npz_bytes(np.zeros((1, 1), dtype=np.float32), False) - 8 # what the file holds beside values, columns and row ends
+
+def _npz_estimate(w, n_nonzero, n=2**16):
+    "About the size of the compressed file, from evenly spread rows of `w` with `n` weights."
+    rows = w[torch.linspace(0, len(w)-1, max(1, n//w.shape[1])).long()].numpy()
+    alive = np.count_nonzero(rows)
+    return _npz_bytes(w.numpy()) if not alive else _FRAME + (_npz_bytes(rows)-_FRAME)*n_nonzero/alive
+
+def _stored(w, how, exact=True):
     "Bytes of the weight `w`, reshaped to (outputs, inputs)."
     if how == 'dense': return w.numel()*w.element_size()
-    return _npz_bytes(w.flatten(1).float().cpu().numpy(), how == 'csr_npz')
+    w = w.flatten(1).float().cpu(); n = int(torch.count_nonzero(w))
+    if how == 'csr': return _FRAME + 8*n + 4*(len(w)+1)
+    return _npz_bytes(w.numpy()) if exact or w.numel() <= 2**18 else _npz_estimate(w, n)
 
 # %% ../nbs/07_report.ipynb #memory-2
 def memory(model:nn.Module,     # any network
-           how:str='csr_npz'    # 'csr_npz', 'csr' or 'dense'
+           how:str='csr_npz',   # 'csr_npz', 'csr' or 'dense'
+           exact:bool=True      # False: sizes of compressed large layers are estimated from a sample of their rows
           )->float:
     "MiB of the linear and convolution weights, stored as `how` says; biases and norms are not counted."
     check_choice('how', how, ('csr_npz', 'csr', 'dense'))
-    return sum(_stored(m.weight.detach(), how) for m in layers(model).values())/2**20
+    return sum(_stored(m.weight.detach(), how, exact) for m in layers(model).values())/2**20
 
 # %% ../nbs/07_report.ipynb #left
 def _left(model, mask):
@@ -106,20 +117,23 @@ def accounting(model:nn.Module, # dense or masked; not changed
 
 # %% ../nbs/07_report.ipynb #latency_ms
 def latency_ms(model:nn.Module,  # any network
-               xb:torch.Tensor,  # the batch to time
+               xb,               # the batch to time
                n:int=30,         # timed runs
-               warmup:int=5      # runs before
+               warmup:int=5,     # runs before
+               secs:float=math.inf # stop after so many seconds, with one run before and two timed at least
               )->float:
     "Median milliseconds of a forward pass on `xb`; the model is left as it was found."
-    check_int('n', n, 1)
-    dev = next(model.parameters()).device
-    x, ts = xb.to(dev), []
+    check_int('n', n, 1); check_int('warmup', warmup, 0); check_batch(xb); dev = _device(model)
+    x, ts, start = mapped(lambda o: o.to(dev), xb), [], time.perf_counter()
     wait = torch.cuda.synchronize if dev.type == 'cuda' else (lambda: None)
-    with as_found(model, train=False), torch.inference_mode():
-        for _ in range(warmup): model(x)
-        for _ in range(n):
+    late = lambda: time.perf_counter()-start > secs
+    with as_found(model, train=False), torch.inference_mode(), digesting(x):
+        for i in range(warmup):
+            if i == 0 or not late(): feed(model, x)
+        for i in range(n):
+            if i > 1 and late(): break
             wait(); t = time.perf_counter()
-            model(x); wait()
+            feed(model, x); wait()
             ts.append(1000*(time.perf_counter()-t))
     return statistics.median(ts)
 
@@ -197,8 +211,7 @@ class Report:
     size:int=None
     data:dict=field(default_factory=dict)
     unit:str=None
-    seed:int=None
-    sparsity:float=None
+    seed:int=None; sparsity:float=None
     units_removed:float=None
     weights_removed:float=None
     params_removed:float=None
@@ -223,6 +236,7 @@ class Report:
     hardware:dict=field(default_factory=hardware)
     bounds:dict=field(default_factory=dict)
     extra:dict=field(default_factory=dict)
+    status:str=None; gap:float=None
     def __repr__(self):
         p = '?' if self.params_removed is None else f'{self.params_removed:.1%}'
         return f"Report({', '.join(filter(None, (self.method, self.model, self.dataset)))}: {p} of the parameters removed, {self.final})"
@@ -255,18 +269,24 @@ def _weights(model, names):
 def _removed(before, after): return None if not before else 1-after/before
 
 # %% ../nbs/07_report.ipynb #costs
+def _latencies(dense, after, xb, secs=.5):
+    "Milliseconds of both networks: the best of three medians of ten runs, in turns, of as many as fit into about `secs` for each."
+    times, end = [], time.perf_counter() + 2*secs
+    while len(times) < 3 and (not times or time.perf_counter() < end):
+        times.append([latency_ms(m, xb, 10, secs=secs/3) for m in (dense, after)])
+    return map(min, zip(*times))
+
 def _costs(dense, after, xb, latency):
-    "Counts, memory and time of both networks (timed in turns, best of three medians), and the fractions removed."
-    r = dict(nonzero_after=nonzero_params(after), macs_nonzero=count_macs(after, xb, nonzero=True))
+    "Counts, memory and time of both networks, and the fractions removed."
+    (macs, alive), left = _all_macs(dense, xb), _all_macs(after, xb)
+    r = dict(macs_before=macs, macs_after=left[0], macs_nonzero=left[1], nonzero_after=nonzero_params(after))
     for when,m in (('before', dense), ('after', after)):
-        r[f'params_{when}'], r[f'macs_{when}'] = count_params(m), count_macs(m, xb)
-        r[f'memory_{when}'] = {how:memory(m, how) for how in ('dense', 'csr', 'csr_npz')}
+        r[f'params_{when}'] = count_params(m)
+        r[f'memory_{when}'] = {how:memory(m, how, exact=False) for how in ('dense', 'csr', 'csr_npz')}
     if latency:
-        r['latency_batch'] = len(xb)
-        times = [(latency_ms(dense, xb, 10), latency_ms(after, xb, 10)) for _ in range(3)]
-        r['latency_before'], r['latency_after'] = map(min, zip(*times))
-    return dict(r, params_removed=_removed(nonzero_params(dense), r['nonzero_after']),
-                macs_removed=_removed(count_macs(dense, xb, nonzero=True), r['macs_nonzero']))
+        r['latency_batch'] = len(tensors(xb)[0])
+        r['latency_before'], r['latency_after'] = _latencies(dense, after, xb)
+    return dict(r, params_removed=_removed(nonzero_params(dense), r['nonzero_after']), macs_removed=_removed(alive, r['macs_nonzero']))
 
 # %% ../nbs/07_report.ipynb #measure
 @patch(cls_method=True)
@@ -274,7 +294,7 @@ def measure(cls:Report,
             dense:nn.Module,       # the network before pruning
             masked:nn.Module=None, # the pruned network with zeros
             shrunk:nn.Module=None, # the pruned network without them
-            *, xb:torch.Tensor,    # a batch: the first example for the MACs, all for the latency
+            *, xb,                 # a batch: the first example for the MACs, all for the latency
             mask=None,             # the `Mask`
             scores=None,           # the `Scores`
             dls=None,              # the `DataLoaders`, for the names in the record
@@ -294,6 +314,7 @@ def measure(cls:Report,
              data=rec, dataset=rec.get('name', ''), size=rec.get('size'),
              secs=None if secs is None or math.isnan(secs) else secs,
              before=before, pruned=pruned, tuned=tuned, **_costs(dense, after, xb, latency))
+    r.update({k:getattr(scores, 'meta', {}).get(k) for k in ('status', 'gap')})
     if mask is not None:
         names = {k.removesuffix(':in') for k in mask}
         removed = _removed(_weights(dense, names)[1], _weights(after, names)[1])
@@ -339,7 +360,7 @@ _GROUPS = {
     'MACs, one example': dict(macs_before=_num, macs_after=_num, macs_nonzero=_num, speedup_macs='{:.2f}×'.format),
     'memory, dense / csr / csr_npz': dict(memory_before=_mib, memory_after=_mib),
     'latency': dict(latency_before='{:.3f} ms'.format, latency_after='{:.3f} ms'.format, latency_batch=_num),
-    'cost of scoring': dict(secs='{:.3g} s'.format, peak_mib='{:.1f} MiB'.format),
+    'cost of scoring': dict(secs='{:.3g} s'.format, peak_mib='{:.1f} MiB'.format, status=_text, gap='{:.3g}'.format),
     'made with': dict(versions=_text, hardware=_text, extra=_text)}
 _LABELS = dict(
     method_args='arguments', sparsity='units, requested', units_removed='units, achieved',

@@ -10,6 +10,7 @@ from neuronprune.graph import trace
 from neuronprune.inputs import readers
 from neuronprune.models import build
 from neuronprune.surgery import shrink
+from neuronprune.train import narrow, sink
 from test_graph import X, nets, partition
 
 def quiet(*a, **kw):
@@ -452,3 +453,84 @@ def test_a_tie_with_unscored_members_has_the_same_layers_at_every_sparsity():
     little, much = allocate(sc, 0.), allocate(sc, .5)
     assert list(little) == list(much) == ['b', 'a'] and torch.equal(much['a'], much['b']) and little['a'].all()
     assert (little & much).counts() == much.counts() == (3, 6)
+
+# ---- rounds
+
+def in_rounds(sc, steps, **kw):
+    "The mask after one cut per sparsity of `steps`, each from the same scores."
+    mask = None
+    for s in steps: mask = narrow(quiet(sink(sc, mask), s, **kw), mask)
+    return mask
+
+@settings(max_examples=150, deadline=None)
+@given(scores(), st.lists(sparsities, min_size=2, max_size=4).map(sorted), st.sampled_from(['global', 'layer']), st.sampled_from(['units', 'params']), st.data())
+def test_rounds_of_the_same_scores_give_the_mask_of_one(sc, steps, scope, of, data):
+    if data.draw(st.booleans()): sc.tiebreak = {k:torch.rand(v.shape, generator=generator(len(steps))) for k,v in sc.items()}
+    if data.draw(st.booleans()): sc.units = {k:v-.5 for k,v in sc.items()}
+    kw = dict(scope=scope, of=of, normalize=data.draw(st.sampled_from(['auto', None, 'mean', 'max'])), caps=data.draw(st.sampled_from([None, .6])),
+              min_keep=data.draw(st.integers(1, 2)), round_to=data.draw(st.sampled_from([1, 1, 2])))
+    a, b = in_rounds(sc, steps, **kw), quiet(sc, steps[-1], **kw)
+    assert same(a, b) and a.meta['achieved'] == b.meta['achieved'] and a.meta['layers'] == b.meta['layers']
+
+@settings(max_examples=60, deadline=None)
+@given(nets(), st.lists(sparsities, min_size=2, max_size=3).map(sorted), st.sampled_from(['global', 'layer']), st.sampled_from(['units', 'params', 'macs']),
+       st.booleans(), st.sampled_from(['auto', None, 'max']), st.integers(0, 99))
+def test_rounds_of_tied_channels_give_the_mask_of_one(model, steps, scope, of, tied, normalize, seed):
+    g = trace(model, X); assume(g.removable); gen = generator(seed)
+    sc = Scores({k:torch.rand(g.layers[k]['n_out'], generator=gen)+k.count('1') for k in g.removable}, 'channel', graph=g)
+    kw = dict(scope=scope, of=of, tied=tied, normalize=normalize)
+    assert same(in_rounds(sc, steps, **kw), quiet(sc, steps[-1], **kw))
+
+@settings(max_examples=40, deadline=None)
+@given(nets(), st.lists(sparsities, min_size=2, max_size=3).map(sorted), st.integers(0, 99))
+def test_rounds_of_a_budget_of_the_network_leave_its_weights(model, steps, seed):
+    "Not the same mask, a channel that is too large for one budget is not for the next; but never more weights than one channel beside it."
+    g = trace(model, X); assume(g.removable); gen = generator(seed)
+    sc = Scores({k:torch.rand(g.layers[k]['n_out'], generator=gen) for k in g.removable}, 'channel', graph=g)
+    a, b = in_rounds(sc, steps, of='network'), quiet(sc, steps[-1], of='network'); first = quiet(sc, steps[0], of='network')
+    assert all((a[k] <= first[k]).all() for k in first)
+    assert math.isclose(a.meta['achieved'], 1-weights_left(g, a)/weights_left(g, {}), abs_tol=1e-12)
+    if same(first, quiet(sc, 0., of='network')): assert same(a, in_rounds(sc, steps[1:], of='network'))
+    assert not same(a, first) or same(b, first) or b.meta['achieved'] >= a.meta['achieved']
+
+def test_what_is_gone_counts_in_no_mean():
+    "Scores of dead units are worth nothing: 0 or 1000, the survivors are ranked the same, at the scale their layer had."
+    live = {'a': torch.tensor([1., 2, 3, 4]), 'b': torch.tensor([10., 20, 30, 40])}; first = allocate(Scores(live, 'channel'), .25)
+    assert [v.tolist() for v in first.values()] == [[False, True, True, True]]*2
+    for dead in (0., 1000.):
+        sc = Scores({k:torch.where(first[k], v*t, dead) for (k,v),t in zip(live.items(), (1, 7))}, 'channel')
+        assert same(allocate(sink(sc, first), .5), allocate(Scores(live, 'channel'), .5))
+    bare = Mask({'a': torch.tensor([0, 0, 1, 1]).bool(), 'b': torch.ones(4).bool()}, 'channel') # no scale known: the mean of the survivors, 4.5 and 27.5
+    sc = sink(Scores({'a': torch.tensor([9., 9, 3, 6]), 'b': torch.tensor([20., 25, 30, 35])}, 'channel'), bare)
+    assert [v.tolist() for v in allocate(sc, .375).values()] == [[False, False, False, True], [True]*4]
+
+def test_what_is_gone_stays_gone_whatever_is_asked():
+    sc = Scores({'a': torch.tensor([1., 2, 3, 4]), 'b': torch.tensor([5., 6, 7, 8])}, 'channel'); gone = Mask({'a': torch.tensor([1, 0, 0, 0]).bool(), 'b': torch.ones(4).bool()}, 'channel')
+    for kw in (dict(sparsity=.1), dict(threshold=0.), dict(sparsity=.1, scope='layer'), dict(sparsity=0, min_keep=3), dict(sparsity=0, keep='a'), dict(sparsity=.1, caps=.2), dict(sparsity=0, round_to=4)):
+        assert same(quiet(sink(sc, gone), **kw), gone), kw
+    w = Scores({k:v.view(2, 2) for k,v in sc.items()}, 'weight'); gone = Mask({k:v.view(2, 2) for k,v in gone.items()}, 'weight')
+    for kw in (dict(sparsity=.1), dict(threshold=0.), dict(sparsity=.1, scope='layer'), dict(sparsity=0, min_keep=3), dict(sparsity=0, keep='a')): assert same(quiet(sink(w, gone), **kw), gone), kw
+
+def test_sunk_scores_are_saved_whole(tmp_path):
+    sc = Scores({'a': torch.tensor([1., 2, 3, 4])}, 'channel'); sc = sink(sc, allocate(sc, .5)); sc.save(tmp_path/'s'); back = Scores.load(tmp_path/'s')
+    assert torch.equal(back.gone['a'], sc.gone['a']) and same(allocate(back, .75), allocate(sc, .75))
+
+# ---- weights by the million
+
+@settings(max_examples=250, deadline=None)
+@given(scores('weight'), st.one_of(sparsities, st.just(None)), st.sampled_from(['global', 'layer']), st.data())
+def test_selection_and_ranking_give_the_same_mask(sc, s, scope, data):
+    "caps=1 caps nothing, but takes the way of the general case."
+    sc.cost = {}; sc.units = {k:v.to(data.draw(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))) for k,v in sc.items()}
+    if data.draw(st.booleans()): sc.tiebreak = {k:torch.randint(0, 3, v.shape, generator=generator(7)).float() for k,v in sc.items()}
+    if data.draw(st.booleans()): sc = sink(sc, Mask({k:torch.rand(v.shape, generator=generator(3)) > .3 for k,v in sc.items()}, 'weight'))
+    kw = dict(sparsity=s, scope=scope, min_keep=data.draw(st.integers(1, 3)), keep=data.draw(st.sampled_from([(), 'l0', '*'])), of=data.draw(st.sampled_from(['units', 'params'])))
+    if s is None: kw['threshold'] = data.draw(st.floats(-1, 3))
+    with warnings.catch_warnings(record=True) as w1: warnings.simplefilter('always'); a = allocate(sc, **kw)
+    with warnings.catch_warnings(record=True) as w2: warnings.simplefilter('always'); b = allocate(sc, caps=1., **kw)
+    assert same(a, b) and a.meta == b.meta and [str(o.message) for o in w1] == [str(o.message) for o in w2]
+
+def test_selection_costs_no_copy_in_double_precision():
+    v = {f'l{i}':torch.rand(500, 1000, generator=generator(i)) for i in range(4)}; sc = Scores(v, 'weight'); allocate(sc, .8)
+    mask = allocate(sc, .8); flat = torch.cat([o.flatten() for o in v.values()])
+    assert gone(mask) == 1_600_000 and torch.equal(torch.cat([o.flatten() for o in mask.values()]), flat > flat.kthvalue(1_600_000).values)

@@ -1,5 +1,5 @@
 """The whole flow by name: what `prune` promises for every method, and that it says what is wrong."""
-import copy, os, subprocess, sys
+import copy, os, subprocess, sys, warnings
 import pytest, torch
 from neuronprune.all import *
 from neuronprune.core import Mask, Scores, generator, kappa, method
@@ -212,3 +212,121 @@ def test_batches_that_do_not_fit_are_explained(dls):
 def test_reparametrised_layers_are_named(dls):
     learn = start(dls, epochs=0); torch.nn.utils.prune.random_unstructured(learn.model.fc1, 'weight', .5)
     with pytest.raises(ValueError, match="'fc1' is reparametrised; make it plain first"): prune(learn, 'magnitude', .5)
+
+# ---- rounds, calls one after the other, interruptions
+
+def test_rounds_of_channels_do_not_collapse(dls):
+    "Means that count what is gone would spare the layers that lost most, down to one channel of another."
+    def pruned(rounds):
+        learn = fit(learner(build('lenet300', dls.c_in, dls.n_out, 8, seed=0), dls, lr=.1), 5)
+        return prune(learn, 'magnitude', .8, unit='channel', rounds=rounds, fine_tune_epochs=2)
+    one, three = pruned(1), pruned(3)
+    assert {k:int(v.sum()) for k,v in three.mask.items()}.keys() == one.mask.units.keys()
+    for k,v in one.mask.items(): assert abs(int(three.mask[k].sum())-int(v.sum())) <= .15*len(v)
+    assert three.report.tuned.k > one.report.tuned.k - 15
+
+@pytest.mark.parametrize('unit', ['weight', 'channel'])
+def test_zeros_survive_every_later_training(dls, unit):
+    learn = start(dls, epochs=1); res = prune(learn, 'magnitude', .6, unit=unit, fine_tune_epochs=1)
+    zeros = {k:~v for k,v in res.mask.expand(learn.model).items()}
+    fit(learn, 1); learn.fit(1)
+    assert all(not p[zeros[n]].any() for n,p in learn.model.named_parameters() if n in zeros) and not any(p.grad_fn for p in learn.model.parameters())
+    learn.remove_cb(learn.pruned); fit(learn, 1)
+    assert any(p[zeros[n]].any() for n,p in learn.model.named_parameters() if n in zeros)
+
+def test_zeros_inside_a_shrunken_network_stay(dls):
+    learn = start(dls, epochs=1); prune(learn, 'magnitude', .8, fine_tune_epochs=1, shrink=True)
+    zeros = {n:p == 0 for n,p in learn.model.named_parameters() if n.endswith('weight')}
+    assert sum(int(z.sum()) for z in zeros.values()) > 100
+    fit(learn, 1); assert all(not dict(learn.model.named_parameters())[n][z].any() for n,z in zeros.items())
+
+@pytest.mark.parametrize('unit', ['weight', 'channel'])
+@pytest.mark.parametrize('more', [.8, .3])
+def test_a_second_call_goes_on_from_the_first(dls, unit, more):
+    learn = start(dls, epochs=1); a = prune(learn, 'magnitude', .5, unit=unit, fine_tune_epochs=1)
+    with warnings.catch_warnings(record=True) as w: warnings.simplefilter('always'); b = prune(learn, 'magnitude', more, unit=unit, fine_tune_epochs=1)
+    said = [str(o.message) for o in w if 'have gone in an earlier call' in str(o.message)]
+    assert all((b.mask[k] <= v).all() for k,v in a.mask.items()) and len(said) == (more < .5)
+    if more > .5: assert b.mask.sparsity == pytest.approx(more, abs=.002)
+    else: assert all(torch.equal(b.mask[k], v) for k,v in a.mask.items())
+    r = b.report; assert r.extra['gone_before'] == a.mask.sparsity and r.params_removed >= a.report.params_removed > .3 and r.macs_removed > .3
+    assert r.units_removed == b.mask.sparsity and r.weights_removed >= a.report.weights_removed-1e-9
+
+def test_another_unit_in_the_second_call_revives_nothing(dls):
+    learn = start(dls, epochs=1); a = prune(learn, 'magnitude', .7, fine_tune_epochs=0); prune(learn, 'magnitude', .3, unit='channel', fine_tune_epochs=1)
+    assert all(not learn.model.get_submodule(k).weight[~v].any() for k,v in a.mask.items())
+    res = prune(learn, 'magnitude', .9, fine_tune_epochs=1); assert all((res.mask[k] <= v).all() for k,v in a.mask.items())
+
+def test_what_pruning_of_another_moment_left(dls):
+    "Scores of the initial weights, a rewind, and the zeros of an earlier call."
+    learn = start(dls, epochs=1); a = prune(learn, 'magnitude', .5, fine_tune_epochs=0); b = prune(learn, 'snip', .7, fine_tune_epochs=1)
+    assert all((b.mask[k] <= v).all() and not learn.model.get_submodule(k).weight[~v].any() for k,v in a.mask.items())
+
+def scored(status, gap=.25):
+    def f(model, dls=None, *, seed=0): return Scores({k:m.weight.detach().abs() for k,m in layers(model).items()}, 'weight', method='late', meta=dict(status=status, gap=gap))
+    return f
+
+def test_interrupted_scores_stop_the_run(dls):
+    learn = start(dls, epochs=1); before = copy.deepcopy(learn.model.state_dict())
+    method('late', unit='weight')(scored('interrupted'))
+    try:
+        with pytest.raises(KeyboardInterrupt, match='nothing was cut'): prune(learn, 'late', .5)
+    finally: core._registry.pop('late')
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and not hasattr(learn, 'pruned')
+
+def test_scores_that_are_not_final_say_so(dls):
+    method('late', unit='weight')(scored('inexact'))
+    try:
+        with pytest.warns(UserWarning, match="status 'inexact', gap 0.25"): r = prune(start(dls, epochs=1), 'late', .5, fine_tune_epochs=0).report
+    finally: core._registry.pop('late')
+    assert (r.status, r.gap) == ('inexact', .25) and ('cost of scoring', 'status') in r.to_frame().index
+    assert prune(start(dls, epochs=0), 'random', .5, fine_tune_epochs=0).report.status is None
+
+@pytest.mark.parametrize('where', ['shrink', 'plan', 'measure'])
+def test_a_finished_training_is_not_lost(dls, where, monkeypatch):
+    learn = start(dls, epochs=1); calls = []
+    def fails(f, first):
+        def g(*a, **kw):
+            calls.append(1)
+            if len(calls) > first: raise SurgeryError('broken') if where == 'shrink' else RuntimeError('broken')
+            return f(*a, **kw)
+        return g
+    import neuronprune.pipeline as pl
+    if where == 'measure': monkeypatch.setattr(pl.Report, 'measure', fails(pl.Report.measure, 0))
+    else: monkeypatch.setattr(pl.surgery, where, fails(getattr(pl.surgery, where), 1 if where == 'shrink' else 0))
+    with pytest.warns(UserWarning, match='failed after the fine-tuning, .*broken'): res = prune(learn, 'magnitude', .5, unit='channel', fine_tune_epochs=1, shrink=True)
+    r = res.report; assert r.method == 'magnitude' and r.tuned.k == evaluate(learn, dls.loaders[2]).k and r.before.n == 359
+    if where != 'measure':
+        assert learn.model.fc1.out_features == 500 and not learn.model.fc1.weight[~res.mask['fc1']].any() and r.params_removed > .3
+        fit(learn, 1); assert not learn.model.fc1.weight[~res.mask['fc1']].any()
+
+# ---- the learner's own loss, labels and inputs
+
+@pytest.mark.parametrize('name', ['snip', 'taylor'])
+def test_scores_are_those_of_the_learners_loss(dls, name):
+    w = torch.ones(10); w[0] = 100.; f = torch.nn.CrossEntropyLoss(weight=w)
+    got = [prune(start(dls, epochs=1, loss_func=o), name, .5, fine_tune_epochs=0, **kw).scores for o,kw in ((f, {}), (None, dict(loss_func=f)), (None, {}))]
+    learn = start(dls, epochs=1, loss_func=f); own = prune(learn, name, .5, fine_tune_epochs=0, loss_func=torch.nn.CrossEntropyLoss()).scores
+    plain = got[2]; assert any(not torch.equal(got[0][k], plain[k]) for k in plain)
+    assert any(not torch.equal(own[k], got[0][k]) for k in own) # the argument has the last word
+
+@pytest.mark.parametrize('dt', [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dls, dt):
+    pairs = lambda dl: [(x, y.to(dt)) for b in dl for x,y in zip(*b)]
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    own = DataLoaders(*(DataLoader(pairs(dl), bs=64) for dl in (dls.valid, dls.valid)))
+    learn = fit(learner(build('mlp', 1, 10, 8, seed=0), own, loss_func=torch.nn.CrossEntropyLoss()), 1); res = prune(learn, 'magnitude', .5, fine_tune_epochs=1)
+    assert res.report.tuned.n == len(pairs(dls.valid))
+
+@pytest.mark.parametrize('target', [lambda y: y.float(), lambda y: torch.eye(10)[y], lambda y: y.view(-1, 1, 1).expand(-1, 4, 4)])
+def test_what_is_no_classification_is_refused_before_anything_changes(dls, target):
+    from fastai.data.core import DataLoaders
+    b = [(x, target(y)) for x,y in dls.valid]; learn = learner(build('mlp', 1, 10, 8, seed=0), DataLoaders(b, b), loss_func=torch.nn.MSELoss())
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(TypeError, match='dls: labels yb'): prune(learn, 'magnitude', .5)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
+@pytest.mark.parametrize('kw,words', [(dict(shrink='no'), 'shrink'), (dict(seed='a'), "seed='a'"), (dict(latency=1), 'latency')])
+def test_flags_are_checked(dls, kw, words):
+    with pytest.raises(TypeError, match=words): prune(start(dls, epochs=0), 'magnitude', .5, **kw)

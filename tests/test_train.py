@@ -1,5 +1,5 @@
 """Training: masks hold, rewinds are exact, seeds are kept, intervals agree with SciPy, errors can be read."""
-import copy, random
+import copy, random, warnings
 from functools import partial
 import pytest, torch
 from torch import nn
@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 from neuronprune.allocate import allocate
 from neuronprune.core import Mask, Scores, layers
 from neuronprune.graph import trace
-from neuronprune.train import (MaskCallback, PruneCallback, Rewind, curves, evaluate, fine_tune, fit, gradual, keep_tensors, sink,
+from neuronprune.train import (MaskCallback, PruneCallback, Rewind, curves, evaluate, fine_tune, fit, gradual, held, hold, keep_tensors, sink,
                                learner, rebind, rewind_to, schedule_lr, sign_weights, wilson)
 
 EVENTS = [o for o in vars(event) if o.startswith(('before_', 'after_')) and o != 'after_create']
@@ -55,7 +55,9 @@ def test_masked_weights_stay_exactly_zero(opt, kw, dense_first):
     fine_tune(learn, mask, 2, cbs=[watch])
     assert watch.most == 0 and revived(learn.model, mask) == 0
     assert all(torch.count_nonzero(m.weight[mask[k]]) for k,m in layers(learn.model).items())
-    fit(learn, 1)
+    fit(learn, 1); learn.fit(1)
+    assert revived(learn.model, mask) == 0
+    learn.remove_cb(learn.pruned); fit(learn, 1)
     assert revived(learn.model, mask) > 0
 
 def test_channel_mask_takes_norm_and_bias_along():
@@ -232,3 +234,122 @@ def test_sunk_units_lose_ties():
     mask = Mask({'a': torch.tensor([[False,True],[True,True]])}, 'weight')
     assert allocate(sink(s, mask), .25)['a'].tolist() == [[False,True],[True,True]]
     assert allocate(s, .25)['a'].tolist() == [[True,False],[True,True]]
+
+# ---- what is pruned stays pruned
+
+def test_gradual_pruning_leaves_its_mask():
+    def score(m): return Scores({k:o.weight.detach().abs() for k,o in layers(m).items()}, 'weight')
+    learn = learner(net(), data()); cb = PruneCallback(score, allocate, .6, every=2)
+    fit(learn, 2, cbs=[cb]); assert cb.mask.sparsity == pytest.approx(.6, abs=.01)
+    learn.fit(1); fit(learn, 1); assert revived(learn.model, cb.mask) == 0
+
+def test_gradual_pruning_of_channels_ends_where_one_cut_would():
+    "Scores that do not change: the scales of the layers must not either."
+    fixed = Scores({'0': torch.tensor([1., 2, 3, 4, 5, 40]), '4': torch.tensor([10., 11, 12, 13, 14, 15, 16, 17])}, 'channel')
+    model = net(); graph = trace(model, torch.randn(2, 1, 4, 4)); fixed.graph = graph
+    learn = learner(model, data()); cb = PruneCallback(lambda m: fixed, allocate, .5, every=1)
+    fit(learn, 3, cbs=[cb]); one = allocate(fixed, .5)
+    assert len(cb.history) > 5 and all(torch.equal(cb.mask[k], one[k]) for k in one)
+
+def test_other_weights_under_a_held_mask_are_zeroed_with_a_warning():
+    learn = learner(net(), data()); mask = random_mask(learn.model); fine_tune(learn, mask, 1)
+    with warnings.catch_warnings(): warnings.simplefilter('error', UserWarning); fit(learn, 1)
+    learn.model.load_state_dict(net(3).state_dict())
+    with pytest.warns(UserWarning, match='remove_cb'): fit(learn, 1)
+    assert revived(learn.model, mask) == 0
+
+def test_a_new_mask_takes_the_place_of_the_old_one():
+    learn = learner(net(), data()); a, b = random_mask(learn.model, seed=0), random_mask(learn.model, seed=1)
+    fine_tune(learn, a, 1); fine_tune(learn, b, 1)
+    assert revived(learn.model, b) == 0 < revived(learn.model, a) and len([o for o in learn.cbs if isinstance(o, MaskCallback)]) == 1
+    rewind_to(learn); assert held(learn) == {} and learn.model[0].weight.all()
+    hold(learn, a); hold(learn, None); assert not hasattr(learn, 'pruned') or not held(learn)
+
+@pytest.mark.parametrize('mask', [None, 5, 'x'])
+def test_a_mask_is_asked_for(mask):
+    with pytest.raises(TypeError, match='mask: expected'): fine_tune(learner(net(), data()), mask, 1)
+    if mask is not None:
+        with pytest.raises(TypeError, match='mask: expected'): MaskCallback(mask)
+
+def test_export_keeps_zeros_and_outputs(tmp_path):
+    from fastai.learner import load_learner
+    learn = learner(net(), data()); mask = random_mask(learn.model); fine_tune(learn, mask, 1)
+    learn.export(tmp_path/'e.pkl'); assert len(learn.dls.train) > 0
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); back = load_learner(tmp_path/'e.pkl')
+    x = torch.randn(4, 1, 4, 4); assert torch.equal(back.model.eval()(x), learn.model.eval()(x))
+    back.dls = data(); back.fit(1); assert revived(back.model, mask) == 0
+
+# ---- whose snapshot is it?
+
+def test_snapshots_belong_to_weights_trained_from_them(tmp_path):
+    learn = learner(net(), data()); fit(learn, 1); assert learn.rewind.belongs()
+    learn.save(tmp_path/'one'); fit(learn, 1); learn.load(tmp_path/'one', weights_only=True); assert learn.rewind.belongs()
+    fine_tune(learn, random_mask(learn.model), 1); assert learn.rewind.belongs() and learn.rewind.init is not None
+    other = learner(net(5), data()); other.load(tmp_path/'one', weights_only=True)
+    assert not other.rewind.belongs() and other.rewind.init is None
+    with pytest.raises(ValueError, match='have not come from this learner'): rewind_to(other)
+    other.save(tmp_path/'two'); fit(other, 1); assert not other.rewind.belongs() # training or saving does not make it so
+    other.rewind.vouch(); rewind_to(other); assert other.rewind.belongs()
+
+@pytest.mark.parametrize('way', ['state dict', 'one layer'])
+def test_weights_from_elsewhere_are_noticed(way):
+    learn = fit(learner(net(), data()), 1); foreign = net(7).state_dict()
+    learn.model.load_state_dict(foreign if way == 'state dict' else {**learn.model.state_dict(), '4.weight': foreign['4.weight']})
+    assert not learn.rewind.belongs()
+
+def test_an_interrupted_fit_is_training():
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.iter == 1: raise KeyboardInterrupt
+    learn = learner(net(), data())
+    with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[Stop()])
+    assert learn.rewind.belongs(); rewind_to(learn); assert torch.equal(learn.model[0].weight.cpu(), net()[0].weight)
+
+# ---- batches of every form
+
+class Two(nn.Module):
+    def __init__(self): super().__init__(); torch.manual_seed(0); self.a, self.b = nn.Linear(16, 3), nn.Linear(4, 3)
+    def forward(self, a, b): return self.a(a.flatten(1)) + self.b(b)
+
+def items(n, f):
+    g = torch.Generator().manual_seed(0); x, z = torch.randn(n, 1, 4, 4, generator=g), torch.randn(n, 4, generator=g)
+    return [f(*o) for o in zip(x, z, x.mean((1, 2, 3)).gt(0).long())]
+
+def loaders(f): return DataLoaders(DataLoader(items(24, f), bs=8, shuffle=True), DataLoader(items(16, f), bs=8))
+
+def test_two_inputs_as_a_tuple_and_by_name():
+    a = fit(learner(Two(), loaders(lambda x, z, y: (x, z, y))), 2)
+    b = fit(learner(Two(), loaders(lambda x, z, y: (dict(b=z, a=x), y))), 2)
+    assert all(torch.equal(p, q) for p,q in zip(a.model.parameters(), b.model.parameters()))
+    assert evaluate(a, a.dls.valid) == evaluate(b, b.dls.valid)
+
+def test_outputs_of_several_tensors_go_to_the_learners_loss():
+    class Out(Two):
+        def __init__(self, form): super().__init__(); self.form = form
+        def forward(self, a, b): o = super().forward(a, b); return (o, o.exp()) if self.form is tuple else dict(hidden=o.exp(), logits=o)
+    plain = learner(Two(), loaders(lambda *o: o)); want = evaluate(plain, plain.dls.valid)
+    for form, loss in ((tuple, lambda o, y: nn.functional.cross_entropy(o[0], y)), (dict, lambda o, y: nn.functional.cross_entropy(o['logits'], y))):
+        learn = learner(Out(form), loaders(lambda *o: o), loss_func=loss, metrics=[]); assert evaluate(learn, learn.dls.valid) == want
+        fit(learn, 1); assert evaluate(learn, learn.dls.valid) != want
+        with pytest.raises(ValueError, match='dls: the loss'): fit(learner(Out(form), loaders(lambda *o: o)), 1)
+
+@pytest.mark.parametrize('dt', [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_any_integer_type(dt):
+    dls = loaders(lambda x, z, y: (x, y.to(dt))); learn = learner(net(), dls, loss_func=nn.CrossEntropyLoss()); fit(learn, 1)
+    ref = fit(learner(net(), loaders(lambda x, z, y: (x, y)), loss_func=nn.CrossEntropyLoss()), 1)
+    assert evaluate(learn, dls.valid) == evaluate(ref, ref.dls.valid)
+
+@pytest.mark.parametrize('f,said', [(lambda x, z, y: dict(x=x, y=y), "dls: a batch is a dict with 'x', 'y'"), (lambda x, z, y: x, 'dls: a batch is a Tensor')])
+def test_batches_that_are_no_pairs_are_refused(f, said):
+    dls = loaders(f)
+    for call in (lambda: fit(learner(net(), dls), 1), lambda: evaluate(net(), dls.valid)):
+        with pytest.raises(ValueError, match=said): call()
+
+@pytest.mark.parametrize('f', [lambda x, z, y: (x, y.float()), lambda x, z, y: (x, x), lambda x, z, y: (x, torch.eye(3)[y].long())])
+def test_what_is_no_classification_is_refused_before_it_is_trained(f):
+    learn = learner(net(), loaders(f)); before = copy.deepcopy(learn.model.state_dict())
+    if f(*items(1, lambda *o: o)[0])[1].ndim != 1 or f(*items(1, lambda *o: o)[0])[1].is_floating_point():
+        with pytest.raises(ValueError, match='dls: the (loss|metric)'): fit(learn, 1)
+    with pytest.raises(TypeError, match='dls: labels yb'): evaluate(learn, learn.dls.valid)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    reg = learner(net(), loaders(lambda x, z, y: (x, torch.eye(3)[y])), loss_func=nn.MSELoss(), metrics=[]); fit(reg, 1) # a regression trains
