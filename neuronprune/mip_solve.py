@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['TIE', 'NoIncumbentError', 'SolverNotSuitableError', 'Gate', 'Program', 'terms', 'objective', 'complete', 'pattern',
            'undecided', 'violation', 'Convex', 'convex', 'value', 'lower', 'interior', 'Point', 'active_set', 'settle',
-           'Simplex', 'Solution', 'Search', 'solve', 'sweep']
+           'own_threads', 'Simplex', 'Solution', 'Search', 'solve', 'sweep']
 
 # %% ../nbs/11a_mip_solve.ipynb #import-heapq-itertools-math-time-2
-import heapq, itertools, math, time
+import heapq, itertools, math, tempfile, time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
+from pathlib import Path
 import highspy, numpy as np
 from fastcore.basics import patch
 from scipy.linalg import cho_factor, cho_solve
@@ -377,6 +379,30 @@ def settle(p:Program,  # the program
     return replace(p, G=np.r_[G, own[:,:S]], lo=lo, hi=hi, Z=p.Z[:,:,:S]+Z[:,:,:S], z0=p.z0+Z[:,:,S],
                    lx=p.lx[:S], ux=p.ux[:S], gates=[])
 
+# %% ../nbs/11a_mip_solve.ipynb #own-threads
+@contextmanager
+def own_threads():
+    "Inside, HiGHS may be given any number of threads; neither earlier nor later runs in this process are bound by it."
+    highspy.Highs.resetGlobalScheduler(True)
+    try: yield
+    finally: highspy.Highs.resetGlobalScheduler(True)
+
+# %% ../nbs/11a_mip_solve.ipynb #ask-2
+def _log(h, call):
+    "What HiGHS writes during `call`."
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder)/'log'
+        for k,v in dict(log_to_console=False, log_file=str(log), output_flag=True).items(): h.setOptionValue(k, v)
+        call()
+        for k,v in dict(output_flag=False, log_file='').items(): h.setOptionValue(k, v)
+        return ' '.join(log.read_text(errors='replace').split()) if log.exists() else ''
+
+def _ask(h, name, *args):
+    "Call method `name` of HiGHS; `RuntimeError` with its text if the status is an error."
+    call = lambda: getattr(h, name)(*args)
+    if call() == highspy.HighsStatus.kError:
+        raise RuntimeError(f"HiGHS fails in {name}: {_log(h, call) or 'it gives no reason'}")
+
 # %% ../nbs/11a_mip_solve.ipynb #simplex-2
 class Simplex:
     "HiGHS on the relaxation of `p`, warm from solve to solve; rows come when violated, the log-sum-exp as tangents."
@@ -384,10 +410,10 @@ class Simplex:
         self.p, self.q = p, convex(p) if q is None else q
         self.T, self.h, self.has, self.fixed = len(p.y) if self.q.Z is not None else 0, highspy.Highs(), {}, {}
         N, inf, h, q = len(self.q.c), highspy.kHighsInf, self.h, self.q
-        h.setOptionValue('output_flag', False); h.setOptionValue('threads', threads)
-        for k in ('primal_feasibility_tolerance', 'dual_feasibility_tolerance'): h.setOptionValue(k, 1e-9)
-        h.addVars(N+self.T, np.r_[q.lv, np.full(self.T, -inf)], np.r_[q.uv, np.full(self.T, inf)])
-        h.changeColsCost(N+self.T, np.arange(N+self.T, dtype=np.int32), np.r_[q.c, np.full(self.T, q.w)])
+        options = dict(output_flag=False, threads=threads, primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9)
+        for o in options.items(): _ask(h, 'setOptionValue', *o)
+        _ask(h, 'addVars', N+self.T, np.r_[q.lv, np.full(self.T, -inf)], np.r_[q.uv, np.full(self.T, inf)])
+        _ask(h, 'changeColsCost', N+self.T, np.arange(N+self.T, dtype=np.int32), np.r_[q.c, np.full(self.T, q.w)])
         first = len(q.A) - len(p.G)
         self.gate_rows = [first + g.rows for g in p.gates]
         self.add(np.r_[np.arange(first), *self.gate_rows].astype(int))
@@ -398,7 +424,7 @@ class Simplex:
 @patch
 def _rows(self:Simplex, A, lo, hi):
     r, c = A.nonzero(); starts = np.searchsorted(r, np.arange(len(A)))
-    self.h.addRows(len(A), lo, hi, len(c), starts.astype(np.int32), c.astype(np.int32), A[r,c])
+    _ask(self.h, 'addRows', len(A), lo, hi, len(c), starts.astype(np.int32), c.astype(np.int32), A[r,c])
 
 # %% ../nbs/11a_mip_solve.ipynb #add
 @patch
@@ -422,7 +448,7 @@ def trim(self:Simplex):
     "Forget tangents and rows with a dual of 0 at the last solution; those of the gates stay."
     keep = np.array(self.h.getSolution().row_dual) != 0; keep[:self.n_kept] = True
     out, new = np.flatnonzero(~keep).astype(np.int32), np.cumsum(keep)-1
-    self.h.deleteRows(len(out), out)
+    _ask(self.h, 'deleteRows', len(out), out)
     self.has = {r:int(new[i]) for r,i in self.has.items() if keep[i]}
 
 # %% ../nbs/11a_mip_solve.ipynb #fix-2
@@ -432,7 +458,7 @@ def fix(self:Simplex, fixed):
     for g,a in set(self.fixed.items()) ^ set(fixed.items()):
         r = self.gate_rows[g][a]
         top = self.p.gates[g].pieces[a,-1] if fixed.get(g) == a else self.q.hi[r]
-        self.h.changeRowBounds(self.has[r], self.q.lo[r], top)
+        _ask(self.h, 'changeRowBounds', self.has[r], self.q.lo[r], top)
     self.fixed = dict(fixed)
 
 # %% ../nbs/11a_mip_solve.ipynb #run
@@ -441,8 +467,8 @@ def _run(self:Simplex, deadline):
     "Let HiGHS run; 'ok', 'infeasible' or 'unknown' (out of time, or numerical trouble)."
     left, M = deadline-time.perf_counter(), highspy.HighsModelStatus
     if left <= 0: return 'unknown'
-    if math.isfinite(left): self.h.setOptionValue('time_limit', self.h.getRunTime() + left)
-    self.h.run()
+    if math.isfinite(left): _ask(self.h, 'setOptionValue', 'time_limit', self.h.getRunTime() + left)
+    with own_threads(): _ask(self.h, 'run')
     return {M.kOptimal:'ok', M.kInfeasible:'infeasible'}.get(self.h.getModelStatus(), 'unknown')
 
 # %% ../nbs/11a_mip_solve.ipynb #solve-3

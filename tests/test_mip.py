@@ -2,7 +2,7 @@
 import copy, math, signal, threading, time, warnings
 from dataclasses import replace
 from itertools import product
-import cvxpy as cp, numpy as np, pytest, torch, torch.nn.functional as F
+import cvxpy as cp, highspy, numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linprog
 from torch import nn
@@ -558,6 +558,20 @@ def test_masks_of_another_architecture(net, digits):
         assert 'fc' in str(e.value) and len(str(e.value)) > 20
 
 # ---- found by a first reader
+
+@pytest.mark.parametrize('theirs', [None, 1, 2, 3])
+def test_scores_beside_another_user_of_highs(net, digits, theirs):
+    "Whatever HiGHS did before in this process, the simplex gives the scores of the interior point, and no other solve is disturbed."
+    def other():
+        h = highspy.Highs(); h.setOptionValue('output_flag', False)
+        if theirs is not None: h.setOptionValue('threads', theirs)
+        h.addVars(1, [1.], [2.]); h.changeColsCost(1, [0], [1.]); assert h.run() == highspy.HighsStatus.kOk
+        assert h.getInfo().objective_function_value == 1
+    want, kw = score(net, digits, n_per_class=1), dict(n_per_class=1, loss='margin'); linear = score(net, digits, **kw); other()
+    for got, best in ((score(net, digits, n_per_class=1, engine='simplex'), want), (score(net, digits, engine='simplex', **kw), linear),
+                      (score(net, digits, backend='cvxpy', **kw), linear), (score(net, digits, backend='cvxpy', threads=2, **kw), linear)):
+        other(); assert got.meta['status'] == 'optimal'; close(got.meta['objective'], best.meta['objective'], 1e-5)
+    highspy.Highs.resetGlobalScheduler(True)
 
 def test_mean_threshold_keeps_a_plateau():
     for v in (.1, .2, .9):

@@ -1,8 +1,9 @@
 """The solver of the MIP chapter against other solvers, brute force and closed forms, on programs made here by hand."""
-import itertools, math, time
+import itertools, math, threading, time
 from dataclasses import replace
+from pathlib import Path
 import cvxpy as cp, highspy, numpy as np, pytest
-from scipy.optimize import linprog
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from neuronprune import mip_solve as ms
 from neuronprune.mip_solve import (TIE, Gate, NoIncumbentError, Program, Search, Simplex, Solution, SolverNotSuitableError, active_set, complete,
                                    convex, interior, lower, objective, pattern, settle, solve, sweep, terms, undecided, value, violation)
@@ -165,6 +166,77 @@ def test_trimming_changes_nothing():
     p = make(2, R=200); sx = Simplex(p); f = sx.solve()[2]; n = sx.h.getNumRow(); sx.trim()
     assert sx.h.getNumRow() < n
     same(sx.solve()[2], f)
+
+# Other users of HiGHS in the same process: its thread scheduler outlives a solve
+
+def lp_of(h):
+    "min -x - y subject to x + 2 y <= 4 in the box [0, 10]^2, solved by the given `Highs`: -4."
+    h.addVars(2, np.zeros(2), np.full(2, 10.)); h.changeColsCost(2, np.arange(2, dtype=np.int32), -np.ones(2))
+    h.addRow(-highspy.kHighsInf, 4., 2, np.arange(2, dtype=np.int32), np.array([1., 2.])); status = h.run()
+    assert status == highspy.HighsStatus.kOk, status
+    return h.getInfo().objective_function_value
+
+def raw(threads):
+    h = highspy.Highs(); h.setOptionValue('output_flag', False)
+    if threads is not None: h.setOptionValue('threads', threads)
+    return lp_of(h)
+
+def by_cvxpy(threads):
+    x = cp.Variable(2); prob = cp.Problem(cp.Minimize(-cp.sum(x)), [x >= 0, x <= 10, x@[1, 2] <= 4])
+    return prob.solve(solver='HIGHS', **({} if threads is None else dict(threads=threads)))
+
+def by_scipy(threads):
+    return milp([-1, -1], bounds=Bounds(0, 10), constraints=LinearConstraint([[1, 2]], ub=4), integrality=[1, 1]).fun
+
+@pytest.mark.parametrize('other', [raw, by_cvxpy, by_scipy])
+@pytest.mark.parametrize('theirs,ours', [(None, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1)])
+def test_another_user_of_highs(other, theirs, ours):
+    "Before, between and after; our engine first, too. The other user always asks for the same number of threads."
+    highspy.Highs.resetGlobalScheduler(True)
+    p = make(3, gates=(2, 3), loss='margin'); want = brute(p); alone = solve(p, engine='simplex', threads=ours)
+    for _ in range(2):
+        same(other(theirs), -4.); sol = solve(p, engine='simplex', threads=ours)
+        assert sol.status == 'optimal' and np.array_equal(sol.s, alone.s) and sol.n_solved > 5; same(sol.objective, want, 2e-6)
+    same(other(theirs), -4.); highspy.Highs.resetGlobalScheduler(True)
+
+def test_another_user_of_highs_with_another_count_each_time():
+    p = make(3, gates=(2, 3), loss='margin'); want = solve(p).objective; highspy.Highs.resetGlobalScheduler(True)
+    for threads in (1, 2, None, 1, 3):
+        same(solve(p, engine='simplex', threads=1).objective, want, 3e-6); same(raw(threads), -4.)
+    highspy.Highs.resetGlobalScheduler(True)
+
+def test_highs_in_another_thread_goes_on():
+    "A search here throws our workers away, not those of a solve that runs beside it."
+    p = make(3, gates=(2, 3), loss='margin'); res = []
+    beside = threading.Thread(target=lambda: res.extend(raw(2) for _ in range(200))); beside.start()
+    while beside.is_alive(): assert solve(p, engine='simplex').status == 'optimal'
+    beside.join(); assert len(res) == 200 and set(res) == {-4.}
+
+CALLS = ['setOptionValue', 'addVars', 'changeColsCost', 'addRows', 'deleteRows', 'changeRowBounds', 'run']
+
+@pytest.mark.parametrize('name', CALLS)
+def test_an_error_of_highs_is_an_error(name, monkeypatch):
+    "Each call in turn fails: never a result, always its name and its text."
+    class Failing(highspy.Highs): pass
+    def fails(self, *a):
+        if self.getOptionValue('output_flag')[1]: Path(self.getOptionValue('log_file')[1]).write_text('ERROR: out of\n luck')
+        return highspy.HighsStatus.kError
+    p = make(2, R=200, gates=(2, 3)); sx = Simplex(p); v = sx.solve()[0]
+    setattr(Failing, name, fails)
+    if name != 'setOptionValue': monkeypatch.setattr(ms.highspy, 'Highs', Failing)
+    else: monkeypatch.setattr(ms.highspy.Highs, name, lambda self, *a: highspy.HighsStatus.kError)
+    def whole(): s = Simplex(p); s.solve(); s.trim(); s.solve({0: 0})
+    with pytest.raises(RuntimeError, match=f'HiGHS fails in {name}') as e: whole()
+    assert name == 'setOptionValue' or 'ERROR: out of luck' in str(e.value)
+    if name in ('addVars', 'addRows', 'run'):
+        with pytest.raises(RuntimeError, match=name): solve(p, engine='simplex')
+
+def test_the_text_of_highs():
+    "A count refused by HiGHS itself, and the log is closed again."
+    h = highspy.Highs(); h.setOptionValue('output_flag', False)
+    with pytest.raises(RuntimeError, match='setOptionValue: .*-5.*threads.*below lower bound'): ms._ask(h, 'setOptionValue', 'threads', -5)
+    assert h.getOptionValue('output_flag')[1] is False and h.getOptionValue('log_file')[1] == ''
+    same(lp_of(h), -4.)
 
 # How a search ends
 
