@@ -199,7 +199,9 @@ def solve_cvxpy(p:Problem,           # from `mip.problem`
     left = None if time_limit is None else max(time_limit-passed(), 1e-3)
     _run(prob, solver, _options(solver, relaxed, gap, left, threads), late)
     off = _off(prob); status = 'optimal' if prob.status == 'optimal' and off <= 1e-4 else 'time_limit' if late() else 'inexact'
-    if off > 1e-4 and status == 'time_limit' or not np.isfinite(off):
+    found = np.isfinite(off) and (off <= 1e-4 or status != 'time_limit')
+    scores = np.clip(np.concatenate([o.value for o in s.values()]), 0, 1) if found else np.ones(1)
+    if status != 'optimal' and (scores > 1-1e-6).all(): # nothing, or the network as it is
         raise NoIncumbentError(f"{solver} found no feasible scores within time_limit={time_limit} s; give it more time, or use backend='fast'")
     value = float(prob.value)
-    return Solution(np.clip(np.concatenate([o.value for o in s.values()]), 0, 1), value, _bound(prob, solver, value, status, gap), status, 1)
+    return Solution(scores, value, _bound(prob, solver, value, status, gap), status, 1)
