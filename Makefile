@@ -1,6 +1,8 @@
 # Every target that needs the environment makes it first: on a fresh clone `make run` and `make test` each work at once.
-# Variables: PYTHON (interpreter the environment is made from), METHOD and ARGS (for run), WORKERS (for the notebook tests).
+# Variables: PYTHON (interpreter the environment is made from), METHOD and ARGS (for run), WORKERS (for the notebook tests),
+# PINS (versions to install: constraints.txt is what the release was tested with, oldest.txt the oldest that settings.ini allows).
 PYTHON  ?= python3
+PINS    ?=
 METHOD  ?= mint
 ARGS    ?=
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
@@ -30,14 +32,17 @@ help:
 
 # The stamp is written last, so an interrupted install is taken up again by the next call.
 install: $(STAMP)
-$(STAMP): settings.ini setup.py
+$(STAMP): settings.ini setup.py $(PINS)
 	@rm -f $@
 	@$(PY) -c 'import pip' 2>/dev/null || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "neuronprune needs Python 3.10 or newer, for instance: make PYTHON=python3.12 $(MAKECMDGOALS)")' \
 	  && $(PYTHON) -m venv .venv; }
 	@echo 'Installing into .venv (a few minutes the first time)'
-	@$(PY) -m pip install -qq -e '.[dev]'
+	@$(PY) -m pip install -qq -e '.[dev]' $(if $(PINS),-c $(PINS))
 	@touch $@
+
+oldest.txt: settings.ini scripts/pins.py
+	@$(PYTHON) scripts/pins.py oldest > $@
 
 run: $(STAMP)
 	@mkdir -p runs

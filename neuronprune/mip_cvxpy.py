@@ -7,12 +7,13 @@ __all__ = ['PACKAGE', 'matrix', 'relu', 'max_pool', 'sparsity', 'loss', 'model',
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #import-time-warnings-from-itertools
 import time, warnings
+from contextlib import nullcontext
 from itertools import product
 import cvxpy as cp, numpy as np, pandas as pd, scipy.sparse as sp, torch
 from cvxpy.reductions.solvers.defines import SOLVER_MAP_CONIC
 from .core import check_choice
 from .mip import Problem, linear_part, _windows
-from .mip_solve import NoIncumbentError, Solution, SolverNotSuitableError
+from .mip_solve import NoIncumbentError, Solution, SolverNotSuitableError, own_threads
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #matrix
 def matrix(o,            # linear `Step`
@@ -173,12 +174,12 @@ def _off(prob):
 # %% ../nbs/11b_mip_cvxpy.ipynb #run-2
 def _run(prob, solver, options, late):
     "Solve; an error of the solver is one only if it still had time."
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), own_threads() if solver == 'HIGHS' else nullcontext():
         warnings.filterwarnings('ignore', 'Solution may be inaccurate')
         try: prob.solve(solver=solver, **options)
         except cp.SolverError:
             if not late(): raise
-    if prob.status in ('infeasible', 'infeasible_inaccurate', 'unbounded'):
+    if any(o in str(prob.status) for o in ('infeasible', 'unbounded')):
         raise RuntimeError(f"{solver} calls the program {prob.status}, but s = 1 satisfies it; its bounds do not contain the network's activations")
 
 def solve_cvxpy(p:Problem,           # from `mip.problem`
@@ -198,7 +199,9 @@ def solve_cvxpy(p:Problem,           # from `mip.problem`
     left = None if time_limit is None else max(time_limit-passed(), 1e-3)
     _run(prob, solver, _options(solver, relaxed, gap, left, threads), late)
     off = _off(prob); status = 'optimal' if prob.status == 'optimal' and off <= 1e-4 else 'time_limit' if late() else 'inexact'
-    if off > 1e-4 and status == 'time_limit' or not np.isfinite(off):
+    found = np.isfinite(off) and (off <= 1e-4 or status != 'time_limit')
+    scores = np.clip(np.concatenate([o.value for o in s.values()]), 0, 1) if found else np.ones(1)
+    if status != 'optimal' and (scores > 1-1e-6).all(): # nothing, or the network as it is
         raise NoIncumbentError(f"{solver} found no feasible scores within time_limit={time_limit} s; give it more time, or use backend='fast'")
     value = float(prob.value)
-    return Solution(np.clip(np.concatenate([o.value for o in s.values()]), 0, 1), value, _bound(prob, solver, value, status, gap), status, 1)
+    return Solution(scores, value, _bound(prob, solver, value, status, gap), status, 1)

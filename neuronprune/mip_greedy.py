@@ -240,4 +240,5 @@ def solve_blocks(model:nn.Module, heads, xb, yb, # as for `block_problems`
         r, note = solved(p); s, ps = _split(p, r.s), [*ps, p]
         units.update({k:s[k] for k in keep}); metas.append(dict(note, layer=keep[0], shrunk=t))
         price.update({k:note['price'][k] for k in keep if 'price' in note})
+        if r.status == 'interrupted': break
     return units, dict(_summary(metas), **({'price':price} if len(price) == len(units) else {})), ps

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['TIE', 'NoIncumbentError', 'SolverNotSuitableError', 'Gate', 'Program', 'terms', 'objective', 'complete', 'pattern',
            'undecided', 'violation', 'Convex', 'convex', 'value', 'lower', 'interior', 'Point', 'active_set', 'settle',
-           'Simplex', 'Solution', 'Search', 'solve', 'sweep']
+           'own_threads', 'Simplex', 'Solution', 'Search', 'solve', 'sweep']
 
 # %% ../nbs/11a_mip_solve.ipynb #import-heapq-itertools-math-time-2
-import heapq, itertools, math, time
+import heapq, itertools, math, tempfile, time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
+from pathlib import Path
 import highspy, numpy as np
 from fastcore.basics import patch
 from scipy.linalg import cho_factor, cho_solve
@@ -19,7 +21,7 @@ from .core import check_choice, check_int
 
 # %% ../nbs/11a_mip_solve.ipynb #noincumbenterror
 class NoIncumbentError(RuntimeError):
-    "The search ended without any feasible scores; the message names a violated row."
+    "The search ended without scores of its own: none are feasible, or none were found in time; the message says which."
 
 class SolverNotSuitableError(ValueError):
     "The chosen solver cannot handle this kind of program; the message says which can."
@@ -377,6 +379,30 @@ def settle(p:Program,  # the program
     return replace(p, G=np.r_[G, own[:,:S]], lo=lo, hi=hi, Z=p.Z[:,:,:S]+Z[:,:,:S], z0=p.z0+Z[:,:,S],
                    lx=p.lx[:S], ux=p.ux[:S], gates=[])
 
+# %% ../nbs/11a_mip_solve.ipynb #own-threads
+@contextmanager
+def own_threads():
+    "Inside, HiGHS may be given any number of threads; neither earlier nor later runs in this process are bound by it."
+    highspy.Highs.resetGlobalScheduler(True)
+    try: yield
+    finally: highspy.Highs.resetGlobalScheduler(True)
+
+# %% ../nbs/11a_mip_solve.ipynb #ask-2
+def _log(h, call):
+    "What HiGHS writes during `call`."
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder)/'log'
+        for k,v in dict(log_to_console=False, log_file=str(log), output_flag=True).items(): h.setOptionValue(k, v)
+        call()
+        for k,v in dict(output_flag=False, log_file='').items(): h.setOptionValue(k, v)
+        return ' '.join(log.read_text(errors='replace').split()) if log.exists() else ''
+
+def _ask(h, name, *args):
+    "Call method `name` of HiGHS; `RuntimeError` with its text if the status is an error."
+    call = lambda: getattr(h, name)(*args)
+    if call() == highspy.HighsStatus.kError:
+        raise RuntimeError(f"HiGHS fails in {name}: {_log(h, call) or 'it gives no reason'}")
+
 # %% ../nbs/11a_mip_solve.ipynb #simplex-2
 class Simplex:
     "HiGHS on the relaxation of `p`, warm from solve to solve; rows come when violated, the log-sum-exp as tangents."
@@ -384,13 +410,13 @@ class Simplex:
         self.p, self.q = p, convex(p) if q is None else q
         self.T, self.h, self.has, self.fixed = len(p.y) if self.q.Z is not None else 0, highspy.Highs(), {}, {}
         N, inf, h, q = len(self.q.c), highspy.kHighsInf, self.h, self.q
-        h.setOptionValue('output_flag', False); h.setOptionValue('threads', threads)
-        for k in ('primal_feasibility_tolerance', 'dual_feasibility_tolerance'): h.setOptionValue(k, 1e-9)
-        h.addVars(N+self.T, np.r_[q.lv, np.full(self.T, -inf)], np.r_[q.uv, np.full(self.T, inf)])
-        h.changeColsCost(N+self.T, np.arange(N+self.T, dtype=np.int32), np.r_[q.c, np.full(self.T, q.w)])
+        options = dict(output_flag=False, threads=threads, primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9)
+        for o in options.items(): _ask(h, 'setOptionValue', *o)
+        _ask(h, 'addVars', N+self.T, np.r_[q.lv, np.full(self.T, -inf)], np.r_[q.uv, np.full(self.T, inf)])
+        _ask(h, 'changeColsCost', N+self.T, np.arange(N+self.T, dtype=np.int32), np.r_[q.c, np.full(self.T, q.w)])
         first = len(q.A) - len(p.G)
         self.gate_rows = [first + g.rows for g in p.gates]
-        self.add(np.r_[np.arange(first), *self.gate_rows].astype(int))
+        self.add(np.concatenate([np.arange(first), *self.gate_rows]).astype(int))
         self.n_kept = h.getNumRow()
         if self.T: self.tangent(np.r_[np.ones(p.n_s), np.zeros(N-p.n_s)], np.arange(self.T))
 
@@ -398,7 +424,7 @@ class Simplex:
 @patch
 def _rows(self:Simplex, A, lo, hi):
     r, c = A.nonzero(); starts = np.searchsorted(r, np.arange(len(A)))
-    self.h.addRows(len(A), lo, hi, len(c), starts.astype(np.int32), c.astype(np.int32), A[r,c])
+    _ask(self.h, 'addRows', len(A), lo, hi, len(c), starts.astype(np.int32), c.astype(np.int32), A[r,c])
 
 # %% ../nbs/11a_mip_solve.ipynb #add
 @patch
@@ -422,7 +448,7 @@ def trim(self:Simplex):
     "Forget tangents and rows with a dual of 0 at the last solution; those of the gates stay."
     keep = np.array(self.h.getSolution().row_dual) != 0; keep[:self.n_kept] = True
     out, new = np.flatnonzero(~keep).astype(np.int32), np.cumsum(keep)-1
-    self.h.deleteRows(len(out), out)
+    _ask(self.h, 'deleteRows', len(out), out)
     self.has = {r:int(new[i]) for r,i in self.has.items() if keep[i]}
 
 # %% ../nbs/11a_mip_solve.ipynb #fix-2
@@ -432,7 +458,7 @@ def fix(self:Simplex, fixed):
     for g,a in set(self.fixed.items()) ^ set(fixed.items()):
         r = self.gate_rows[g][a]
         top = self.p.gates[g].pieces[a,-1] if fixed.get(g) == a else self.q.hi[r]
-        self.h.changeRowBounds(self.has[r], self.q.lo[r], top)
+        _ask(self.h, 'changeRowBounds', self.has[r], self.q.lo[r], top)
     self.fixed = dict(fixed)
 
 # %% ../nbs/11a_mip_solve.ipynb #run
@@ -441,8 +467,8 @@ def _run(self:Simplex, deadline):
     "Let HiGHS run; 'ok', 'infeasible' or 'unknown' (out of time, or numerical trouble)."
     left, M = deadline-time.perf_counter(), highspy.HighsModelStatus
     if left <= 0: return 'unknown'
-    if math.isfinite(left): self.h.setOptionValue('time_limit', self.h.getRunTime() + left)
-    self.h.run()
+    if math.isfinite(left): _ask(self.h, 'setOptionValue', 'time_limit', self.h.getRunTime() + left)
+    with own_threads(): _ask(self.h, 'run')
     return {M.kOptimal:'ok', M.kInfeasible:'infeasible'}.get(self.h.getModelStatus(), 'unknown')
 
 # %% ../nbs/11a_mip_solve.ipynb #solve-3
@@ -488,13 +514,18 @@ class Search:
     def __init__(self, p, gap, deadline, engine, starts, threads):
         self.p, self.gap, self.deadline, self.engine, self.threads = p, gap, deadline, engine, threads
         self.q, self.n_solved, self.best, self.x, self.bound = convex(p), 0, math.inf, None, _floor(p)
-        for s in starts: self.offer(complete(p, np.clip(s, p.lx[:p.n_s], p.ux[:p.n_s])))
+        self.on = np.clip(np.ones(p.n_s), p.lx[:p.n_s], p.ux[:p.n_s])
+        for s in (self.on, *starts): self.offer(complete(p, np.clip(s, p.lx[:p.n_s], p.ux[:p.n_s])))
 
     def offer(self, x):
         "Keep columns x if they are feasible and better than the best so far."
         if violation(self.p, x) > 1e-6: return
         f = objective(self.p, x) + _tie(self.p, x)
         if f < self.best: self.best, self.x = f, x
+
+    def found(self):
+        "Are there feasible scores other than all 1, which is the network as it is?"
+        return self.x is not None and np.abs(self.x[:len(self.on)] - self.on).max() > 1e-6
 
     def late(self): return time.perf_counter() > self.deadline
 
@@ -551,16 +582,18 @@ def tree(self:Search):
     self.bound = max(self.bound, min(self.best-self.gap, lost))
 
 # %% ../nbs/11a_mip_solve.ipynb #no_incumbent-2
-def _no_incumbent(p, bound):
-    "The error for a program without feasible scores: which row do all units on violate?"
+def _no_incumbent(p, bound, late):
+    "The error for a search without scores; where there can be none, which row do all units on violate?"
     x = complete(p, np.clip(np.ones(p.n_s), p.lx[:p.n_s], p.ux[:p.n_s])); off = _excess(p, x)
-    what = "the search ended too early; raise time_limit or pass feasible scores in starts=" if bound < math.inf else \
-           "the program is infeasible; its bounds do not contain the network's own activations (check eval mode, double precision)"
+    what = "the program is infeasible; its bounds do not contain the network's own activations (check eval mode, double precision)" if bound == math.inf else \
+           "the search ended too early; raise time_limit or pass feasible scores in starts=" if late else \
+           "the relaxation could not be solved to the end (numerical trouble); try the other engine=, other images or other bounds"
     if off.max(initial=0) > 1e-6:
-        r = int((off > 1e-6).argmax()); row = f"row {r} is {p.G[r]@x:.6g}, expected {p.lo[r]:.6g} to {p.hi[r]:.6g}"
-    else:
-        r = int(np.maximum(p.lx-x, x-p.ux).argmax()); row = f"column {r} is {x[r]:.6g}, expected {p.lx[r]:.6g} to {p.ux[r]:.6g}"
-    return NoIncumbentError(f"no feasible scores found: with all units on, {row}; {what}")
+        r = int((off > 1e-6).argmax()); row = f"with all units on, row {r} is {p.G[r]@x:.6g}, expected {p.lo[r]:.6g} to {p.hi[r]:.6g}"
+    elif violation(p, x) > 1e-6:
+        r = int(np.maximum(p.lx-x, x-p.ux).argmax()); row = f"with all units on, column {r} is {x[r]:.6g}, expected {p.lx[r]:.6g} to {p.ux[r]:.6g}"
+    else: row = "nothing better than all scores at 1, which is the network as it is"
+    return NoIncumbentError(f"no feasible scores found: {row}; {what}")
 
 # %% ../nbs/11a_mip_solve.ipynb #check
 def _check(p, gap, time_limit, engine, threads):
@@ -581,10 +614,10 @@ def solve(p:Program,     # the program
           threads:int=1, # for the simplex
           near:Point=None # `Solution.point` of a neighbouring program with the same rows
          )->Solution:
-    "The best scores; `ValueError` for unknown options, `NoIncumbentError` if there are none or none was found in time."
+    "The best scores; `ValueError` for unknown options, `NoIncumbentError` (after Ctrl-C `KeyboardInterrupt`) if there are none or none was found in time."
     _check(p, gap, time_limit, engine, threads)
     deadline = math.inf if time_limit is None else time.perf_counter()+time_limit
-    S = Search(p, gap, deadline, engine, [np.ones(p.n_s), *starts], threads)
+    S = Search(p, gap, deadline, engine, starts, threads)
     status, point = None, None
     try:
         point, bound = S.relax(S.q, p, near); S.bound = max(S.bound, bound)
@@ -595,9 +628,11 @@ def solve(p:Program,     # the program
         if not (relaxed or S.done() or point is None) and p.gates: S.polish(x, point)
         if not (relaxed or S.done() or S.late()) and p.gates: S.polish(complete(p, np.ones(p.n_s))) # the network as it is
         if not (relaxed or S.done() or S.late()) and p.gates: S.tree()
-    except KeyboardInterrupt: status = 'interrupted'
-    if S.x is None: raise _no_incumbent(p, S.bound)
-    status = status or ('optimal' if S.done() else 'time_limit' if S.late() else 'inexact')
+    except KeyboardInterrupt:
+        if not S.found(): raise
+        status = 'interrupted'
+    status = status or ('optimal' if S.x is not None and S.done() else 'time_limit' if S.late() else 'inexact')
+    if not S.found() and status != 'optimal': raise _no_incumbent(p, S.bound, status == 'time_limit')
     f = objective(p, S.x)
     return Solution(S.x[:p.n_s], f, min(f, S.bound-TIE), status, S.n_solved, point)
 

@@ -21,6 +21,13 @@ from .analysis import _inputs, _still, _test, fine_tuned, measured, removed
 from .mip import _positive, choose, cut, problem, reduce, score
 from .mip_solve import complete, sweep, terms
 
+# %% ../nbs/11d_mip_studies.ipynb #scored
+def _scored(*args, **kw):
+    "`score`, but Ctrl-C ends the study, not only the search in work."
+    sc = score(*args, **kw)
+    if sc.meta['status'] == 'interrupted': raise KeyboardInterrupt
+    return sc
+
 # %% ../nbs/11d_mip_studies.ipynb #peaks
 CONTROLS = ('random', 'critical', 'magnitude', 'activity', 'dead+random', 'dead')
 
@@ -128,7 +135,7 @@ def verification(learn,    # a trained `Learner`; left as found
     whole = {k:_row(model, None, dl, xi) for k,dl in parts.items()}
     for i in range(check_int('n_batches', n_batches, 1)):
         batch = choose(model, learn.dls, n_per_class, split=split, seed=seed+i)
-        sc = score(model, batch=batch, graph=graph, **args)
+        sc = _scored(model, batch=batch, graph=graph, **args)
         masks = {'mip': cut(sc, threshold=threshold)}
         if with_controls: masks = controls(model, sc, problem(model, *batch, allow_imbalance=True), threshold=threshold, seed=seed+i)
         rows += [dict(batch=i, rule='dense', part=k, **o) for k,o in {'batch': _row(model, None, [batch], xi), **whole}.items()]
@@ -153,7 +160,7 @@ def compare_variants(learn,    # a trained `Learner`; left as found
         todo = {'joint': (even, {}), 'sequential': (even, dict(variant='sequential')), 'random counts': (loose, dict(allow_imbalance=True)),
                 **{o:(pick(o), {}) for o in ('confident', 'confusing')}}
         for k,(batch,more) in todo.items():
-            mask = cut(score(model, batch=batch, graph=graph, **{**args, **more}), threshold=threshold)
+            mask = cut(_scored(model, batch=batch, graph=graph, **{**args, **more}), threshold=threshold)
             rows.append(_row(model, mask, dl, xi, repeat=i, variant=k))
     return pd.DataFrame(rows)
 
@@ -181,7 +188,7 @@ def snip_comparison(learn,    # a trained `Learner`; left as found
     sparsity = round(1-check_fraction('density', density), 12); graph = trace(learn.model, _inputs(learn.dls))
     look = dict(n_per_class=n_per_class, split=split) if same_images else dict(n=128, split='train')
     with weights_at(learn, start): found = {f'snip {u}':snip(learn.model, learn.dls, unit=u, graph=graph, seed=seed, **look) for u in ('channel', 'weight')}
-    ours = score(learn.model, learn.dls, graph=graph, n_per_class=n_per_class, split=split, seed=seed)
+    ours = _scored(learn.model, learn.dls, graph=graph, n_per_class=n_per_class, split=split, seed=seed)
     masks = {'mip': cut(ours, sparsity), **{k:allocate(v, sparsity, normalize=None) for k,v in found.items()}}
     stages = [0, epochs] if start == 'trained' and epochs else [epochs]
     df = pd.concat([fine_tuned(learn, masks, e, start=start, sizes=sizes, **fit_args) for e in stages], ignore_index=True)
@@ -218,7 +225,7 @@ def look(self:ScoreCallback):
     "Score the network as it is, count, and prune it if incremental."
     model, dls = self.learn.model, self.learn.dls; xi = _inputs(dls)
     if self.batch is None: self.batch = choose(model, dls, seed=self.seed)
-    sc = score(model, batch=self.batch, **self.args); mask = cut(sc, threshold=self.threshold)
+    sc = _scored(model, batch=self.batch, **self.args); mask = cut(sc, threshold=self.threshold)
     if self.incremental and self.mask is not None: mask = mask & self.mask
     self.scores[self.done], self.masks[self.done] = sc, mask
     dead = sum(sc.meta['n_dead_on_batch'].values())

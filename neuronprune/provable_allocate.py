@@ -98,7 +98,8 @@ def spread_cvxpy(alpha, weight, room, budget, # as for `spread`; all alpha > 0
     v = cp.Variable(len(alpha)) # sqrt(u^2 + 2/t), as a cone: the norm of (1/(3t), sqrt(2/t))
     root = cp.power(t, -.5)*math.sqrt(2)
     cons = [cp.norm(cp.vstack([u, root]), 2, axis=0) <= v, cp.multiply(alpha, t) <= room, alpha @ t <= budget]
-    cp.Problem(cp.Minimize(weight @ (u+v)/2), cons).solve(solver=solver)
+    prob = cp.Problem(cp.Minimize(weight @ (u+v)/2), cons); prob.solve(solver=solver)
+    if prob.status != 'optimal': raise RuntimeError(f"spread_cvxpy: {solver or 'the solver'} ends with status {prob.status!r}")
     return np.clip(alpha*t.value, 0, room)
 
 # %% ../nbs/12a_provable_allocate.ipynb #row-table

@@ -2,15 +2,17 @@
 import copy, math, signal, threading, time, warnings
 from dataclasses import replace
 from itertools import product
-import cvxpy as cp, numpy as np, pytest, torch, torch.nn.functional as F
+import cvxpy as cp, highspy, numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linprog
 from torch import nn
 from neuronprune.core import Scores, UnsupportedLayerError, layers
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
+from neuronprune import mip, mip_solve as ms
 from neuronprune.mip import ClassBalanceError, chain, choose, cut, dead_on_batch, problem, reduce, run, score
 from neuronprune.mip_cvxpy import model, solve_cvxpy, solvers, sparsity
+from neuronprune.mip_greedy import fit_heads
 from neuronprune.mip_solve import NoIncumbentError, Search, SolverNotSuitableError, complete, objective, solve, sweep, terms, violation
 from neuronprune.models import build, mlp
 from neuronprune.surgery import apply, difference, shrink
@@ -559,6 +561,20 @@ def test_masks_of_another_architecture(net, digits):
 
 # ---- found by a first reader
 
+@pytest.mark.parametrize('theirs', [None, 1, 2, 3])
+def test_scores_beside_another_user_of_highs(net, digits, theirs):
+    "Whatever HiGHS did before in this process, the simplex gives the scores of the interior point, and no other solve is disturbed."
+    def other():
+        h = highspy.Highs(); h.setOptionValue('output_flag', False)
+        if theirs is not None: h.setOptionValue('threads', theirs)
+        h.addVars(1, [1.], [2.]); h.changeColsCost(1, [0], [1.]); assert h.run() == highspy.HighsStatus.kOk
+        assert h.getInfo().objective_function_value == 1
+    want, kw = score(net, digits, n_per_class=1), dict(n_per_class=1, loss='margin'); linear = score(net, digits, **kw); other()
+    for got, best in ((score(net, digits, n_per_class=1, engine='simplex'), want), (score(net, digits, engine='simplex', **kw), linear),
+                      (score(net, digits, backend='cvxpy', **kw), linear), (score(net, digits, backend='cvxpy', threads=2, **kw), linear)):
+        other(); assert got.meta['status'] == 'optimal'; close(got.meta['objective'], best.meta['objective'], 1e-5)
+    highspy.Highs.resetGlobalScheduler(True)
+
 def test_mean_threshold_keeps_a_plateau():
     for v in (.1, .2, .9):
         s = Scores({'fc1': torch.full((50,), v) + 1e-9*torch.randn(50, generator=torch.Generator().manual_seed(0)), 'fc2': torch.tensor([0., 1, 1, 1])}, 'channel')
@@ -572,12 +588,56 @@ def test_dead_units_do_not_depend_on_the_bounds():
     assert ps[1].bounds[3][1][0,0] > 0
     for p in ps: assert {k:v.tolist() for k,v in dead_on_batch(p).items()} == {'0': [False, False], '2': [True, False]}
 
-def test_interrupt_ends_the_sequence_of_programs(net, digits, monkeypatch):
-    import neuronprune.mip as mip
-    calls, own = [], mip.solve
-    def second_is_interrupted(*a, **kw): calls.append(1); r = own(*a, **kw); r.status = 'interrupted' if len(calls) == 2 else r.status; return r
-    monkeypatch.setattr(mip, 'solve', second_is_interrupted)
-    s = score(net, digits, variant='sequential'); assert len(calls) == 2 and s.meta['programs'] == 2 and s.meta['status'] == 'interrupted'
+@pytest.fixture(scope='module')
+def deep(digits): torch.manual_seed(0); return fit(learner(mlp((24, 16, 16), size=8), digits, opt='adam', lr=1e-2), 5).model
+@pytest.fixture(scope='module')
+def convs(digits):
+    torch.manual_seed(0); net = fit(learner(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10)), digits, opt='adam', lr=1e-2), 2).model
+    return net, fit_heads(net, digits, 1)
+
+def in_variant(variant, deep, convs):
+    "Network, arguments of `score` and the number of programs."
+    return (convs[0], dict(variant=variant, heads=convs[1]), 2) if variant == 'greedy' else (deep, dict(variant=variant), dict(joint=1, sequential=10, backward=2)[variant])
+
+@pytest.mark.parametrize('k', [0, 1])
+@pytest.mark.parametrize('variant', ['joint', 'sequential', 'backward', 'greedy'])
+def test_interrupt_ends_a_run_of_programs(deep, convs, digits, variant, k, monkeypatch):
+    "With scores in work they come back, with a warning, and no program is begun after them; without any, the interrupt is the caller's."
+    net, args, n = in_variant(variant, deep, convs); calls, own = [], mip.solve
+    if k >= n: pytest.skip('one program')
+    def interrupted(*a, **kw): r = own(*a, **kw); r.status = 'interrupted' if len(calls) == k else r.status; calls.append(1); return r
+    monkeypatch.setattr(mip, 'solve', interrupted)
+    with pytest.warns(UserWarning, match='mip: the search was interrupted') as said: s = score(net, digits, **args)
+    assert len(calls) == k+1 == s.meta['programs'] and s.meta['status'] == 'interrupted' and s.meta['gap'] >= 0
+    missing = set(layers(net)) - set(s) - set(s.graph.fixed)
+    assert (missing != set()) == (variant in ('backward', 'greedy') and k+1 < n) and all('interrupted' in s.skipped[o] for o in missing)
+    assert all(o in str(said[-1].message) for o in missing) and not all((v == 1).all() for v in s.values())
+    def at_once(*a, **kw): calls.append(1); raise KeyboardInterrupt
+    calls.clear(); monkeypatch.setattr(mip, 'solve', own); monkeypatch.setattr(ms, 'active_set', at_once)
+    with pytest.raises(KeyboardInterrupt): score(net, digits, **args)
+    assert len(calls) == 1
+
+@pytest.mark.parametrize('relaxed', [False, True])
+@pytest.mark.parametrize('engine', ['auto', 'interior', 'simplex'])
+@pytest.mark.parametrize('variant', ['joint', 'sequential', 'backward', 'greedy'])
+def test_no_time_no_scores(deep, convs, digits, variant, engine, relaxed):
+    "A time limit that is over before the first relaxation: an error, never scores of 1."
+    net, args, _ = in_variant(variant, deep, convs)
+    with pytest.raises(NoIncumbentError, match='no feasible scores'): score(net, digits, time_limit=1e-6, engine=engine, relaxed=relaxed, **args)
+    with pytest.raises(NoIncumbentError, match='no feasible scores'): score(net, digits, time_limit=1e-6, backend='cvxpy', loss='margin', relaxed=relaxed, **args)
+
+@pytest.mark.parametrize('variant', ['joint', 'sequential', 'backward', 'greedy'])
+def test_an_unfinished_search_says_so(deep, convs, digits, variant, monkeypatch):
+    "Late or inexact: all layers have scores, the worst status and the gap are kept, and a warning names both."
+    net, args, n = in_variant(variant, deep, convs); own = mip.solve
+    for ends,worst,word in ((['time_limit'], 'time_limit', 'stopped by time_limit'), (['time_limit', 'inexact'], 'inexact', 'numerical trouble')):
+        left = list(ends[-n:])
+        def ended(*a, **kw): r = own(*a, **kw); r.status, r.bound = (left.pop(0), r.objective-.25) if left else (r.status, r.bound); return r
+        monkeypatch.setattr(mip, 'solve', ended)
+        with pytest.warns(UserWarning, match=f'{word}.*at most 0.25 above the optimum'): s = score(net, digits, **args)
+        assert s.meta['status'] == worst and abs(s.meta['gap']-.25) < 1e-9 and s.meta['programs'] == n and set(layers(net)) == set(s) | set(s.graph.fixed)
+    monkeypatch.setattr(mip, 'solve', own)
+    with warnings.catch_warnings(): warnings.simplefilter('error'); assert score(net, digits, **args).meta['status'] == 'optimal'
 
 def test_sound_search_starts_from_the_network_as_it_is(monkeypatch):
     "The gates of s = 1 are tried, and alone give better scores than s = 1."

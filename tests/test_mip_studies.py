@@ -212,3 +212,13 @@ def test_incremental_narrows(dls):
 
 def test_callback_refuses_nonsense():
     with pytest.raises(ValueError, match='every=0'): ScoreCallback(0)
+
+@pytest.mark.parametrize('study', [verification, compare_variants])
+def test_ctrl_c_ends_a_study(learn, study, monkeypatch):
+    "The interrupted search may have scores: no further one is begun."
+    import neuronprune.mip_studies as ms
+    calls, own = [], ms.score
+    def interrupted(*a, **kw): s = own(*a, **kw); s.meta['status'] = 'interrupted'; calls.append(1); return s
+    monkeypatch.setattr(ms, 'score', interrupted)
+    with pytest.raises(KeyboardInterrupt): study(learn, 3)
+    assert len(calls) == 1
