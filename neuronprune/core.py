@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
@@ -305,8 +305,9 @@ class Scores(Units):
 
 # %% ../nbs/00_core.ipynb #frame
 @patch
-def frame(self:Scores)->pd.DataFrame:
+def frame(self:Scores)->'pd.DataFrame':
     "One row per key: shape, number of units, smallest, mean and largest score."
+    import pandas as pd
     return pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), min=v.min().item(),
                               mean=v.mean().item(), max=v.max().item()) for k,v in self.items()])
 
@@ -403,8 +404,9 @@ def __repr__(self:Mask):
 
 # %% ../nbs/00_core.ipynb #frame-2
 @patch
-def frame(self:Mask)->pd.DataFrame:
+def frame(self:Mask)->'pd.DataFrame':
     "One row per key: units, units kept, sparsity of the layer."
+    import pandas as pd
     return pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), kept=int(v.sum()),
                               sparsity=1-v.float().mean().item()) for k,v in self.items()])
 
@@ -555,8 +557,9 @@ class Methods(Mapping):
 def methods()->Methods: "All registered methods, a dictionary name -> `Method`."; return Methods()
 
 @patch
-def frame(self:Methods)->pd.DataFrame:
+def frame(self:Methods)->'pd.DataFrame':
     "One row per method; this imports them all."
+    import pandas as pd
     rows = [dict(method=m.name, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,
                  module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()]
     return pd.DataFrame(rows)

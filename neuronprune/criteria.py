@@ -10,7 +10,6 @@ import time
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, generator, layers, method
-from .data import calib_batch
 from .graph import _slots
 from .inputs import column_groups, readers, traced
 
@@ -86,6 +85,7 @@ def thinet(model:nn.Module, # trained model
            progress:bool=False # has no effect: nothing takes long
           )->Scores:
     "Place of every input channel in the greedy order of removal, `path:in` [n_in] in [0, 1) (Luo 2017); `ValueError` without images or readable inputs, for NaN, or a graph traced at another size."
+    from neuronprune.data import calib_batch
     start = time.perf_counter()
     check_choice('compat', compat, (None, 'released')); check_int('n_positions', n_positions, 1)
     for k,m in layers(model).items(): check_finite(f'{k}.weight', m.weight)

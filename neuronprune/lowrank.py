@@ -14,7 +14,6 @@ import numpy as np, torch
 from torch import nn
 from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, generator, layers, method
 from .allocate import _setup
-from .data import calib_batch
 from .graph import _slots, _twins
 
 # %% ../nbs/16_lowrank.ipynb #folded
@@ -208,6 +207,7 @@ def pca(model:nn.Module,    # trained model
         progress:bool=False # has no effect: nothing takes long
        )->Scores:
     "Explained share per price of every principal direction of each layer's outputs; the directions are in `labels`. `ValueError` without images."
+    from neuronprune.data import calib_batch
     start = time.perf_counter(); mats, skipped = folded(model); check_choice('per', per, ('params', 'macs')); check_int('max_columns', max_columns, 1)
     if dls is None: raise ValueError("dls=None: pca needs images; pass fastai DataLoaders, such as get_dls('digits')")
     p = next(p for p in model.parameters() if p.is_floating_point()); xb, _ = calib_batch(dls, n=n, split=split, seed=seed, device=p.device)

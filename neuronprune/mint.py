@@ -17,7 +17,6 @@ from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_choice, check_finite, check_int,
                               check_type, generator, method, replacing)
-from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
 from .blocks import block_cost, block_labels, block_layers, block_mean, check_groups, dead_units, parent_of
@@ -414,6 +413,7 @@ def score(model:nn.Module,  # trained network; left as found
           progress:bool=False # show a bar?
          )->Scores:
     "Dependency of child group k on parent group g, float32 [K, G] per layer; `meta` has standard errors, dead groups, raw scores if clipped."
+    from neuronprune.data import calib_batch
     _check_score(dls, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()

@@ -12,7 +12,6 @@ from torch import nn
 from .core import (Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, layers, method,
                               twins)
 from .allocate import allocate
-from .data import calib_batch
 from .inputs import traced
 from .provable_allocate import check_scores, equalise, sample_rows
 
@@ -164,6 +163,7 @@ def calib_size(graph,             # `Graph` of the network
 # %% ../nbs/12_provable.ipynb #calibration
 def _calibration(model, dls, graph, who, n, delta, c, split, seed):
     "(images on the model's device, graph) for a method; `ValueError` without data, for bad constants or another model's graph."
+    from neuronprune.data import calib_batch
     if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits')")
     _check_constants(delta, c); graph = traced(model, dls, graph)
     if lost := [k for k in layers(model) if k not in graph.layers and k not in graph.fixed]:
