@@ -133,8 +133,8 @@ def block_mean(w,     # one number per weight, tensor [n_out, n_in, ...]
 
 # %% ../nbs/08_blocks.ipynb #dead-units
 def dead_units(mask:Mask # unit='group'
-              )->'pd.DataFrame':
-    "One row per layer: its children, those with no block left, its input columns, those no child reads; `ValueError` for other units."
+              ):
+    "pandas `DataFrame`, one row per layer: its children, those with no block left, its input columns, those no child reads; `ValueError` for other units."
     import pandas as pd
     if check_type('mask', mask, Mask).unit != 'group': raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'group'")
     rows = []

@@ -177,8 +177,8 @@ def _components(n, edges):
 
 # %% ../nbs/03_graph.ipynb #frame
 @patch
-def frame(self:Graph)->'pd.DataFrame':
-    "One row per layer: shape, who reads it, with whom it is tied, and whether its channels can go."
+def frame(self:Graph):
+    "pandas `DataFrame`, one row per layer: shape, who reads it, with whom it is tied, and whether its channels can go."
     import pandas as pd
     tied, cons = {n:[o for o in t if o != n] for t in self.ties for n in t}, self.consumers
     return pd.DataFrame([dict(layer=n, kind=l['kind'], out=l['n_out'], inputs=l['n_in'], read_by=', '.join(cons[n]) or '–',
