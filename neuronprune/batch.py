@@ -9,7 +9,7 @@ __all__ = ['PARAMETERS', 'NORMED', 'SCHEDULE_ARGS', 'complete', 'tuning', 'check
 # %% ../nbs/22_batch.ipynb #import-itertools-json-os-warni
 import difflib, itertools, os, warnings
 from pathlib import Path
-import neuronprune, pandas as pd, papermill as pm, yaml
+import neuronprune, pandas as pd, yaml
 from joblib import Parallel, delayed
 from fastprogress.fastprogress import progress_bar
 from .core import *
@@ -138,6 +138,7 @@ def run(params:dict,     # parameters of one run
         threads:int=None # threads torch may use in the run, None = as it likes
        )->Report:
     "Execute one run unless its record is there already; returns the record. A failing run raises papermill's error and keeps `failed.ipynb`."
+    import papermill as pm
     d = run_folder(params, out).resolve(); record = d/'record.json'
     if record.exists(): return _record(record, params)
     page, tmp = d/'page.ipynb', d/'failed.ipynb'

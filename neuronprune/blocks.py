@@ -6,14 +6,15 @@
 __all__ = ['group_index', 'check_groups', 'parent_of', 'block_layers', 'block_labels', 'block_cost', 'block_mean', 'dead_units']
 
 # %% ../nbs/08_blocks.ipynb #import-numpy-as-np-pandas-as-p
-import numpy as np, pandas as pd, torch
-from sklearn.cluster import KMeans
+import numpy as np, torch
 from threadpoolctl import threadpool_limits
 from .core import Mask, check_choice, check_finite, check_int, check_type, generator
 
 # %% ../nbs/08_blocks.ipynb #clusters
 def _clusters(points, n, seed):
     "k-means cluster of each point, every one of the `n` non-empty, numbered by first appearance."
+    import pandas as pd
+    from sklearn.cluster import KMeans
     x = np.unique(points, axis=0, return_inverse=True)
     with threadpool_limits(1): # the order of additions would depend on the threads
         fit = KMeans(min(n, len(x[0])), n_init=4, random_state=seed).fit(x[0], sample_weight=np.bincount(x[1].ravel()))
@@ -58,6 +59,7 @@ def parent_of(graph,    # `Graph` of the model
               layer:str # consumer
              )->torch.Tensor:
     "Parent channel of each input column [n_in], numbered from 0 in column order; `ValueError` for a layer not in the graph."
+    import pandas as pd
     check_choice('layer', layer, graph.layers)
     n, sources = graph.layers[layer]['n_in'], graph.sources.get(layer, {}).values()
     reached = np.full((n, len(sources)+1), -1)
@@ -131,8 +133,9 @@ def block_mean(w,     # one number per weight, tensor [n_out, n_in, ...]
 
 # %% ../nbs/08_blocks.ipynb #dead-units
 def dead_units(mask:Mask # unit='group'
-              )->pd.DataFrame:
-    "One row per layer: its children, those with no block left, its input columns, those no child reads; `ValueError` for other units."
+              ):
+    "pandas `DataFrame`, one row per layer: its children, those with no block left, its input columns, those no child reads; `ValueError` for other units."
+    import pandas as pd
     if check_type('mask', mask, Mask).unit != 'group': raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'group'")
     rows = []
     for k,keep in mask.items():

@@ -18,7 +18,6 @@ import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from joblib import Parallel, delayed
 from scipy import stats
-from torchvision import models as tvm
 from . import surgery
 from .core import *
 from .graph import trace
@@ -174,6 +173,7 @@ def _method(p):
 # %% ../nbs/20a_cascade.ipynb #check-weights
 def _check_weights(p):
     "Raises for the name of pretrained weights that torchvision does not have."
+    from torchvision import models as tvm
     known = tvm.get_model_weights(p['model']).__members__ if p['model'] in tvm.list_models() else ()
     if p['weights'] is not None: check_choice('weights', p['weights'], known)
 

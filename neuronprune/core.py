@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
@@ -328,8 +328,9 @@ class Scores(Units):
 
 # %% ../nbs/00_core.ipynb #frame
 @patch
-def frame(self:Scores)->pd.DataFrame:
-    "One row per key: shape, number of units, smallest, mean and largest score."
+def frame(self:Scores):
+    "pandas `DataFrame`, one row per key: shape, number of units, smallest, mean and largest score."
+    import pandas as pd
     return pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), min=v.min().item(),
                               mean=v.mean().item(), max=v.max().item()) for k,v in self.items()])
 
@@ -426,8 +427,9 @@ def __repr__(self:Mask):
 
 # %% ../nbs/00_core.ipynb #frame-2
 @patch
-def frame(self:Mask)->pd.DataFrame:
-    "One row per key: units, units kept, sparsity of the layer."
+def frame(self:Mask):
+    "pandas `DataFrame`, one row per key: units, units kept, sparsity of the layer."
+    import pandas as pd
     return pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), kept=int(v.sum()),
                               sparsity=1-v.float().mean().item()) for k,v in self.items()])
 
@@ -668,8 +670,9 @@ class Methods(Mapping):
 def methods()->Methods: "All registered methods, a dictionary name -> `Method`."; return Methods()
 
 @patch
-def frame(self:Methods)->pd.DataFrame:
-    "One row per method; this imports them all."
+def frame(self:Methods):
+    "pandas `DataFrame`, one row per method; this imports them all."
+    import pandas as pd
     rows = [dict(method=m.name, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,
                  module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()]
     return pd.DataFrame(rows)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from .core import (check_batch, check_choice, check_fraction, check_int, check_room, check_type,
                               generator, mapped, reading, seed_everything, take, tensors)
 from fastai.data.core import DataLoaders
@@ -24,10 +24,7 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from fastcore.basics import patch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader as TorchLoader
-from torchvision import datasets as tv
-from torchvision.transforms import functional as tvf
 
 # %% ../nbs/01_data.ipynb #stratified
 def stratified(y:torch.Tensor, # integer labels [n]
@@ -205,6 +202,7 @@ def read(self:Files,
          random:bool=False # cut a random resized crop?
         )->torch.Tensor:
     "Image `i` as uint8 [c, h, w]; the random crop depends on seed, epoch and `i` only, not on the number of workers."
+    from torchvision.transforms import functional as tvf
     im = _opened(self.paths[i], 'L' if self.c == 1 else 'RGB')
     if random:
         box = crop_box(*im.size, [self.crop, self.epoch, int(i)])
@@ -268,6 +266,7 @@ def show_batch(self:ImageDL,
                ax=None     # matplotlib axes, None = a new figure
               ):
     "Draws `n` images of the first batch side by side, as the network sees them but un-normalised."
+    import matplotlib.pyplot as plt
     x,y = self.one_batch()
     x,y,p = x[:n].cpu(),y[:n].tolist(),self.prep
     if p.mean is not None: x = x*p.std.cpu() + p.mean.cpu()
@@ -315,6 +314,7 @@ def _local(path, download):
 # %% ../nbs/01_data.ipynb #read_digits
 def read_digits(root, download, official):
     "scikit-learn's digits: 1,797 grey images of 8x8 with 17 levels; needs no files."
+    from sklearn.datasets import load_digits
     d = load_digits()
     x = torch.tensor(d.images/16, dtype=torch.float32)[:,None]
     return Source(Images(x, torch.tensor(d.target)), vocab=list(range(10)))
@@ -346,8 +346,10 @@ def _paired(x, y, fx, fy, n_out):
         if y.max() >= n_out: raise ValueError(f"holds the label {int(y.max())}; expected 0 to {n_out-1}")
     return Images(x[:,None], y)
 
-def read_idx(cls, root, download, official):
+def read_idx(name, root, download, official):
     "MNIST and its likes from the four idx files, in `root/<Name>/raw`, `root/raw` or `root` itself, gzipped or not."
+    from torchvision import datasets as tv
+    cls = getattr(tv, name)
     if download: cls(root, download=True)
     files = [f'{s}-{k}-ubyte' for s in ('train','t10k') for k in ('images-idx3','labels-idx1')]
     places = [root/cls.__name__/'raw', root/'raw', root]
@@ -360,8 +362,10 @@ def read_idx(cls, root, download, official):
     return Source(train, None, test, [o.split(' - ')[0] for o in cls.classes])
 
 # %% ../nbs/01_data.ipynb #read_cifar
-def read_cifar(cls, root, download, official):
+def read_cifar(name, root, download, official):
     "CIFAR-10 and CIFAR-100 through torchvision, after its checksum test."
+    from torchvision import datasets as tv
+    cls = getattr(tv, name)
     if not download: find(cls.__name__, [root], cls.base_folder, get='pass download=True')
     with _local(root/cls.base_folder, download):
         parts = [cls(root, train=t, download=download) for t in (True, False)]
@@ -371,6 +375,7 @@ def read_cifar(cls, root, download, official):
 # %% ../nbs/01_data.ipynb #read_flowers
 def read_flowers(root, download, official):
     "Flowers-102; by default the large official test part is trained on and the official training part is the test set."
+    from torchvision import datasets as tv
     files = [f'flowers-102/{o}' for o in ('jpg', 'imagelabels.mat', 'setid.mat')]
     if not download: find('flowers102', [root], *files, get='pass download=True')
     with _local(root/'flowers-102', download):
@@ -382,6 +387,7 @@ def read_flowers(root, download, official):
 # %% ../nbs/01_data.ipynb #read_caltech
 def read_caltech(root, download, official):
     "Caltech-256 (257 folders with the clutter class); it has no official split."
+    from torchvision import datasets as tv
     if not download: find('caltech256', [root], 'caltech256/256_ObjectCategories', get='pass download=True')
     with _local(root/'caltech256', download): d = tv.Caltech256(root, download=download)
     folders = [Path(d.root)/'256_ObjectCategories'/c for c in d.categories]
@@ -392,6 +398,7 @@ def read_caltech(root, download, official):
 def check_links(*folders # that are read
                ):
     "Raises `ValueError` for a link to a folder or an image that is read anyway: the same image would count twice."
+    from torchvision import datasets as tv
     seen,links,todo,cure = {},[],list(folders),'remove the link, or the same image is in the set twice'
     while todo:
         d = todo.pop(); real = os.path.realpath(d)
@@ -421,6 +428,7 @@ def _kaggle_labels(file, val, class_to_idx):
 
 def read_imagenet(root, download, official):
     "ILSVRC-2012 in torchvision's layout or the Kaggle archive's."
+    from torchvision import datasets as tv
     if download: [tv.ImageNet(root, split=s) for s in ('train', 'val')]
     places = [root, root/'imagenet', root/'ILSVRC'/'Data'/'CLS-LOC', root/'imagenet'/'ILSVRC'/'Data'/'CLS-LOC']
     archives = 'unpack the ILSVRC-2012 archives there (torchvision.datasets.ImageNet), or the Kaggle archive'
@@ -440,6 +448,7 @@ def read_imagenet(root, download, official):
 # %% ../nbs/01_data.ipynb #read_folder
 def read_folder(root, download=False, official=False):
     "Any folder of images: flat classes, train/test, or train/valid/test."
+    from torchvision import datasets as tv
     if not root.is_dir():
         raise FileNotFoundError(f"folder: looked for {root} and found nothing. "
                                 "Get it: unpack the images there, one sub-folder per class")
@@ -464,11 +473,11 @@ CIFAR = ((.4914, .4822, .4465), (.2023, .1994, .2010))
 
 DATASETS = dict(
     digits        = Set(read_digits, 1, 8, 10, 'unit', (.3053,), (.3760,)),
-    mnist         = Set(partial(read_idx, tv.MNIST), 1, 28, 10, 'standard', (.1307,), (.3081,)),
-    fashion_mnist = Set(partial(read_idx, tv.FashionMNIST), 1, 28, 10, 'unit', (.2860,), (.3530,)),
-    kmnist        = Set(partial(read_idx, tv.KMNIST), 1, 28, 10, 'unit', (.1918,), (.3483,)),
-    cifar10       = Set(partial(read_cifar, tv.CIFAR10), 3, 32, 10, 'standard', *CIFAR),
-    cifar100      = Set(partial(read_cifar, tv.CIFAR100), 3, 32, 100, 'standard', *CIFAR),
+    mnist         = Set(partial(read_idx, 'MNIST'), 1, 28, 10, 'standard', (.1307,), (.3081,)),
+    fashion_mnist = Set(partial(read_idx, 'FashionMNIST'), 1, 28, 10, 'unit', (.2860,), (.3530,)),
+    kmnist        = Set(partial(read_idx, 'KMNIST'), 1, 28, 10, 'unit', (.1918,), (.3483,)),
+    cifar10       = Set(partial(read_cifar, 'CIFAR10'), 3, 32, 10, 'standard', *CIFAR),
+    cifar100      = Set(partial(read_cifar, 'CIFAR100'), 3, 32, 100, 'standard', *CIFAR),
     flowers102    = Set(read_flowers, 3, 224, 102, 'standard', *IMAGENET),
     caltech256    = Set(read_caltech, 3, 224, 257, 'standard', *IMAGENET),
     imagenet      = Set(read_imagenet, 3, 224, 1000, 'standard', *IMAGENET),

@@ -9,12 +9,10 @@ __all__ = ['Graph', 'spared', 'kept_slots', 'new_widths', 'probing', 'trace']
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from fastcore.basics import patch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from .core import *
 from .core import Units
 from .probe import Probe
@@ -64,13 +62,16 @@ def ties(self:Graph)->list:
     return [o for o in groups.values() if len(o) > 1]
 
 def _components(n, edges):
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
     e = np.array(edges, dtype=int).reshape(-1, 2)
     return connected_components(coo_array((np.ones(len(e)), (e[:,0], e[:,1])), shape=(n, n)), directed=False)
 
 # %% ../nbs/03_graph.ipynb #frame
 @patch
-def frame(self:Graph)->pd.DataFrame:
-    "One row per layer: shape, who reads it, with whom it is tied, and whether its channels can go."
+def frame(self:Graph):
+    "pandas `DataFrame`, one row per layer: shape, who reads it, with whom it is tied, and whether its channels can go."
+    import pandas as pd
     tied, cons = {n:[o for o in t if o != n] for t in self.ties for n in t}, self.consumers
     return pd.DataFrame([dict(layer=n, kind=l['kind'], out=l['n_out'], inputs=l['n_in'], read_by=', '.join(cons[n]) or '–',
                               tied_to=', '.join(tied.get(n, [])) or '–', removable=self.fixed.get(n, 'yes')) for n,l in self.layers.items()])

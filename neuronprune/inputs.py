@@ -6,10 +6,9 @@
 __all__ = ['traced', 'batch_for', 'slices', 'own_input', 'readers', 'column_groups']
 
 # %% ../nbs/09a_inputs.ipynb #import-pandas-as-pd-torch-from
-import pandas as pd, torch
+import torch
 from torch import nn
 from .core import check_choice, check_type, layers, mapped, take, tensors
-from .data import calib_batch
 from .graph import Graph, trace, _info
 
 # %% ../nbs/09a_inputs.ipynb #traced
@@ -18,6 +17,7 @@ def traced(model:nn.Module, # any model
            graph=None       # `Graph` of the model, if it is known
           )->Graph:
     "`graph`, or a trace of `model`; `ValueError` without graph and `dls`, or for the graph of another model or another size of image."
+    from neuronprune.data import calib_batch
     mods = layers(model)
     if graph is None and dls is None: raise ValueError("graph=None, dls=None: the network's wiring is needed; pass graph=trace(model, xb), or dls to trace with")
     if graph is None: return trace(model, calib_batch(dls, n=1)[0])
@@ -34,6 +34,7 @@ def batch_for(model:nn.Module,    # any model
               n_per_class:int=None, n:int=None, split:str='valid', seed:int=0 # as for `calib_batch`
              )->tuple:
     "(xb, yb) of `calib_batch` on the model's device, floating inputs in its precision; `ValueError` without `dls`."
+    from neuronprune.data import calib_batch
     if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits')")
     p = next(p for p in model.parameters() if p.is_floating_point())
     xb, yb = calib_batch(dls, n_per_class, n, split=split, seed=seed, device=p.device)
@@ -73,5 +74,6 @@ def column_groups(graph,    # `Graph` of the model
                   layer:str # a layer of it
                  )->torch.Tensor:
     "Group of each input column [n_in], int64, numbered from 0 in column order; `ValueError` for a layer not in the graph."
+    import pandas as pd
     ids = graph.in_slots[check_choice('layer', layer, graph.layers)]
     return torch.from_numpy(pd.factorize(torch.where(ids < 0, -1-torch.arange(len(ids)), ids).numpy())[0])

@@ -18,7 +18,6 @@ from joblib import Parallel, delayed
 from torch import fx, nn
 from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite,
                               check_int, check_type, layers, method)
-from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
 from .mip_solve import Gate, NoIncumbentError, Program, SolverNotSuitableError, TIE, complete, solve
@@ -396,6 +395,7 @@ def choose(model:nn.Module,     # left as found
            seed:int=0           # of the draws
           )->tuple:
     "(xb, yb), each class `n_per_class` times."
+    from neuronprune.data import calib_batch
     draw = lambda s: calib_batch(dls, n_per_class=n_per_class, split=split, seed=int(s))
     if check_choice('select', select, SELECT) == 'random': return draw(seed)
     batches = [draw(s) for s in np.random.default_rng(seed).integers(2**31, size=check_int('n_batches', n_batches, 1))]

@@ -13,10 +13,9 @@ from collections import OrderedDict, namedtuple
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from functools import lru_cache, partial
-import pandas as pd, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import models as tvm
 from .core import check_choice, check_fraction, check_int, check_room, check_type, layers, seed_everything
 
 # %% ../nbs/02_models.ipynb #mlp
@@ -184,6 +183,7 @@ def tv_model(name:str,   # torchvision's name
              stem:str=None # 'full', 'small', None = by size
             )->nn.Module:
     "torchvision's network with its first convolution and (small stem) its first pool adapted; [n, n_out] logits."
+    from torchvision import models as tvm
     stem = check_choice('stem', stem or ('small' if size <= 64 else 'full'), ['full', 'small'])
     model = tvm.get_model(name, weights=None, num_classes=n_out)
     path,conv = next((k,o) for k,o in model.named_modules() if isinstance(o, nn.Conv2d))
@@ -202,6 +202,7 @@ def densenet22(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes,
                growth:int=12, depth:int=22 # channels per layer; 6m+4
               )->nn.Module:
     "DenseNet-BC for 32 pixels (Huang et al. 2017), of torchvision's class: three blocks of (depth-4)/6 bottlenecks."
+    from torchvision import models as tvm
     if depth < 10 or (depth-4) % 6: raise ValueError(f"depth={depth}: expected 6m+4, e.g. 22, 40")
     model = tvm.DenseNet(growth, ((depth-4)//6,)*3, 2*growth, num_classes=n_out)
     model.features.conv0 = nn.Conv2d(c_in, 2*growth, 3, 1, 1, bias=False)
@@ -227,7 +228,8 @@ def load_pretrained(model:nn.Module, # from `tv_model` with the full stem, chang
                     weights:str      # e.g. 'IMAGENET1K_V2', 'DEFAULT'
                    )->nn.Module:
     "Loads torchvision's published weights (downloaded once by torchvision); `ValueError` names what does not fit."
-    known = tvm.get_model_weights(name)
+    from torchvision.models import get_model_weights
+    known = get_model_weights(name)
     check_choice('weights', weights, [*known.__members__])
     sd,own = known[weights].get_state_dict(progress=False, check_hash=True),model.state_dict()
     names = list(layers(model))
@@ -381,6 +383,7 @@ class Models(Mapping):
     def __contains__(self, k): return k in ZOO
     def frame(self):
         "One row per network: native input, parameters, weights, MACs of one image, smallest side, whose network it is."
+        import pandas as pd
         rows = [(k, f'{o.c_in}x{o.size}x{o.size}', o.n_out, *_size_of(k), min_size(k), o.system) for k,o in ZOO.items()]
         return pd.DataFrame(rows, columns='name input classes params weights macs min_size system'.split()).set_index('name')
     def __repr__(self): return f"Models({', '.join(ZOO)})"

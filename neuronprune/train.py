@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTS', 'SCHEDULES', 'split_batch', 'Rewind', 'learner', 'schedule_lr', 'fit', 'wilson', 'Evaluation', 'evaluate',
            'curves', 'plot_curves', 'keep_tensors', 'MaskCallback', 'PrunedCallback', 'held', 'hold', 'fine_tune',
-           'sign_weights', 'rewind_to', 'gradual', 'PruneCallback', 'sink', 'narrow', 'rebind']
+           'sign_weights', 'rewind_to', 'gradual', 'PruneCallback', 'sink', 'narrow', 'SlimmingCallback', 'rebind']
 
 # %% ../nbs/05_train.ipynb #import-math-random-from-contex
 import inspect, math, random, warnings
@@ -26,7 +26,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import AvgMetric, accuracy
+from fastai.metrics import AvgMetric
 from fastai.optimizer import OptimWrapper
 import neuronprune.graph # gives masks their expand
 
@@ -203,6 +203,7 @@ def learner(model:nn.Module,      # network to train; moved to the device of `dl
             **opt_args            # further arguments of the optimiser, such as nesterov=True
            )->Learner:
     "A quiet fastai `Learner` whose initial weights are kept in `learn.rewind.init`."
+    from fastai.metrics import accuracy
     check_type('model', model, nn.Module)
     if not hasattr(dls, 'train'): raise TypeError(f"dls: expected fastai DataLoaders, as from get_dls, got {type(dls).__name__}")
     cls, usual, kw = _opt(opt, momentum)
@@ -641,6 +642,25 @@ def tighten(self:PruneCallback, sparsity, t):
     self.mask = narrow(self.allocate(sink(self.score(self.model), self.mask), sparsity), self.mask)
     self.params,self.keeps = keep_tensors(self.model, self.mask)
     self.history.append((t, self.mask.sparsity))
+
+# %% ../nbs/05_train.ipynb #slimmingcallback
+class SlimmingCallback(Callback):
+    "Train with the penalty lam * sum |gamma| over all batch-norm scales, by its subgradient (Liu 2017)."
+    order = 12
+    def __init__(self, lam:float=1e-4 # weight of the penalty, >= 0; the paper uses 1e-4 and 1e-5
+                ):
+        if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not 0 <= lam < math.inf:
+            raise ValueError(f"lam={lam!r}: expected a finite number of at least 0, such as 1e-4")
+        self.lam = float(lam)
+    def before_fit(self):
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        self.gammas = [m.weight for m in self.model.modules() if isinstance(m, norms) and m.weight is not None]
+        if not self.gammas: raise ValueError(f"model={type(self.model).__name__}: no batch norm with a scale to penalise")
+    def before_step(self):
+        gs = [g for g in self.gammas if g.grad is not None]
+        if not gs: return
+        with torch.no_grad():
+            torch._foreach_add_([g.grad for g in gs], [g.sign() for g in gs], alpha=self.lam)
 
 # %% ../nbs/05_train.ipynb #slice
 def _slice(t, name, index):

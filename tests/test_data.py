@@ -70,7 +70,7 @@ def test_flowers_split_of_the_energy_papers(tmp_path, monkeypatch):
     for o in ('flowers-102/jpg', 'flowers-102/imagelabels.mat', 'flowers-102/setid.mat'): (tmp_path/o).mkdir(parents=True)
     for s,n in dict(train=2, val=3, test=9).items():
         for i in range(n): Image.new('RGB', (20, 10), (i, i, i)).save(tmp_path/f'{s}{i}.png')
-    monkeypatch.setattr(data.tv, 'Flowers102', Flowers)
+    monkeypatch.setattr(tv, 'Flowers102', Flowers)
     ours,official = (get_dls('flowers102', 16, root=tmp_path, official=o, device='cpu') for o in (False, True))
     assert [ours.record[k] for k in ('n_train', 'n_valid', 'n_test')] == [9, 3, 2]
     assert [official.record[k] for k in ('n_train', 'n_valid', 'n_test')] == [2, 3, 9]

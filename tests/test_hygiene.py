@@ -149,16 +149,6 @@ def test_method_stands_on_the_ground_only(module):
     inner |= {n.module or n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level}
     assert {o for o in inner if not o.startswith(f'{module}_')} <= GROUND, 'a method may have chapters of its own, named after it'
 
-def test_a_method_loads_no_other():
-    if 'mint' not in MODULES: pytest.skip('no mint yet')
-    code = "import sys; from neuronprune.core import methods; names = sorted(methods()); before = set(sys.modules); import neuronprune.mint; " \
-           "print(*sorted(o.split('.')[1] for o in before if o.startswith('neuronprune.')), '|', *sorted(o.split('.')[1] for o in sys.modules if o.startswith('neuronprune.')))"
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT)
-    assert r.returncode == 0, r.stderr
-    listing, after = (set(o.split()) for o in r.stdout.split('|'))
-    assert not METHODS & listing, 'listing the methods loads none'
-    assert METHODS & after == {'mint'}
-
 # The front page and the metadata
 
 def test_readme_is_what_index_says():

@@ -1,0 +1,60 @@
+"""What an import loads: scoring needs torch and little else, whatever is heavy comes with the function that uses it.
+
+One fresh interpreter imports the modules one after the other, the lightest first, and says after each what is there."""
+import importlib, inspect, json, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUND = ['core', 'graph', 'allocate', 'surgery', 'inputs', 'draws', 'blocks', 'models']
+METHODS = ['mint', 'mip', 'provable', 'baselines', 'lowrank', 'criteria', 'sampling']
+NEVER = {'torchvision', 'torchvision.models', 'papermill', 'cvxpy', 'cvxopt', 'sklearn.cluster', 'sklearn.neighbors', 'IPython', 'ipykernel',
+         'dask', 'ray', 'torch._dynamo', 'torch.onnx'}   # not even by neuronprune.all
+HEAVY = NEVER | {'fastai', 'pandas', 'matplotlib', 'sklearn', 'scipy.stats'} # not by a method
+CODE = """
+import importlib, json, sys
+import torch
+before, res = set(sys.modules), {}
+for o in sys.argv[1:]:
+    importlib.import_module('neuronprune.'+o)
+    if o == 'core': sys.modules['neuronprune.core'].methods().__iter__()
+    res[o] = sorted(set(sys.modules)-before)
+print(json.dumps(res))
+"""
+
+@pytest.fixture(scope='module')
+def loaded():
+    "Module -> what is loaded, beyond torch's own, once it and those before it are imported."
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', CODE, *GROUND, *METHODS, 'data', 'all'], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return {k:set(v) for k,v in json.loads(run.stdout).items()}
+
+def ours(names): return {o.split('.')[1] for o in names if o.startswith('neuronprune.')}
+
+@pytest.mark.parametrize('name', GROUND+METHODS)
+def test_scoring_loads_nothing_heavy(loaded, name): assert sorted(HEAVY & loaded[name]) == []
+
+@pytest.mark.parametrize('name', GROUND[:4])
+def test_the_wiring_loads_no_scipy(loaded, name): assert sorted({'scipy', 'joblib', 'fasthtml'} & loaded[name]) == []
+
+def test_data_brings_fastai_but_no_torchvision(loaded):
+    assert 'fastai.data.load' in loaded['data'] and not {'sklearn', 'fastai.learner', *NEVER} & loaded['data']
+
+def test_everything_at_once(loaded): assert 'fastai.learner' in loaded['all'] and not NEVER & loaded['all']
+
+def test_a_method_loads_no_other(loaded):
+    assert not set(METHODS) & ours(loaded[GROUND[-1]]), 'neither listing the methods nor what they stand on loads one'
+    for i,name in enumerate(METHODS): assert set(METHODS) & ours(loaded[name]) == set(METHODS[:i+1])
+
+@pytest.mark.parametrize('name', GROUND+METHODS)
+def test_signatures_can_be_read(name):
+    "The pages evaluate annotations in the module: one that names a module imported elsewhere cannot be written."
+    mod = importlib.import_module(f'neuronprune.{name}')
+    for o in map(vars(mod).get, mod.__all__):
+        for f in (vars(o).values() if inspect.isclass(o) else [o]):
+            if inspect.isfunction(f): inspect.signature(f, eval_str=True)
+
+def test_the_callback_of_slimming_comes_when_asked_for():
+    from neuronprune import baselines, train
+    assert baselines.SlimmingCallback is train.SlimmingCallback and 'SlimmingCallback' in baselines.__all__
+    with pytest.raises(AttributeError, match="no attribute 'Slimming'"): baselines.Slimming
