@@ -20,7 +20,7 @@ from .report import count_params
 # %% ../nbs/21_analysis.ipynb #removed
 def removed(model,    # dense or masked
             mask,     # `Mask`, or None for the dense network
-            xb        # inputs, for the check of the cut network
+            xb        # inputs for the check of the cut network, or None where nothing is cut
            )->dict:
     "Units pruned, and the percentages of all parameters that are zeroed and physically gone; `SurgeryError` if cutting changes the output."
     if mask is None: return dict(units_pruned=0, zeroed_pct=0., params_pct=0.)
@@ -37,7 +37,7 @@ def _test(dls): return dls.loaders[2] if len(dls.loaders) > 2 else dls.valid
 def measured(model,    # left as found
              mask,     # `Mask`, or None for the dense network
              dl,       # images to count on
-             xb,       # inputs, for `sizes`
+             xb,       # inputs for `sizes`, or None where it needs none
              sizes=removed, # function (model, mask, xb) -> dict: how much is gone
              **labels  # columns in front
             )->dict:

@@ -253,13 +253,18 @@ def _info(m, shape):
                 groups=getattr(m, 'groups', 1), positions=math.prod(shape)//n_out, weights=m.weight.numel(), bias=m.bias is not None)
 
 # %% ../nbs/03_graph.ipynb #check-plain
+def _cure(m):
+    "The call below `torch.nn.utils` that gives layer `m` a plain weight again."
+    if hasattr(m, 'parametrizations'): return "parametrize.remove_parametrizations(layer, 'weight')"
+    if hasattr(m, 'weight_g'): return 'remove_weight_norm(layer)'
+    return 'remove_spectral_norm(layer)' if hasattr(m, 'weight_u') else "prune.remove(layer, 'weight')"
+
 def _check_plain(model):
     "Raises `ValueError` for a layer whose weight is computed from other parameters, and for a layer that is the whole model."
     for n,m in layers(model).items():
         if not n: raise ValueError(f"model: a bare {type(m).__name__} has no name in a mask; expected it in a container, nn.Sequential(layer)")
         if 'weight' in m._parameters: continue
-        raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.prune.remove(layer, 'weight') "
-                         "or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
+        raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.{_cure(m)}")
 
 # %% ../nbs/03_graph.ipynb #trace
 def trace(model:nn.Module, # any model; left as it was found
