@@ -122,6 +122,7 @@ def _lost(graph, keep):
     return dead, cut
 
 # %% ../nbs/04_allocate.ipynb #weights-left
+@public
 def weights_left(graph,    # `Graph` of the model
                  keep:dict # layer -> bool [n_out], or `layer:in` -> bool [n_in], True = kept; layers that are not named keep everything
                 )->int:
@@ -247,6 +248,7 @@ def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
     return auto if normalize == 'auto' else normalize, of, caps, keep
 
 # %% ../nbs/04_allocate.ipynb #allocate-2
+@public
 def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
@@ -311,6 +313,7 @@ def _parts(ids, n, scope):
     for k in range(lab.max()+1): yield lab[first] == k
 
 # %% ../nbs/04_allocate.ipynb #ratios
+@public
 def ratios(sparsity:float, # sparsity after the last round, in [0, 1)
            n:int,          # number of rounds
            schedule:str='geometric' # 'geometric' | 'linear' | 'cubic'

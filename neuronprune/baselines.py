@@ -11,7 +11,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from .core import (Scores, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
-                              digesting, generator, layers as all_layers, method, twins)
+                              digesting, generator, layers as all_layers, method, twins, public)
 from fastai.callback.core import Callback
 from fastprogress import progress_bar
 from .data import calib_batch
@@ -389,6 +389,7 @@ def taylor(model:nn.Module,     # trained model
                    split=split, seed=seed)
 
 # %% ../nbs/10_baselines.ipynb #slimmingcallback
+@public
 class SlimmingCallback(Callback):
     "Train with the penalty lam * sum |gamma| over all batch-norm scales, by its subgradient (Liu 2017)."
     order = 12

@@ -247,6 +247,7 @@ def kappa(n:int, # number of candidate units
     return check_int('n', n, 0) - math.floor(n * Fraction(str(s)))
 
 # %% ../nbs/00_core.ipynb #generator
+@public
 def generator(seed:int,     # whole number below 2^63
               device='cpu'  # where the generator draws
              )->torch.Generator:
@@ -254,6 +255,7 @@ def generator(seed:int,     # whole number below 2^63
     return torch.Generator(device=device).manual_seed(check_int('seed', seed, -2**63, 2**63-1))
 
 # %% ../nbs/00_core.ipynb #seed_everything
+@public
 @contextmanager
 def seed_everything(seed:int # whole number below 2^63
                    ):
@@ -266,6 +268,7 @@ def seed_everything(seed:int # whole number below 2^63
         finally: random.setstate(py); np.random.set_state(np_state)
 
 # %% ../nbs/00_core.ipynb #as_found
+@public
 @contextmanager
 def as_found(model:nn.Module,      # model to borrow
              train:bool=None,      # mode inside the block, None = as it is
@@ -371,6 +374,7 @@ def _check_tiebreak(tiebreak, units):
         check_finite(f'tiebreak[{k!r}]', v)
 
 # %% ../nbs/00_core.ipynb #scores-2
+@public
 class Scores(Units):
     "Score per unit, higher = keep. `units`: key -> float tensor; NaN and infinities raise `ValueError`."
     def __init__(self,
@@ -398,6 +402,7 @@ class Scores(Units):
 
 # %% ../nbs/00_core.ipynb #frame
 @patch
+@public
 def frame(self:Scores)->pd.DataFrame:
     "One row per key: shape, number of units, smallest, mean and largest score."
     return pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), min=v.min().item(),
@@ -412,6 +417,7 @@ def _panels(n, width=3.2, height=2.6):
 
 # %% ../nbs/00_core.ipynb #plot
 @patch
+@public
 def plot(self:Scores, n_max:int=4 # most block matrices drawn
         ):
     "Sorted scores per layer, or the block matrices of `unit='group'`; returns the figure."
@@ -433,6 +439,7 @@ def plot(self:Scores, n_max:int=4 # most block matrices drawn
 _reduce = dict(mean=torch.mean, sum=torch.sum, max=torch.amax, min=torch.amin)
 
 @patch
+@public
 def to_channels(self:Scores, reduce:str='mean' # 'mean', 'sum', 'max' or 'min' over a channel's weights or blocks
                )->Scores:
     "Channel scores [out] from weight or group scores; the output layer, if the graph is known, is left out."
@@ -446,6 +453,7 @@ def to_channels(self:Scores, reduce:str='mean' # 'mean', 'sum', 'max' or 'min' o
                   skipped={**self.skipped, **skip})
 
 # %% ../nbs/00_core.ipynb #mask
+@public
 class Mask(Units):
     "Keep pattern, True = kept. `units`: key -> bool tensor."
     def __init__(self,
@@ -475,6 +483,7 @@ class Mask(Units):
 
 # %% ../nbs/00_core.ipynb #counts
 @patch
+@public
 def counts(self:Mask)->tuple:
     "(units kept, units in all); tied channels count once."
     g = self.graph
@@ -497,6 +506,7 @@ def __repr__(self:Mask):
 
 # %% ../nbs/00_core.ipynb #frame-2
 @patch
+@public
 def frame(self:Mask)->pd.DataFrame:
     "One row per key: units, units kept, sparsity of the layer."
     return pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), kept=int(v.sum()),
@@ -504,6 +514,7 @@ def frame(self:Mask)->pd.DataFrame:
 
 # %% ../nbs/00_core.ipynb #plot-2
 @patch
+@public
 def plot(self:Mask):
     "Share of units kept in each layer; returns the figure."
     import matplotlib.pyplot as plt
@@ -532,6 +543,7 @@ def __and__(self:Mask, o:Mask): "Kept by both."; return _combine(self, o, torch.
 def __or__(self:Mask, o:Mask): "Kept by either."; return _combine(self, o, torch.logical_or)
 
 # %% ../nbs/00_core.ipynb #replacing
+@public
 @contextmanager
 def replacing(path # file to write
              ):
@@ -548,6 +560,7 @@ def replacing(path # file to write
 # %% ../nbs/00_core.ipynb #jsonable
 def _jsonable(o): return o.tolist() if hasattr(o, 'tolist') else str(o)
 
+@public
 def save_tensors(path,         # file to write
                  tensors:dict, # name -> tensor
                  header:dict   # JSON-able
@@ -558,6 +571,7 @@ def save_tensors(path,         # file to write
         save_file(own, tmp, {'neuronprune': json.dumps(header, default=_jsonable)})
 
 # %% ../nbs/00_core.ipynb #load_tensors
+@public
 def load_tensors(path # file written by `save_tensors`
                 )->tuple:
     "(tensors, header); raises `ValueError` when the file is not ours."
@@ -570,6 +584,7 @@ def load_tensors(path # file written by `save_tensors`
 
 # %% ../nbs/00_core.ipynb #save
 @patch
+@public
 def save(self:Units, path):
     "Write to `path` (safetensors, JSON header)."
     own = {k:getattr(self, k) for k in ('method', 'secs', 'skipped') if hasattr(self, k)}
@@ -581,6 +596,7 @@ def save(self:Units, path):
 
 # %% ../nbs/00_core.ipynb #load
 @patch(cls_method=True)
+@public
 def load(cls:Units, path):
     "Read back what `save` wrote; `ValueError` if the file holds something else."
     t, h = load_tensors(path)
@@ -650,6 +666,7 @@ class Methods(Mapping):
 def methods()->Methods: "All registered methods, a dictionary name -> `Method`."; return Methods()
 
 @patch
+@public
 def frame(self:Methods)->pd.DataFrame:
     "One row per method; this imports them all."
     rows = [dict(method=m.name, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
-from .core import check_batch, check_choice, check_fraction, check_int, generator, seed_everything
+from .core import check_batch, check_choice, check_fraction, check_int, generator, seed_everything, public
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
@@ -29,6 +29,7 @@ from torchvision import datasets as tv
 from torchvision.transforms import functional as tvf
 
 # %% ../nbs/01_data.ipynb #stratified
+@public
 def stratified(y:torch.Tensor, # integer labels [n]
                k:int,          # how many to pick
                seed:int=0      # same seed, same pick
@@ -93,6 +94,7 @@ def random_rotate(x:torch.Tensor, # images [n, c, h, w]
 AUGMENTATIONS = dict(crop=random_crop, flip=random_flip, cutout=cutout, rotate=random_rotate)
 
 # %% ../nbs/01_data.ipynb #augmentations
+@public
 def augmentations(augment # None, names as in 'crop+flip', a list of names, or functions f(x, g)
                  )->list:
     "The list of functions behind `augment`; unknown names are refused with the list of known ones."
@@ -192,6 +194,7 @@ def crop_box(w:int, h:int, # image size, pixels
 
 # %% ../nbs/01_data.ipynb #read
 @patch
+@public
 def read(self:Files,
          i:int,            # which image
          random:bool=False # cut a random resized crop?
@@ -207,6 +210,7 @@ def read(self:Files,
 
 # %% ../nbs/01_data.ipynb #items
 @patch
+@public
 def items(self:Files, idx):
     "The images `idx`, un-augmented, uint8 [len(idx), c, h, w]; raises `ValueError` when sizes differ and `size` is None."
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as ex:
@@ -218,6 +222,7 @@ def items(self:Files, idx):
 
 # %% ../nbs/01_data.ipynb #load
 @patch
+@public
 def load(self:Files): return Images(self.items(torch.arange(len(self))), self.y)
 
 # %% ../nbs/01_data.ipynb #imagedl
@@ -255,6 +260,7 @@ class ImageDL(DataLoader):
 
 # %% ../nbs/01_data.ipynb #show_batch
 @patch
+@public
 def show_batch(self:ImageDL,
                n:int=10,   # how many images
                ax=None     # matplotlib axes, None = a new figure
@@ -291,12 +297,14 @@ def find(name:str, # data set, for the message
         "else the environment variable NEURONPRUNE_DATA, else ~/.neuronprune/data")
 
 # %% ../nbs/01_data.ipynb #data_root
+@public
 def data_root(root=None # folder, None = $NEURONPRUNE_DATA or ~/.neuronprune/data
              )->Path:
     "The folder data sets are looked for in."
     return Path(root or os.environ.get('NEURONPRUNE_DATA') or Path.home()/'.neuronprune'/'data').expanduser()
 
 # %% ../nbs/01_data.ipynb #read_digits
+@public
 def read_digits(root, download, official):
     "scikit-learn's digits: 1,797 grey images of 8x8 with 17 levels; needs no files."
     d = load_digits()
@@ -304,6 +312,7 @@ def read_digits(root, download, official):
     return Source(Images(x, torch.tensor(d.target)), vocab=list(range(10)))
 
 # %% ../nbs/01_data.ipynb #read_idx
+@public
 def read_idx(cls, root, download, official):
     "MNIST and its likes from the four idx files, in `root/<Name>/raw`, `root/raw` or `root` itself."
     if download: cls(root, download=True)
@@ -313,6 +322,7 @@ def read_idx(cls, root, download, official):
     return Source(Images(x1[:,None], y1), None, Images(x2[:,None], y2), [o.split(' - ')[0] for o in cls.classes])
 
 # %% ../nbs/01_data.ipynb #read_cifar
+@public
 def read_cifar(cls, root, download, official):
     "CIFAR-10 and CIFAR-100 through torchvision, after its checksum test."
     if not download: find(cls.__name__, [root], cls.base_folder, get='pass download=True')
@@ -321,6 +331,7 @@ def read_cifar(cls, root, download, official):
     return Source(train, None, test, parts[0].classes)
 
 # %% ../nbs/01_data.ipynb #read_flowers
+@public
 def read_flowers(root, download, official):
     "Flowers-102; by default the large official test part is trained on and the official training part is the test set."
     files = [f'flowers-102/{o}' for o in ('jpg', 'imagelabels.mat', 'setid.mat')]
@@ -331,6 +342,7 @@ def read_flowers(root, download, official):
     return Source(*(Files(parts[s]._image_files, parts[s]._labels) for s in order), tv.Flowers102.classes, split)
 
 # %% ../nbs/01_data.ipynb #read_caltech
+@public
 def read_caltech(root, download, official):
     "Caltech-256 (257 folders with the clutter class); it has no official split."
     if not download: find('caltech256', [root], 'caltech256/256_ObjectCategories', get='pass download=True')
@@ -340,6 +352,7 @@ def read_caltech(root, download, official):
     return Source(Files(paths, d.y), vocab=[c.split('.')[-1] for c in d.categories])
 
 # %% ../nbs/01_data.ipynb #read_imagenet
+@public
 def read_imagenet(root, download, official):
     "ILSVRC-2012 in torchvision's layout or the Kaggle archive's."
     if download: [tv.ImageNet(root, split=s) for s in ('train', 'val')]
@@ -357,6 +370,7 @@ def read_imagenet(root, download, official):
     return Source(train, None, test, tv.ImageFolder(d/'train').classes)
 
 # %% ../nbs/01_data.ipynb #read_folder
+@public
 def read_folder(root, download=False, official=False):
     "Any folder of images: flat classes, train/test, or train/valid/test."
     def part(*names):
@@ -396,6 +410,7 @@ DATASETS = dict(
     folder        = Set(read_folder, None, None, None, 'standard', *IMAGENET))
 
 # %% ../nbs/01_data.ipynb #datasets
+@public
 def datasets()->pd.DataFrame:
     "The data sets by name: channels, native side, classes, default normalisation."
     rows = [(k, o.c, o.size, o.n_out, o.normalize) for k,o in DATASETS.items()]
@@ -403,6 +418,7 @@ def datasets()->pd.DataFrame:
     return res.fillna('as found').set_index('name')
 
 # %% ../nbs/01_data.ipynb #split_parts
+@public
 def split_parts(src:Source,       # from a reader
                 valid_pct:float,  # share of the training images, if there is no validation part
                 n_train:int=None, # keep so many training images
@@ -428,6 +444,7 @@ def split_parts(src:Source,       # from a reader
     return train,valid,test,'; '.join(said)
 
 # %% ../nbs/01_data.ipynb #norm_stats
+@public
 def norm_stats(normalize, # 'unit', 'standard', 'imagenet', or (mean, std)
                info:Set,  # the data set
                c_in:int   # channels of the batch
@@ -447,6 +464,7 @@ def norm_stats(normalize, # 'unit', 'standard', 'imagenet', or (mean, std)
 LIMIT = 2**30 # bytes of images that are kept in memory when `resident` is not said
 
 # %% ../nbs/01_data.ipynb #store
+@public
 def store(part,         # `Images` or `Files`
           size:int,     # side in pixels, None = as stored
           c_in:int,     # 1 or 3
@@ -468,6 +486,7 @@ def store(part,         # `Images` or `Files`
     return Images(x, part.y)
 
 # %% ../nbs/01_data.ipynb #dl_record
+@public
 def dl_record(name, dls, train, how, mean, std, augment, said, seed, native)->dict:
     "What was decided about the data, in words and numbers that fit in one row of a report."
     known = {f:k for k,f in AUGMENTATIONS.items()}
@@ -488,6 +507,7 @@ def _listing(src:Source # of image files
     return hashlib.sha256('\n'.join(rows).encode()).hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #find_source
+@public
 def find_source(name, root, download, official):
     "(name, `Set`, `Source`) of a data set by name or by the path of an image folder."
     if name not in DATASETS and (Path(str(name)).is_dir() or os.sep in str(name)): name,root = 'folder',name
@@ -498,6 +518,7 @@ def find_source(name, root, download, official):
     return (Path(root).name if name == 'folder' else name),info,src
 
 # %% ../nbs/01_data.ipynb #get_dls
+@public
 def get_dls(name:str,          # a name from `datasets()`, or the path of an image folder
             size:int=None,     # side in pixels, bilinear; None = native
             *,
@@ -562,6 +583,7 @@ def _make_dls(name, info, src, parts, said, aug, o):
     return dls
 
 # %% ../nbs/01_data.ipynb #balanced
+@public
 def balanced(y:torch.Tensor,  # integer labels [n]
              n_out:int,       # number of classes
              n_per_class:int=None, # images per class, None = 250 or the smallest class
@@ -617,6 +639,7 @@ def _fetch(dl, idx):
     return torch.stack([found[i] for i in idx.tolist()])
 
 # %% ../nbs/01_data.ipynb #calib_batch
+@public
 def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders` of (x, y) batches
                 n_per_class:int=None, # images per class; None (and no `n`) = 250 or the smallest class
                 n:int=None,         # instead: so many images, whatever their class
@@ -662,6 +685,7 @@ PRESETS = {
     ('anneal', 'cifar10'): dict(normalize='standard', bs=256)}
 
 # %% ../nbs/01_data.ipynb #preset
+@public
 def preset(system:str, # 'mip', 'provable', 'mint', 'energy' or 'anneal'
            name:str    # a data set that system was tried on
           )->dict:

@@ -131,6 +131,7 @@ def _follow(probe):
     return {n:res[n] for n in probe.n_out}
 
 # %% ../nbs/03_graph.ipynb #graph-2
+@public
 @dataclass(repr=False)
 class Graph:
     "The wiring of a network, from one `trace`; plain data that can be written as JSON."
@@ -177,6 +178,7 @@ def _components(n, edges):
 
 # %% ../nbs/03_graph.ipynb #frame
 @patch
+@public
 def frame(self:Graph)->pd.DataFrame:
     "One row per layer: shape, who reads it, with whom it is tied, and whether its channels can go."
     tied, cons = {n:[o for o in t if o != n] for t in self.ties for n in t}, self.consumers
@@ -267,6 +269,7 @@ def _check_plain(model):
         raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.{_cure(m)}")
 
 # %% ../nbs/03_graph.ipynb #trace
+@public
 def trace(model:nn.Module, # any model; left as it was found
           xb:torch.Tensor  # a batch of inputs, [n, ...]; one example is used
          )->Graph:
@@ -292,6 +295,7 @@ def trace(model:nn.Module, # any model; left as it was found
 
 # %% ../nbs/03_graph.ipynb #silent
 @patch
+@public
 def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = dropped
            place:str # a layer (its inputs) or a norm
           )->torch.Tensor:
@@ -307,6 +311,7 @@ def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = d
 
 # %% ../nbs/03_graph.ipynb #unread
 @patch
+@public
 def unread(self:Graph, cut:dict # consumer -> bool tensor [n_in], True = input column cut
           )->dict:
     "Producer -> bool [n_out]: channels all of whose readers have cut them. Channels that reach the output are always read."
@@ -370,6 +375,7 @@ def _check_fit(mask, params):
 
 # %% ../nbs/03_graph.ipynb #expand
 @patch
+@public
 def expand(self:Mask, model:nn.Module # the model the mask was made for
           )->dict:
     "Name of a parameter or buffer -> bool tensor on the model's device, True = kept; only tensors that may lose something. `ValueError` for ranks."
@@ -385,6 +391,7 @@ def expand(self:Mask, model:nn.Module # the model the mask was made for
 
 # %% ../nbs/03_graph.ipynb #to-dict
 @patch
+@public
 def to_dict(self:Graph)->dict:
     "Plain lists and dictionaries, ready for JSON."
     src = {k:{p:[s.tolist(), c.tolist()] for p,(s,c) in v.items()} for k,v in self.sources.items()}
@@ -394,6 +401,7 @@ def to_dict(self:Graph)->dict:
 
 # %% ../nbs/03_graph.ipynb #from-dict
 @patch(cls_method=True)
+@public
 def from_dict(cls:Graph, d:dict # what `to_dict` gave
              )->Graph:
     "The graph back from its dictionary."
@@ -405,6 +413,7 @@ def from_dict(cls:Graph, d:dict # what `to_dict` gave
 
 # %% ../nbs/03_graph.ipynb #to-torch-prune
 @patch
+@public
 def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get torch's pruning reparametrisation
                   )->nn.Module:
     "Hand the mask to `torch.nn.utils.prune`; returns `model`."
@@ -416,6 +425,7 @@ def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get
 
 # %% ../nbs/03_graph.ipynb #from_torch_prune
 @patch(cls_method=True)
+@public
 def from_torch_prune(cls:Mask, model:nn.Module # pruned with torch.nn.utils.prune
                     )->Mask:
     "The weight mask of a model pruned with `torch.nn.utils.prune`; `ValueError` if it was not."
@@ -425,6 +435,7 @@ def from_torch_prune(cls:Mask, model:nn.Module # pruned with torch.nn.utils.prun
 
 # %% ../nbs/03_graph.ipynb #as_importance
 @patch
+@public
 def as_importance(self:Scores):
     "An importance for Torch-Pruning's pruners: group -> score per root channel, the mean over the group's scored layers."
     ch = self.to_channels()

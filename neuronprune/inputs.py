@@ -8,11 +8,12 @@ __all__ = ['traced', 'own_input', 'readers', 'column_groups']
 # %% ../nbs/09a_inputs.ipynb #import-pandas-as-pd-torch-from
 import pandas as pd, torch
 from torch import nn
-from .core import check_choice, check_type, layers
+from .core import check_choice, check_type, layers, public
 from .data import calib_batch
 from .graph import Graph, trace, _info
 
 # %% ../nbs/09a_inputs.ipynb #traced
+@public
 def traced(model:nn.Module, # any model
            dls=None,        # `DataLoaders` to take an image from
            graph=None       # `Graph` of the model, if it is known
@@ -28,6 +29,7 @@ def traced(model:nn.Module, # any model
     return graph
 
 # %% ../nbs/09a_inputs.ipynb #own-input
+@public
 def own_input(graph,    # `Graph` of the model
               layer:str # a layer of it
              )->torch.Tensor:
@@ -37,6 +39,7 @@ def own_input(graph,    # `Graph` of the model
     return own
 
 # %% ../nbs/09a_inputs.ipynb #readers-2
+@public
 def readers(graph,        # `Graph` of the model
             own:bool=False # also layers that read the network's own input?
            )->tuple:
@@ -51,6 +54,7 @@ def readers(graph,        # `Graph` of the model
     return names, why
 
 # %% ../nbs/09a_inputs.ipynb #column-groups
+@public
 def column_groups(graph,    # `Graph` of the model
                   layer:str # a layer of it
                  )->torch.Tensor:

@@ -12,12 +12,13 @@ from fnmatch import fnmatch
 from fractions import Fraction
 import numpy as np, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, generator, layers, method
+from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, generator, layers, method, public
 from .allocate import _setup
 from .data import calib_batch
 from .graph import _slots, _twins
 
 # %% ../nbs/16_lowrank.ipynb #folded
+@public
 def folded(model:nn.Module # any model
           )->tuple:
     "(layer -> weight [O, K] float64 on the CPU, layer -> why it is skipped); `ValueError` when nothing is left."
@@ -32,6 +33,7 @@ def folded(model:nn.Module # any model
     return res, skipped
 
 # %% ../nbs/16_lowrank.ipynb #spectrum
+@public
 def spectrum(w:torch.Tensor, # matrix [O, K]
              k:int=1         # equal groups of columns; divides K
             )->torch.Tensor:
@@ -42,6 +44,7 @@ def spectrum(w:torch.Tensor, # matrix [O, K]
 # %% ../nbs/16_lowrank.ipynb #tail-error
 VARIANTS = ('energy', 'nuclear', 'error', 'uniform')
 
+@public
 def tail_error(s:torch.Tensor, # singular values [r], largest first
                variant:str='energy' # one of `VARIANTS`
               )->torch.Tensor:
@@ -84,6 +87,7 @@ def _form(tables, steps, t):
     return (w, k, kept) if w < whole else (whole, 1, np.ones(r, dtype=bool))
 
 # %% ../nbs/16_lowrank.ipynb #cut
+@public
 def cut(scores:Scores,       # unit='rank', one score per component, with `cost`
         sparsity:float=None, # fraction of the layers' weights to save, in [0, 1)
         *, threshold:float=None, # instead of `sparsity`: drop ranks whose score is below it
@@ -125,6 +129,7 @@ def svd(model:nn.Module,  # trained model
                   secs=time.perf_counter()-start, meta=dict(variant=variant))
 
 # %% ../nbs/16_lowrank.ipynb #groupings
+@public
 def groupings(w:torch.Tensor, # matrix [O, K]
               channels:int,   # input channels, a divisor of K
               max_groups:int=None, # most groups tried, None = any number
@@ -160,6 +165,7 @@ def _moments(y, pick, got):
     cols = y[..., pick].movedim(1, 0).flatten(1).cpu().double()
     return [a+b for a,b in zip(got, (cols.shape[1], cols.sum(1), cols @ cols.T))] + [y.shape[2]]
 
+@public
 @torch.no_grad()
 def output_moments(model:nn.Module, # left as found
                    xb:torch.Tensor, # images on the model's device
@@ -185,6 +191,7 @@ def output_moments(model:nn.Module, # left as found
     return got
 
 # %% ../nbs/16_lowrank.ipynb #principal
+@public
 def principal(n:int,              # number of columns
               total:torch.Tensor, # their sum [O]
               square:torch.Tensor, # the sum of their products [O, O]

@@ -71,6 +71,7 @@ def _scale(model, mask):
             if m.bias is not None: m.bias.copy_(m.bias*s)
 
 # %% ../nbs/06_surgery.ipynb #apply-2
+@public
 @torch.no_grad()
 def apply(model:nn.Module, # changed in place
           mask:Mask        # any unit
@@ -91,6 +92,7 @@ def _pattern(model, mask, g):
 def _read(w): "Input columns [n_in] with a weight left in some row."; return w.any(0).flatten(1).any(1) if w.ndim > 2 else w.any(0)
 
 # %% ../nbs/06_surgery.ipynb #dead-channels
+@public
 def dead_channels(model:nn.Module, # the dense or masked model
                   mask:Mask,       # what to drop
                   g,               # the model's `Graph`
@@ -182,6 +184,7 @@ def _plan(model, mask, xb):
     return {n:v for n,v in res.items() if v != (None, None)}, {n:v*goes(g.in_slots[n]) for n,v in worth.items()}
 
 # %% ../nbs/06_surgery.ipynb #plan-2
+@public
 def plan(model:nn.Module, # the dense or masked model
          mask:Mask,       # what to drop
          xb:torch.Tensor=None # a batch of inputs; needed when the mask carries no graph, and to find constants
@@ -219,6 +222,7 @@ def _fold(model, worth):
     return model
 
 # %% ../nbs/06_surgery.ipynb #difference
+@public
 @torch.no_grad()
 def difference(a:nn.Module, # reference
                b:nn.Module, # other model
@@ -268,6 +272,7 @@ def _replace(model, factors):
     return model
 
 # %% ../nbs/06_surgery.ipynb #factorise
+@public
 def factorise(model:nn.Module, # dense or masked; not changed
               mask:Mask        # unit 'rank'
              )->nn.Module:
@@ -286,6 +291,7 @@ def _merged(m):
     new.weight, new.bias = nn.Parameter(w.reshape(new.weight.shape), requires_grad=a.weight.requires_grad), b.bias
     return new.train(m.training)
 
+@public
 def merge(model:nn.Module # any; not changed
          )->nn.Module:
     "A new model in which every factored layer is one layer again, with the product as its weight."
@@ -306,6 +312,7 @@ def _masked_and_small(model, mask, xb):
     return masked, small
 
 # %% ../nbs/06_surgery.ipynb #shrink-2
+@public
 def shrink(model:nn.Module, # dense or masked; not changed
            mask:Mask,       # what to drop
            xb:torch.Tensor, # a batch of inputs for the check
@@ -322,6 +329,7 @@ def shrink(model:nn.Module, # dense or masked; not changed
     return small
 
 # %% ../nbs/06_surgery.ipynb #save
+@public
 def save(model:nn.Module, # pruned or not
          path             # file to write
         ):
@@ -349,6 +357,7 @@ def _refactor(model, state, factored):
     return model
 
 # %% ../nbs/06_surgery.ipynb #load
+@public
 def load(path,                # file written by `save`
          model:nn.Module=None # an unpruned instance, for models that are not of our zoo; it is changed and returned
         )->nn.Module:

@@ -17,7 +17,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from .core import as_found, check_choice, check_fraction, check_int, check_type, digesting, layers, seed_everything, Mask, Scores
+from .core import as_found, check_choice, check_fraction, check_int, check_type, digesting, layers, seed_everything, Mask, Scores, public
 from fastai.callback.core import Callback, CancelFitException, event
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -49,6 +49,7 @@ def _snapshot(model):
     "State dict of `model`, copied to the CPU."
     return {k:v.detach().cpu().clone() for k,v in model.state_dict().items()}
 
+@public
 class Rewind(Callback):
     "Keep the weights of chosen epochs on the CPU: `states[k]` is the state dict after `k` epochs, `init` is `states[0]`."
     order = 75
@@ -89,6 +90,7 @@ class _CrossEntropy(CrossEntropyLossFlat):
         return self.func(inp.as_subclass(torch.Tensor), targ.as_subclass(torch.Tensor), **kwargs)
 
 # %% ../nbs/05_train.ipynb #learner-3
+@public
 def learner(model:nn.Module,      # network to train; moved to the device of `dls`
             dls,                  # fastai `DataLoaders`
             opt='sgd',            # 'sgd', 'adam', 'adamw', 'rmsprop', 'adadelta', or a `torch.optim` class
@@ -124,6 +126,7 @@ SCHEDULES = ('one_cycle', 'flat', 'step', 'cosine', 'linear')
 
 def _cos(a, b, x): return b + (a-b)*(1+math.cos(math.pi*x))/2
 
+@public
 def schedule_lr(schedule:str,     # one of `SCHEDULES`
                 lr:float,         # largest learning rate
                 epochs:int,       # length of the training, T
@@ -194,6 +197,7 @@ def _try_batch(learn):
                          f"expected labels 0 to {out.shape[1]-1}, or a network built with a larger n_out")
 
 # %% ../nbs/05_train.ipynb #fit-2
+@public
 def fit(learn:Learner,   # changed in place
         epochs:int,      # length of the training
         lr:float=None,   # largest learning rate, None = the learner's
@@ -230,6 +234,7 @@ def fit(learn:Learner,   # changed in place
     return learn
 
 # %% ../nbs/05_train.ipynb #wilson
+@public
 def wilson(k:int,           # right answers
            n:int,           # answers
            level:float=.95  # confidence
@@ -243,6 +248,7 @@ def wilson(k:int,           # right answers
     return 0. if k == 0 else max(lo, 0.), 1. if k == n else min(hi, 1.)
 
 # %% ../nbs/05_train.ipynb #evaluation
+@public
 @dataclass(frozen=True)
 class Evaluation:
     "Right answers `k` of `n`, mean cross-entropy `loss`, labels `k5` among the five largest outputs; with a Wilson 95 % interval."
@@ -287,6 +293,7 @@ def _tally(model, dl, dev):
     return tot.tolist(), n
 
 # %% ../nbs/05_train.ipynb #evaluate
+@public
 def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
              dl              # loader of (inputs, labels), such as `dls.valid` or `dls.test`
             )->Evaluation:
@@ -304,6 +311,7 @@ def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
     return Evaluation(int(k), n, loss/n, int(k5))
 
 # %% ../nbs/05_train.ipynb #curves
+@public
 def curves(learn:Learner # a learner trained with `fit`
           )->pd.DataFrame:
     "One row per epoch over all fits: fit, epoch, train_loss, valid_loss and the metrics."
@@ -312,6 +320,7 @@ def curves(learn:Learner # a learner trained with `fit`
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_train.ipynb #plot_curves
+@public
 def plot_curves(learn:Learner # a learner trained with `fit`
                ):
     "Losses and accuracy per epoch; a grey line starts each further fit. Returns the figure."
@@ -328,6 +337,7 @@ def plot_curves(learn:Learner # a learner trained with `fit`
     return fig
 
 # %% ../nbs/05_train.ipynb #keep-tensors
+@public
 def keep_tensors(model:nn.Module, # network the mask belongs to
                  mask             # a `Mask`, or a dict parameter name -> bool tensor (True = kept)
                 )->tuple:         # (parameters, masks as 0/1 tensors of their dtype, on their device)
@@ -341,6 +351,7 @@ def keep_tensors(model:nn.Module, # network the mask belongs to
     return [named[k] for k in keeps], [v.to(named[k].device, named[k].dtype) for k,v in keeps.items()]
 
 # %% ../nbs/05_train.ipynb #maskcallback
+@public
 class MaskCallback(Callback):
     "Keep the weights outside `mask` at exactly zero while training; the learner's model is changed in place."
     order = 80
@@ -355,6 +366,7 @@ class MaskCallback(Callback):
             if self.params: torch._foreach_mul_(self.params, self.keeps)
 
 # %% ../nbs/05_train.ipynb #fine_tune
+@public
 def fine_tune(learn:Learner, # changed in place
               mask,          # a `Mask`, or a dict parameter name -> bool tensor (True = kept)
               epochs:int,    # length of the training; 0 only applies the mask
@@ -376,6 +388,7 @@ def _state(learn, to):
     raise ValueError(f"to={to!r}: no snapshot of epoch {k} ({have}); build the learner with {fix} before training")
 
 # %% ../nbs/05_train.ipynb #sign_weights
+@public
 def sign_weights(model:nn.Module, # network with the layers to rewind
                  init:dict        # its initial state dict
                 )->dict:
@@ -384,6 +397,7 @@ def sign_weights(model:nn.Module, # network with the layers to rewind
     return {**init, **{k:v.sign()*v.std(correction=0) for k,v in w.items()}}
 
 # %% ../nbs/05_train.ipynb #rewind_to
+@public
 def rewind_to(learn:Learner, # changed in place
               to='init',     # 'init', 'sign', a kept epoch, or 'none'
               mask=None      # zero the weights outside this mask afterwards
@@ -405,6 +419,7 @@ def rewind_to(learn:Learner, # changed in place
     return learn
 
 # %% ../nbs/05_train.ipynb #gradual
+@public
 def gradual(x:float,          # progress from the first to the last cut, in [0, 1]
             sparsity:float,   # final sparsity
             initial:float=0.  # sparsity at the start
@@ -413,6 +428,7 @@ def gradual(x:float,          # progress from the first to the last cut, in [0, 
     return sparsity + (initial-sparsity)*(1-min(max(x, 0.), 1.))**3
 
 # %% ../nbs/05_train.ipynb #prunecallback
+@public
 class PruneCallback(MaskCallback):
     "Prune gradually during one fit, from `initial` to `sparsity`; keeps `mask` and the `history`, (step, sparsity)."
     def __init__(self,
@@ -448,6 +464,7 @@ def after_step(self:PruneCallback):
     self.zero()
 
 # %% ../nbs/05_train.ipynb #sink
+@public
 def sink(scores:Scores, # scores of all units
          mask           # `Mask` of the units still there, or None
         )->Scores:
@@ -491,6 +508,7 @@ def _sliced_slots(slots, name, shape, index):
     "What the optimiser remembers of the parameter `name`: tensors of its `shape` are cut, counters kept."
     return {n:_slice(v, name, index).clone() if torch.is_tensor(v) and v.shape == shape else v for n,v in slots.items()}
 
+@public
 def rebind(learn:Learner,    # changed in place
            model:nn.Module,  # the network that replaces `learn.model`
            index:dict=None   # module path -> (kept outputs, inputs), or parameter name -> kept per dimension; None = all
