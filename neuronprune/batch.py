@@ -97,9 +97,10 @@ def grid(**values # parameter = value, or a list of values to vary
 def load_grid(path # YAML file with `base:` and `grid:`, the latter one grid or a list of them
              )->list:
     "The parameter dictionaries described by a YAML file; `ValueError` for unknown keys."
-    d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    for k in d: check_choice('key', k, ('about', 'base', 'grid'))
-    base, grids = {k:[v] for k,v in (d.get('base') or {}).items()}, d.get('grid') or {}
+    try: d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"path={str(path)!r}: no plain YAML: {' '.join(str(e).split())}") from None
+    for k in check_type(f'path={str(path)!r}', d, dict, 'with base: and grid:'): check_choice('key', k, ('about', 'base', 'grid'))
+    base, grids = {k:[v] for k,v in check_type(f'path={str(path)!r}: base', d.get('base') or {}, dict).items()}, d.get('grid') or {}
     grids = grids if isinstance(grids, list) else [grids]
     return [o for g in grids for o in grid(**{**base, **check_type('grid', g, dict)})]
 
