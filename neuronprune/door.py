@@ -306,7 +306,7 @@ _NAMED = {
     'cbs': _each(_callback, 'a list of fastai callbacks', one=True), 'metrics': _each(_metric, 'a list of metrics', one=True),
     'augment': _augment, 'normalize': _maybe(_normalize), 'weights': _weights, 'head': _head, 'widths': _each(_whole(1), 'a list of widths'),
     'at': _moment('trained', 'init'), 'start': _moment('trained', 'init'), 'rewind': _moment('none', 'init', 'sign'), 'to': _moment('none', 'init', 'sign'),
-    'milestones': _each(_whole(0), 'a list of epochs'), 'seeds': _each(_WHOLE['seed'], 'a list of seeds', fewest=1),
+    'milestones': _each(_real(0), 'a list of epochs'), 'seeds': _each(lambda k,v: _WHOLE['seed']('seed', v), 'a list of seeds', fewest=1),
     'levels': _each(_real(), 'a list of numbers', one=True), 'densities': _FRACTIONS, 'values': _FRACTIONS, 'n_groups': _pair,
     'layers': _names, 'by': _names, 'kind': _names, 'ax': _a('Axes', 'of matplotlib'), 'grid': _each(_job, 'a list of parameter dictionaries', fewest=1)}
 
@@ -345,7 +345,7 @@ def _fits(model, graph):
 def _forward(model, xb):
     "What the model in evaluation mode makes of a batch."
     p = next(model.parameters())
-    with as_found(model, train=False), torch.no_grad(), digesting(xb): return feed(model, mapped(lambda o: o.to(p.device), xb))
+    with as_found(model, train=False), torch.no_grad(), digesting(xb): return feed(model, mapped(lambda o: o.to(p.device, p.dtype if o.is_floating_point() else o.dtype), xb))
 
 def _runs(model, xb, yb=None):
     "Raises unless the model takes the inputs, and has an output for every label."
@@ -359,7 +359,7 @@ def _runs(model, xb, yb=None):
 # %% ../nbs/00a_door.ipynb #ordered
 def _ordered(lo, hi):
     "Raises unless lo <= hi, where both are numbers."
-    if isinstance(lo, Real) and isinstance(hi, Real) and lo > hi: raise ValueError(f"lo={lo}: expected at most hi={hi}")
+    if isinstance(lo, Real) and isinstance(hi, Real) and lo > hi: raise ValueError(f"lo={lo}: expected at most hi={hi} (densities come in descending order)")
 
 def _rising(initial, sparsity):
     "Raises for a schedule that would revive what is gone."
