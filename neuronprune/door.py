@@ -418,7 +418,7 @@ def _wrong(rule, *args, **kw):
 
 def _further(k, v):
     "Rule of an argument that is passed on; a list may be one of values to try."
-    rule = _by_name(k)
+    rule = None if k == 'methods' else _by_name(k) # of studies; elsewhere a slip for method
     many = isinstance(v, (list, tuple)) and (k not in _NAMED or rule is _text)
     for o in v if many else [v]:
         if rule and o is not None: rule(k, o)
