@@ -419,7 +419,8 @@ def _wrong(rule, *args, **kw):
 def _further(k, v):
     "Rule of an argument that is passed on; a list may be one of values to try."
     rule = None if k == 'methods' else _by_name(k) # of studies; elsewhere a slip for method
-    many = isinstance(v, (list, tuple)) and (k not in _NAMED or rule is _text)
+    if k in _OBJECTS and isinstance(v, (str, list, tuple)): return # names of models and data
+    many = isinstance(v, (list, tuple)) and (k not in _NAMED or bool(_wrong(rule, k, v)))
     for o in v if many else [v]:
         if rule and o is not None: rule(k, o)
 
