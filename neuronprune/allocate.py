@@ -151,6 +151,7 @@ def _lost(graph, keep):
     return dead, cut
 
 # %% ../nbs/04_allocate.ipynb #weights-left
+@public
 def weights_left(graph,    # `Graph` of the model
                  keep:dict # layer -> bool [n_out], or `layer:in` -> bool [n_in], True = kept; layers that are not named keep everything
                 )->int:
@@ -353,6 +354,7 @@ def _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, ca
     return units, float(cost[removed].sum()/cost.sum()), shares, (int(safe.sum()), n), short, scales
 
 # %% ../nbs/04_allocate.ipynb #allocate-2
+@public
 def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
@@ -408,6 +410,7 @@ def _parts(ids, n, scope):
     for k in range(lab.max()+1): yield lab[first] == k
 
 # %% ../nbs/04_allocate.ipynb #ratios
+@public
 def ratios(sparsity:float, # sparsity after the last round, in [0, 1)
            n:int,          # number of rounds
            schedule:str='geometric' # 'geometric' | 'linear' | 'cubic'

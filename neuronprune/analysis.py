@@ -11,16 +11,17 @@ import copy, math
 import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
-from .core import Mask, as_found, check_batch, check_choice, check_finite, check_int, check_type
+from .core import Mask, as_found, check_batch, check_choice, check_finite, check_int, check_type, public
 from .data import ImageDL, _batches, calib_batch
 from .train import MaskCallback, _state, evaluate, fit, learner, wilson
 from .surgery import apply, shrink
 from .report import count_params
 
 # %% ../nbs/21_analysis.ipynb #removed
+@public
 def removed(model,    # dense or masked
             mask,     # `Mask`, or None for the dense network
-            xb        # inputs, for the check of the cut network
+            xb        # inputs for the check of the cut network, or None where nothing is cut
            )->dict:
     "Units pruned, and the percentages of all parameters that are zeroed and physically gone; `SurgeryError` if cutting changes the output."
     if mask is None: return dict(units_pruned=0, zeroed_pct=0., params_pct=0.)
@@ -34,10 +35,11 @@ def _inputs(dls): return calib_batch(dls, n=2)[0]
 def _test(dls): return dls.loaders[2] if len(dls.loaders) > 2 else dls.valid
 
 # %% ../nbs/21_analysis.ipynb #measured
+@public
 def measured(model,    # left as found
              mask,     # `Mask`, or None for the dense network
              dl,       # images to count on
-             xb,       # inputs, for `sizes`
+             xb,       # inputs for `sizes`, or None where it needs none
              sizes=removed, # function (model, mask, xb) -> dict: how much is gone
              **labels  # columns in front
             )->dict:
@@ -46,6 +48,7 @@ def measured(model,    # left as found
     return dict(labels, k=e.k, n=e.n, accuracy=e.accuracy, lo=e.lo, hi=e.hi, loss=e.loss, **sizes(model, mask, xb))
 
 # %% ../nbs/21_analysis.ipynb #one-shot-2
+@public
 def one_shot(learn,      # a trained `Learner`; left as found
              masks:dict, # name -> `Mask`
              dl=None,    # images to count on, None = test
@@ -56,6 +59,7 @@ def one_shot(learn,      # a trained `Learner`; left as found
     return pd.DataFrame([measured(learn.model, m, dl, xb, sizes, rule=k) for k,m in {'dense': None, **masks}.items()])
 
 # %% ../nbs/21_analysis.ipynb #plot-study
+@public
 def plot_study(df,        # rows with accuracy, lo and hi, such as those of `one_shot`
                x:str,     # column on the horizontal axis
                by:str='rule', # a line for each value
@@ -89,6 +93,7 @@ def _twin(learn, dls, start):
     return new
 
 # %% ../nbs/21_analysis.ipynb #fine-tuned
+@public
 def fine_tuned(learn,      # a trained `Learner`; left as found
                masks:dict, # name -> `Mask`
                epochs:int=1, # with removed weights at zero
@@ -117,6 +122,7 @@ def _mean(v):
     return m, sd, m-half, m+half
 
 # %% ../nbs/21_analysis.ipynb #summary
+@public
 def summary(df, by='rule', # rows of a study; columns that name the groups
             value:str='accuracy' # column to average
            )->pd.DataFrame:
@@ -127,6 +133,7 @@ def summary(df, by='rule', # rows of a study; columns that name the groups
     return df.groupby(by, sort=False)[value].apply(lambda v: pd.Series([len(v), *_mean(v)], ['repeats', 'mean', 'std', 'lo', 'hi'])).unstack().astype({'repeats': int})
 
 # %% ../nbs/21_analysis.ipynb #paired
+@public
 def paired(df, a, b,     # rows of a study; two values of `by`
            *, on:str='seed', by:str='rule', # column of the pairs; column that tells the two apart
            value:str='accuracy' # column to compare
@@ -165,6 +172,7 @@ def _box(x, eps, project, lo, hi):
     return torch.minimum(x, torch.maximum(x-eps, lo)), torch.maximum(x, torch.minimum(x+eps, hi))
 
 # %% ../nbs/21_analysis.ipynb #attack
+@public
 def attack(model,          # any classifier; left as found, runs in eval mode
            xb:torch.Tensor, # images as the network is fed, float [n, …]
            yb:torch.Tensor, # true classes, int [n]
@@ -206,6 +214,7 @@ def _range(dl):
     return (0., 1., 1.) if mean is None else ((0-mean)/std, (1-mean)/std, 1/std)
 
 # %% ../nbs/21_analysis.ipynb #robustness-2
+@public
 def robustness(models:dict,  # name -> classifier; left as found
                dl,           # loader of (images, classes); left as found
                eps=tuple(i/1000 for i in range(10)), # radii, in units of the network's input
@@ -226,6 +235,7 @@ def robustness(models:dict,  # name -> classifier; left as found
     return pd.DataFrame(rows)
 
 # %% ../nbs/21_analysis.ipynb #plot-robustness
+@public
 def plot_robustness(df # from `robustness`
                    ):
     "Accuracy under attack in % with its interval against eps, a panel per kind, a line per model; returns the figure."
@@ -237,6 +247,7 @@ def plot_robustness(df # from `robustness`
     return fig
 
 # %% ../nbs/21_analysis.ipynb #reliability
+@public
 def reliability(confidence,   # of each answer, in [0, 1], [n]
                 correct,      # was it right? bool [n]
                 n_bins:int=15 # equal bins over [0, 1]
@@ -253,12 +264,14 @@ def reliability(confidence,   # of each answer, in [0, 1], [n]
         return pd.DataFrame(dict(bin_lo=edges[:-1], bin_hi=edges[1:], k=k, n=n, confidence=count(p)/n, accuracy=k/n, lo=ends[:,0], hi=ends[:,1]))
 
 # %% ../nbs/21_analysis.ipynb #ece
+@public
 def ece(df:pd.DataFrame # from `reliability` or `calibration`
        )->float:
     "Expected calibration error, in [0, 1]: |accuracy - confidence|, averaged over the bins weighted by their counts."
     return float((df.n*(df.accuracy-df.confidence).abs()).sum()/df.n.sum())
 
 # %% ../nbs/21_analysis.ipynb #confidences
+@public
 @torch.inference_mode()
 def confidences(model, # classifier; left as found, runs in eval mode
                 dl     # loader of (images, classes); left as found
@@ -274,6 +287,7 @@ def confidences(model, # classifier; left as found, runs in eval mode
     return torch.cat(p).numpy(), torch.cat(ok).numpy()
 
 # %% ../nbs/21_analysis.ipynb #calibration-2
+@public
 def calibration(model,  # classifier; left as found, runs in eval mode
                 dl,     # loader of (images, classes); left as found
                 n_bins:int=15 # equal bins of confidence over [0, 1]
@@ -282,6 +296,7 @@ def calibration(model,  # classifier; left as found, runs in eval mode
     return reliability(*confidences(model, dl), n_bins)
 
 # %% ../nbs/21_analysis.ipynb #plot-reliability
+@public
 def plot_reliability(tables:dict, # name -> table of `reliability` or `calibration`
                      fewest:int=20 # images a bin needs to be drawn above; the error counts all
                     ):

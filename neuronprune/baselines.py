@@ -11,7 +11,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from .core import (Scores, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
-                              digesting, feed, generator, layers as all_layers, method, tensors, twins)
+                              digesting, feed, generator, layers as all_layers, method, tensors, twins, public)
 from fastprogress import progress_bar
 from .inputs import batch_for, slices, traced
 from .allocate import allocate, ratios
@@ -171,6 +171,7 @@ def magnitude(model:nn.Module, # trained model
     return _scores('magnitude', units, unit, start, graph, skipped, norm=norm, at=at)
 
 # %% ../nbs/10_baselines.ipynb #loss-name
+@public
 def loss_name(loss_func # any loss, None = cross-entropy
              )->str:
     "The name of a loss for the record, with the weights or the smoothing that set it apart."

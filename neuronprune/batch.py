@@ -39,6 +39,7 @@ def complete(params:dict # some of `PARAMETERS`
 # %% ../nbs/22_batch.ipynb #tuning
 SCHEDULE_ARGS = sorted(set(FIT_ARGS) - {'cbs', 'seed', 'start_epoch'}) # these three are the run's own business
 
+@public
 def tuning(p:dict # complete parameters
           )->tuple:
     "(learning rate, weight decay, arguments of `fit`) of the fine-tuning: `lr` and `fit_args` with `tune_args` over them; wd None = the learner's."
@@ -46,6 +47,7 @@ def tuning(p:dict # complete parameters
     return args.pop('lr', p['lr']), args.pop('wd', None), args
 
 # %% ../nbs/22_batch.ipynb #check-values
+@public
 def check_values(p:dict # complete parameters
                 )->dict:
     "`p`; `ValueError` or `TypeError` for a value that would stop the run later."
@@ -66,6 +68,7 @@ def check_values(p:dict # complete parameters
     split_args(methods()[p['method']], p['method_args'])
     return p
 
+@public
 def parameters_in(namespace:dict, # name -> value, such as a notebook's `globals()`
                   known,          # names of the parameters
                   again:bool=False # has the page been run in this name space? Then it holds the page's own names, too
@@ -77,12 +80,14 @@ def parameters_in(namespace:dict, # name -> value, such as a notebook's `globals
         if k not in known and (not again or difflib.get_close_matches(k, known, cutoff=.85)): check_choice('parameter', k, known)
     return {k:v for k,v in mine.items() if k in known}
 
+@public
 def check_parameters(namespace:dict, again:bool=False # as for `parameters_in`
                     )->dict:
     "The run's parameters out of a name space, complete and checked."
     return check_values(complete(parameters_in(namespace, PARAMETERS, again)))
 
 # %% ../nbs/22_batch.ipynb #input_size
+@public
 def input_size(dataset:str, # a name of `datasets()`, or a folder
                model:str    # a name of `models()`
               ):
@@ -91,6 +96,7 @@ def input_size(dataset:str, # a name of `datasets()`, or a folder
     return need if have is not None and have < need else None
 
 # %% ../nbs/22_batch.ipynb #grid
+@public
 def grid(**values # parameter = value, or a list of values to vary
         )->list:
     "The product of all lists, as a list of parameter dictionaries, checked."
@@ -98,16 +104,19 @@ def grid(**values # parameter = value, or a list of values to vary
     many = {k:v if isinstance(v, (list, tuple)) else [v] for k,v in values.items()}
     return [dict(zip(many, o)) for o in itertools.product(*many.values())]
 
+@public
 def load_grid(path # YAML file with `base:` and `grid:`, the latter one grid or a list of them
              )->list:
     "The parameter dictionaries described by a YAML file; `ValueError` for unknown keys."
-    d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    for k in d: check_choice('key', k, ('about', 'base', 'grid'))
-    base, grids = {k:[v] for k,v in (d.get('base') or {}).items()}, d.get('grid') or {}
+    try: d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"path={str(path)!r}: no plain YAML: {' '.join(str(e).split())}") from None
+    for k in check_type(f'path={str(path)!r}', d, dict, 'with base: and grid:'): check_choice('key', k, ('about', 'base', 'grid'))
+    base, grids = {k:[v] for k,v in check_type(f'path={str(path)!r}: base', d.get('base') or {}, dict).items()}, d.get('grid') or {}
     grids = grids if isinstance(grids, list) else [grids]
     return [o for g in grids for o in grid(**{**base, **check_type('grid', g, dict)})]
 
 # %% ../nbs/22_batch.ipynb #run_folder
+@public
 def run_folder(params:dict, # parameters of one run
                out='runs'   # where the runs live
               )->Path:
@@ -115,6 +124,7 @@ def run_folder(params:dict, # parameters of one run
     p = {k:v for k,v in complete(params).items() if k != 'out'}
     return Path(out)/f"{p['method']}-{_digest(p)}"
 
+@public
 def notebook_path()->Path:
     "`nbs/experiments.ipynb` of this checkout; `FileNotFoundError` when the package was installed without it."
     p = Path(neuronprune.__file__).resolve().parents[1]/'nbs'/'experiments.ipynb'
@@ -132,6 +142,7 @@ def _record(path, params):
     return r
 
 # %% ../nbs/22_batch.ipynb #run
+@public
 def run(params:dict,     # parameters of one run
         out='runs',      # where the runs live
         notebook=None,   # page to execute, None = nbs/experiments.ipynb
@@ -158,6 +169,7 @@ def _safe_run(params, out, notebook, threads):
     try: return run(params, out, notebook, threads), ''
     except Exception as e: return None, f'{type(e).__name__}: {e}'.strip().splitlines()[-1]
 
+@public
 def run_all(grid:list,       # list of parameter dictionaries
             n_jobs:int=1,    # processes
             *, out='runs',   # where the runs live
@@ -171,6 +183,7 @@ def run_all(grid:list,       # list of parameter dictionaries
     done = list(progress_bar(jobs, total=len(grid)) if progress else jobs)
     return pd.DataFrame([dict(p, record=r, error=e, folder=str(run_folder(p, out))) for p,(r,e) in zip(grid, done)])
 
+@public
 def gather(out='runs' # where the runs live
           )->list:
     "All records under `out`, in the order of their folders' names; a broken one, or a second copy, is left out with a warning."

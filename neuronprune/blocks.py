@@ -8,7 +8,7 @@ __all__ = ['group_index', 'check_groups', 'parent_of', 'block_layers', 'block_la
 # %% ../nbs/08_blocks.ipynb #import-numpy-as-np-pandas-as-p
 import numpy as np, torch
 from threadpoolctl import threadpool_limits
-from .core import Mask, check_choice, check_finite, check_int, check_type, generator
+from .core import Mask, check_choice, check_finite, check_int, check_type, generator, public
 
 # %% ../nbs/08_blocks.ipynb #clusters
 def _clusters(points, n, seed):
@@ -25,6 +25,7 @@ def _clusters(points, n, seed):
     return pd.factorize(idx)[0]
 
 # %% ../nbs/08_blocks.ipynb #group-index
+@public
 def group_index(width:int,    # units of the layer
                 n_groups:int, # groups, at most `width`
                 grouping:str='contiguous', # 'contiguous', 'random' or 'kmeans'
@@ -46,6 +47,7 @@ def group_index(width:int,    # units of the layer
     return idx if grouping == 'contiguous' else idx[torch.randperm(width, generator=generator(seed))]
 
 # %% ../nbs/08_blocks.ipynb #check-groups
+@public
 def check_groups(n_groups # what the user passed
                 ):
     "`n_groups` if it is None, 'each' or a pair (parent groups, child groups) of whole numbers; otherwise a `TypeError` or `ValueError`."
@@ -55,6 +57,7 @@ def check_groups(n_groups # what the user passed
     return tuple(check_int('n_groups', o, 1) for o in n_groups)
 
 # %% ../nbs/08_blocks.ipynb #parent-of
+@public
 def parent_of(graph,    # `Graph` of the model
               layer:str # consumer
              )->torch.Tensor:
@@ -79,6 +82,7 @@ def _no_blocks(graph):
     return why
 
 # %% ../nbs/08_blocks.ipynb #block-layers
+@public
 def block_layers(graph,      # `Graph` of the model
                  chosen=None # layer paths, None = every one that has blocks
                 )->tuple:
@@ -95,6 +99,7 @@ def block_layers(graph,      # `Graph` of the model
     return [n for n in ok if n in chosen], why | {n:'not chosen' for n in ok if n not in chosen}
 
 # %% ../nbs/08_blocks.ipynb #block-labels
+@public
 def block_labels(graph,          # `Graph` of the model
                  layer:str,      # the layer whose weights are cut into blocks
                  n_groups=None,  # (parent groups, child groups), 'each' = every channel by itself, None = 20 or the layer's width
@@ -112,6 +117,7 @@ def block_labels(graph,          # `Graph` of the model
     return child, group_index(n_par, n_g, grouping, seed+1, f'{layer}:in', parents), column
 
 # %% ../nbs/08_blocks.ipynb #block-cost
+@public
 def block_cost(labels, # (group of each output [n_out], group of each input column [n_in])
                taps:int=1 # weights per pair of channels: 1, or a convolution's kernel size
               )->torch.Tensor:
@@ -120,6 +126,7 @@ def block_cost(labels, # (group of each output [n_out], group of each input colu
     return torch.outer(child.bincount(), parent.bincount())*check_int('taps', taps, 1)
 
 # %% ../nbs/08_blocks.ipynb #block-mean
+@public
 def block_mean(w,     # one number per weight, tensor [n_out, n_in, ...]
                labels # (group of each output [n_out], group of each input column [n_in])
               )->torch.Tensor:
@@ -132,6 +139,7 @@ def block_mean(w,     # one number per weight, tensor [n_out, n_in, ...]
     return rows.new_zeros(n.shape).index_add_(1, parent, rows)/n
 
 # %% ../nbs/08_blocks.ipynb #dead-units
+@public
 def dead_units(mask:Mask # unit='group'
               ):
     "pandas `DataFrame`, one row per layer: its children, those with no block left, its input columns, those no child reads; `ValueError` for other units."

@@ -46,6 +46,7 @@ def _between(kind, hi, lo, n):
 KINDS = ('geometric', 'linear', 'cubic', 'harmonic', 'harmonic2', 'manual')
 
 # %% ../nbs/20a_cascade.ipynb #densities
+@public
 def densities(kind:str='geometric', # one of `KINDS`
               hi:float=None,   # first density (not for 'harmonic' and 'manual')
               lo:float=None,   # last density; a 'harmonic' list ends with the first one below it
@@ -65,6 +66,7 @@ def densities(kind:str='geometric', # one of `KINDS`
     return check_densities([round(o, 12) for o in _harmonic(lo, count)])
 
 # %% ../nbs/20a_cascade.ipynb #check-densities
+@public
 def check_densities(values # fractions of the parameters kept
                    )->list:
     "`values` as a list of floats in (0, 1]; `ValueError` unless they descend."
@@ -95,6 +97,7 @@ def _budget(density, size, n, n_layers):
         raise ValueError(f"density={density:g}: expected at least {least:g}; {fixed:,} of {size:,} parameters are no weights, and every layer keeps one")
     return min(res, n)
 
+@public
 def budget(model, # the dense network
            density:float # fraction of all its parameters to keep, in (0, 1]
           )->int:
@@ -102,6 +105,7 @@ def budget(model, # the dense network
     return _budget(density, count_params(model), sum((ws := _weights(model)).values()), len(ws))
 
 # %% ../nbs/20a_cascade.ipynb #tuned-steps
+@public
 def tuned_steps(n:int, # number of densities
                 fine_tunes:int=None # how many of them are fine-tuned, None = all
                )->list:
@@ -444,6 +448,7 @@ def _rows(folder, p):
     return rows
 
 # %% ../nbs/20a_cascade.ipynb #cascade-folder
+@public
 def cascade_folder(p:dict, # complete arguments of `cascade`
                    dls     # from `get_dls`
                   )->Path:
@@ -473,6 +478,7 @@ def _log(board, row, name):
     board.flush()
 
 # %% ../nbs/20a_cascade.ipynb #cascade-2
+@public
 def cascade(dls,           # from `get_dls`
             model:str,     # a name of the zoo
             method:str,    # a name of `methods()`
@@ -558,6 +564,7 @@ def _chain(g, p, folder):
     return pd.DataFrame([*(dict(r, error='') for r in rows), dict(own, error=error)])
 
 # %% ../nbs/20a_cascade.ipynb #cascades
+@public
 def cascades(grid:list,   # dictionaries: arguments of `cascade`, and `data`, those of `get_dls`
              n_jobs:int=1, # processes
              *, progress:bool=True # show a bar
@@ -613,6 +620,7 @@ def _smallest(net, level, when):
     return b.params_density, b.macs_density, 1-b[f'{when}_k']/n, True
 
 # %% ../nbs/20a_cascade.ipynb #t-interval
+@public
 def t_interval(x, # numbers
                level:float=.95 # confidence
               )->tuple:
@@ -623,6 +631,7 @@ def t_interval(x, # numbers
     return x.mean(), x.mean()-half, x.mean()+half
 
 # %% ../nbs/20a_cascade.ipynb #commensurate
+@public
 def commensurate(df:pd.DataFrame, # rows of `cascade`
                  levels=LEVELS,   # allowed loss of accuracy, percentage points
                  *, when:str='tuned' # accuracy after fine-tuning, or as 'pruned'
@@ -660,6 +669,7 @@ def _mean_curve(g, x):
     return steps[f'{x}_density'].mean()[all_], steps.lost.mean()[all_], steps.lost.std().fillna(0)[all_]
 
 # %% ../nbs/20a_cascade.ipynb #plot-tradeoff
+@public
 def plot_tradeoff(df:pd.DataFrame, # rows of `cascade`
                   x:str='params',  # what is removed: 'params' | 'macs'
                   y:str='accuracy', # what is lost: 'accuracy' | 'top5' | 'loss'
@@ -695,6 +705,7 @@ def _layer_table(df, density):
     return near, res, layers_
 
 # %% ../nbs/20a_cascade.ipynb #plot-budget
+@public
 def plot_budget(df:pd.DataFrame, # rows of `cascade`
                 density:float    # which cut; the nearest one asked for is shown
                ):
@@ -719,6 +730,7 @@ def _stack_curves(texts):
     return pd.Series([[v+[np.nan]*(n-len(v)) for v in o] for o in got], index=texts.index)
 
 # %% ../nbs/20a_cascade.ipynb #results-arrays
+@public
 def results_arrays(df:pd.DataFrame # rows of `cascade`, one data set and network
                   )->dict:
     "The arrays of the published result files, axes (net, interval, repetition, algorithm), layers last; `ValueError` if `df` mixes studies."
@@ -740,6 +752,7 @@ def results_arrays(df:pd.DataFrame # rows of `cascade`, one data set and network
                 layers=np.array(list(json.loads(r.layers))), dataset_train=r.dataset, dataset_test=r.dataset)
 
 # %% ../nbs/20a_cascade.ipynb #save-results
+@public
 def save_results(df:pd.DataFrame, # rows of `cascade`
                  folder           # made if missing
                 )->list:
@@ -775,6 +788,7 @@ STUDY = dict(dataset='digits', model='lenet300', methods={'magnitude': {'method'
              augment=None, normalize=None, valid_pct=.1, n_train=None, level=.5, out='runs', data_root=None, n_jobs=1, tensorboard=None)
 
 # %% ../nbs/20a_cascade.ipynb #check-study
+@public
 def check_study(namespace:dict, # name -> value, such as a notebook's `globals()`
                 again:bool=False # has the page been run in this name space?
                )->dict:
@@ -787,6 +801,7 @@ def check_study(namespace:dict, # name -> value, such as a notebook's `globals()
     return p
 
 # %% ../nbs/20a_cascade.ipynb #study
+@public
 def study(p:dict # parameters as in `STUDY`
          )->list:
     "The grid for `cascades`: every method on every network."
@@ -802,6 +817,7 @@ def study(p:dict # parameters as in `STUDY`
     return res
 
 # %% ../nbs/20a_cascade.ipynb #study-folder
+@public
 def study_folder(p:dict # parameters as in `STUDY`
                 )->Path:
     "Where the results of a study go: a name to read, and a hash of the parameters that change a result."

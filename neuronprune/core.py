@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['PRUNABLE', 'UNITS', 'CURE', 'check_fraction', 'check_int', 'check_choice', 'tensors', 'mapped', 'take', 'feed',
-           'check_type', 'check_finite', 'check_batch', 'digesting', 'UnsupportedLayerError', 'layers', 'twins',
-           'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'Units', 'Scores', 'Mask',
-           'replacing', 'DamagedFileError', 'reading', 'save_tensors', 'load_tensors', 'save_json', 'load_json',
+           'check_type', 'check_finite', 'check_batch', 'digesting', 'public', 'UnsupportedLayerError', 'layers',
+           'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'Units', 'Scores',
+           'Mask', 'replacing', 'DamagedFileError', 'reading', 'save_tensors', 'load_tensors', 'save_json', 'load_json',
            'memory_size', 'check_room', 'Method', 'method', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
-import functools, importlib, inspect, json, math, os, random, difflib, warnings
+import difflib, importlib, inspect, json, linecache, math, os, random, re, sys, warnings
 from collections.abc import Mapping, ValuesView
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import wraps
 from numbers import Integral, Real
 import numpy as np, torch
 from torch import nn
@@ -44,23 +45,28 @@ def check_fraction(name:str,      # argument name, for the message
 # %% ../nbs/00_core.ipynb #check_int
 def check_int(name:str, # argument name
               value,    # what the user passed
-              lo:int=None # smallest legal value
+              lo:int=None, # smallest legal value
+              hi:int=None  # largest legal value
              )->int:
-    "`value` as an int, at least `lo`; raises `TypeError` for anything else (bools too), `ValueError` below `lo`."
+    "`value` as an int from `lo` to `hi`; raises `TypeError` for anything else (bools too), `ValueError` outside."
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r}: expected a whole number, got {type(value).__name__}")
     if lo is not None and value < lo: raise ValueError(f"{name}={value}: expected a whole number of at least {lo}")
+    if hi is not None and value > hi: raise ValueError(f"{name}={value}: expected a whole number of at most {hi}")
     return int(value)
 
 # %% ../nbs/00_core.ipynb #check_choice
+_OTHERS = dict(filter='channel', neuron='channel', kernel='channel', structured='channel', unstructured='weight', element='weight', block='group')
+
 def check_choice(name:str, # argument name
                  value,    # what the user passed
                  allowed   # iterable of legal names
                 ):
     "`value` if it is one of `allowed`; otherwise a `ValueError` that lists them and names the nearest."
     allowed = list(allowed)
-    if value in allowed: return value
-    near = difflib.get_close_matches(str(value).lower(), [str(o) for o in allowed], n=1, cutoff=.5)
+    if any(value is o for o in allowed) or not isinstance(value, (bool, torch.Tensor, np.ndarray)) and value in allowed: return value
+    said = [str(o) for o in allowed]; word = str(value).lower()
+    near = [o for o in (_OTHERS.get(word.removesuffix('s')),) if o in said] or difflib.get_close_matches(word, said, n=1, cutoff=.5)
     hint = f"; did you mean {near[0]!r}?" if near else ''
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{hint}")
 
@@ -107,13 +113,16 @@ def check_type(name:str, # argument name
     if isinstance(value, cls): return value
     names = ['nn.Module' if c is nn.Module else c.__name__ for c in (cls if isinstance(cls, tuple) else (cls,))]
     what = ' or '.join(f"{'an' if n.startswith(('nn.', *'AEIO')) else 'a'} {n}" for n in names)
-    raise TypeError(f"{name}: expected {what}{fix and f', {fix}'}, got {type(value).__name__}")
+    text = isinstance(value, str) and value.lstrip().startswith(('{', '['))
+    hint = f"; papermill's -p passes text: use -y '{name}: {value}'" if text else ''
+    raise TypeError(f"{name}: expected {what}{fix and f', {fix}'}, got {type(value).__name__}{hint}")
 
 # %% ../nbs/00_core.ipynb #check_finite
 def check_finite(name:str, # argument name
                  x:torch.Tensor # any tensor
                 )->torch.Tensor:
-    "`x` unchanged; raises `ValueError` when it holds NaN or infinite entries."
+    "`x` unchanged; raises `ValueError` when it holds NaN or infinite entries, `TypeError` when it is no tensor."
+    if not isinstance(x, torch.Tensor): raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     bad = 0 if not x.is_floating_point() else int((~torch.isfinite(x)).sum())
     if bad: raise ValueError(f"{name}: {bad} of {x.numel()} entries are NaN or infinite; expected finite numbers")
     return x
@@ -150,6 +159,64 @@ def digesting(*xb,            # the model's inputs
         if isinstance(e, torch.cuda.OutOfMemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e): raise
         shapes = ', '.join(str(tuple(o.shape)) for o in tensors(xb))
         raise ValueError(f"{name}: the model cannot digest a batch of shape {shapes}: {e}") from e
+
+# %% ../nbs/00_core.ipynb #comments
+_LINE = re.compile(r"""((?:[^'"#]|'[^']*'|"[^"]*")*)(?:#\s*(.*?))?\s*$""") # code, comment
+_NAME = re.compile(r'(?:^|[(,*])\s*(\w+)')
+
+def _comments(f):
+    "Argument (or 'return') -> the comment beside it in the source of `f`."
+    code, res, depth = f.__code__, {}, 0
+    names = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount+bool(code.co_flags & 4)+bool(code.co_flags & 8)]
+    lines = linecache.getlines(code.co_filename)[code.co_firstlineno-1:]
+    start = next((i for i,l in enumerate(lines) if l.lstrip().startswith('def ')), len(lines))
+    for line in lines[start:]:
+        left, said = _LINE.match(line).groups()
+        depth += left.count('(')+left.count('[') - left.count(')')-left.count(']')
+        here = [o for o in _NAME.findall(left) if o in names and o not in res]
+        parts = said.split('; ', len(here)-1) if said and here else []
+        res.update(zip(here, parts if len(parts) == len(here) else [said]*len(here)))
+        if depth == 0: return {**res, 'return': None if here else said}
+    return res
+
+# %% ../nbs/00_core.ipynb #documented
+def _kind(o):
+    "An annotation in words."
+    return o if isinstance(o, str) else {nn.Module: 'nn.Module', torch.Tensor: 'torch.Tensor'}.get(o, getattr(o, '__name__', str(o)))
+
+def _documented(f):
+    "The docstring of `f` with its arguments, their types, defaults and comments, in NumPy's layout."
+    f = inspect.unwrap(f); code, notes, ann, kw = f.__code__, _comments(f), f.__annotations__, f.__kwdefaults__ or {}
+    names = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount+bool(code.co_flags & 4)+bool(code.co_flags & 8)]
+    first = names[:code.co_argcount]; given = {**dict(zip(reversed(first), reversed(f.__defaults__ or ()))), **kw}
+    rows = []
+    for k in names:
+        if k in ('self', 'cls'): continue
+        more = [_kind(ann[k])] if k in ann else []
+        if k in given: more.append(f'default {getattr(given[k], "__name__", None) or repr(given[k])}')
+        rows.append(f"{k}{' : ' if more else ''}{', '.join(more)}" + (f"\n    {notes[k]}" if notes.get(k) else ''))
+    doc = [f.__doc__ or '', *(['Parameters\n----------\n'+'\n'.join(rows)] if rows else [])]
+    if ann.get('return') is not None:
+        doc.append(f"Returns\n-------\n{_kind(ann['return'])}" + (f"\n    {notes['return']}" if notes.get('return') else ''))
+    return '\n\n'.join(doc)
+
+# %% ../nbs/00_core.ipynb #public
+def _check_call(f, args, kw):
+    "Raises one `ValueError` or `TypeError` for all that is wrong with a call."
+    from neuronprune.door import check_call
+    check_call(f, args, kw)
+
+def public(f # function, or class whose constructor is meant
+          ):
+    "Decorator: calls from outside the package are checked, and `help` shows the comments of the signature."
+    if isinstance(f, type): f.__init__ = public(f.__init__); return f
+    @wraps(f)
+    def door(*args, **kw):
+        inside = sys._getframe(1).f_globals.get('__name__', '').startswith('neuronprune.')
+        if not inside and (f.__name__ != '__init__' or type(args[0]).__init__ is door): _check_call(f, args, kw)
+        return f(*args, **kw)
+    door.__doc__ = _documented(f)
+    return door
 
 # %% ../nbs/00_core.ipynb #unsupportedlayererror
 class UnsupportedLayerError(ValueError):
@@ -192,18 +259,20 @@ def kappa(n:int, # number of candidate units
     return check_int('n', n, 0) - math.floor(n * Fraction(str(s)))
 
 # %% ../nbs/00_core.ipynb #generator
-def generator(seed:int,     # any whole number
+@public
+def generator(seed:int,     # whole number below 2^63
               device='cpu'  # where the generator draws
              )->torch.Generator:
     "A fresh `torch.Generator` with this seed."
-    return torch.Generator(device=device).manual_seed(check_int('seed', seed))
+    return torch.Generator(device=device).manual_seed(check_int('seed', seed, -2**63, 2**63-1))
 
 # %% ../nbs/00_core.ipynb #seed_everything
+@public
 @contextmanager
-def seed_everything(seed:int # any whole number
+def seed_everything(seed:int # whole number below 2^63
                    ):
     "Inside the block torch, NumPy and random are seeded; afterwards their states are as before."
-    check_int('seed', seed)
+    check_int('seed', seed, -2**63, 2**63-1)
     py, np_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
@@ -219,6 +288,7 @@ def unfused():
     finally: torch.backends.mha.set_fastpath_enabled(old)
 
 # %% ../nbs/00_core.ipynb #as_found
+@public
 @contextmanager
 def as_found(model:nn.Module,      # model to borrow
              train:bool=None,      # mode inside the block, None = as it is
@@ -239,11 +309,16 @@ def as_found(model:nn.Module,      # model to borrow
 # %% ../nbs/00_core.ipynb #tensor
 def _tensor(name, value):
     "`value` as a detached CPU tensor; a `TypeError` that names it otherwise."
-    try: return torch.as_tensor(value).detach().cpu()
+    try: t = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name}: expected a tensor, got {type(value).__name__} ({e})") from None
+    if t.layout != torch.strided or t.is_quantized or t.is_complex():
+        what = str(t.layout if t.layout != torch.strided else t.dtype).removeprefix('torch.')
+        raise TypeError(f"{name}: a tensor of {what}; expected a dense one of real numbers or bools")
+    return t
 
 def _tensors(name, d):
     "Key -> tensor of a dictionary that may be None."
+    for k in d if isinstance(d, Mapping) else (): check_type(f'{name}: key {k!r}', k, str, 'the path of a layer')
     return {k:_tensor(f'{name}[{k!r}]', v) for k,v in check_type(name, d or {}, Mapping, 'key -> tensor').items()}
 
 def _pairs(name, d):
@@ -260,8 +335,19 @@ def _check_labels(key, t, labels):
     if key not in labels: raise ValueError(f"labels: no entry for {key!r}; group units need (child_idx, parent_idx)")
     if t.ndim != 2: raise ValueError(f"units[{key!r}]: shape {tuple(t.shape)}; expected [K, G] for unit='group'")
     for idx,n,side in zip(labels[key], t.shape, ('child', 'parent')):
+        if idx.ndim != 1 or idx.is_floating_point() or idx.dtype == torch.bool:
+            raise TypeError(f"labels[{key!r}]: {side} groups {idx.dtype} of shape {tuple(idx.shape)}; expected one whole number per channel")
         bad = idx[(idx < 0) | (idx >= n)]
         if len(bad): raise ValueError(f"labels[{key!r}]: {side} group {int(bad[0])} out of range; expected 0 to {n-1}")
+
+def _check_graph(graph, units):
+    "A graph that comes with channels has their layers and widths."
+    if not hasattr(graph, 'layers') or isinstance(graph, nn.Module): raise TypeError(f"graph: expected a Graph, as from trace(model, xb), got {type(graph).__name__}")
+    for k,v in units.items() if hasattr(graph, 'out_slots') else ():
+        slots = graph.in_slots.get(k.removesuffix(':in')) if k.endswith(':in') else graph.out_slots.get(k)
+        if slots is None or len(slots) != len(v):
+            what = f"layer {k!r} is not in the model" if slots is None else f"shape {tuple(v.shape)}, but its layer needs ({len(slots)},)"
+            raise ValueError(f"units[{k!r}]: {what} that the graph describes; expected graph=trace(model, xb) of the same network")
 
 def _check_ranks(key, t, labels):
     "Rank scores are [r] or [k, r]; directions [out, r] and centre [out] belong to the former only."
@@ -278,19 +364,28 @@ class Units(Mapping):
         check_choice('unit', unit, UNITS); check_type('units', units, Mapping, 'key -> tensor')
         if not units: raise ValueError("units: empty; expected at least one layer")
         self.units, self.labels = _tensors('units', units), _pairs('labels', labels)
-        self.unit,self.graph,self.meta = unit,graph,dict(meta or {})
+        self.unit,self.graph,self.meta = unit,graph,dict(check_type('meta', meta or {}, Mapping, 'name -> value'))
+        for k in self.meta: check_type(f'meta: key {k!r}', k, str)
         for k,v in self.units.items():
             if v.numel() == 0: raise ValueError(f"units[{k!r}]: empty tensor; expected at least one unit")
             if unit == 'channel' and v.ndim != 1:
                 raise ValueError(f"units[{k!r}]: shape {tuple(v.shape)}; expected one entry per channel")
             if unit == 'group': _check_labels(k, v, self.labels)
             if unit == 'rank': _check_ranks(k, v, self.labels)
+        if graph is not None: _check_graph(graph, self.units if unit == 'channel' else {})
     def __getitem__(self, k): return self.units[k]
     def __iter__(self): return iter(self.units)
     def __len__(self): return len(self.units)
     def _repr_html_(self): return f"<p>{self!r}</p>{self.frame().to_html(index=False, float_format='{:.4g}'.format)}"
 
 # %% ../nbs/00_core.ipynb #check-tiebreak
+def _check_cost(cost, units):
+    "A cost is one number >= 0 per layer, or one for every score."
+    for k,v in cost.items():
+        if k not in units: raise ValueError(f"cost: {k!r} is no key of the scores; expected {', '.join(units)}")
+        if v.ndim and v.shape != units[k].shape: raise ValueError(f"cost[{k!r}]: shape {tuple(v.shape)}; expected a number or {tuple(units[k].shape)}")
+        if (check_finite(f'cost[{k!r}]', v) < 0).any(): raise ValueError(f"cost[{k!r}]: {float(v.min()):g}; expected weights per unit, at least 0")
+
 def _check_tiebreak(tiebreak, units):
     "A second key has one finite number for every score."
     if set(tiebreak) != set(units):
@@ -300,6 +395,7 @@ def _check_tiebreak(tiebreak, units):
         check_finite(f'tiebreak[{k!r}]', v)
 
 # %% ../nbs/00_core.ipynb #scores-2
+@public
 class Scores(Units):
     "Score per unit, higher = keep. `units`: key -> float tensor; NaN and infinities raise `ValueError`."
     def __init__(self,
@@ -320,6 +416,7 @@ class Scores(Units):
         self.method,self.secs,self.skipped = method,secs,dict(skipped or {})
         self.cost, self.tiebreak = _tensors('cost', cost), _tensors('tiebreak', tiebreak)
         self.gone = _tensors('gone', gone)
+        _check_cost(self.cost, self.units)
         if self.tiebreak: _check_tiebreak(self.tiebreak, self.units)
 
     def __repr__(self):
@@ -328,6 +425,7 @@ class Scores(Units):
 
 # %% ../nbs/00_core.ipynb #frame
 @patch
+@public
 def frame(self:Scores):
     "pandas `DataFrame`, one row per key: shape, number of units, smallest, mean and largest score."
     import pandas as pd
@@ -343,6 +441,7 @@ def _panels(n, width=3.2, height=2.6):
 
 # %% ../nbs/00_core.ipynb #plot
 @patch
+@public
 def plot(self:Scores, n_max:int=4 # most block matrices drawn
         ):
     "Sorted scores per layer, or the block matrices of `unit='group'`; returns the figure."
@@ -364,6 +463,7 @@ def plot(self:Scores, n_max:int=4 # most block matrices drawn
 _reduce = dict(mean=torch.mean, sum=torch.sum, max=torch.amax, min=torch.amin)
 
 @patch
+@public
 def to_channels(self:Scores, reduce:str='mean' # 'mean', 'sum', 'max' or 'min' over a channel's weights or blocks
                )->Scores:
     "Channel scores [out] from weight or group scores; the output layer, if the graph is known, is left out."
@@ -377,6 +477,7 @@ def to_channels(self:Scores, reduce:str='mean' # 'mean', 'sum', 'max' or 'min' o
                   skipped={**self.skipped, **skip})
 
 # %% ../nbs/00_core.ipynb #mask
+@public
 class Mask(Units):
     "Keep pattern, True = kept. `units`: key -> bool tensor."
     def __init__(self,
@@ -389,6 +490,7 @@ class Mask(Units):
                 ):
         super().__init__(units, unit, graph, labels, meta)
         self.scale = {k:check_finite(f'scale[{k!r}]', v) for k,v in _tensors('scale', scale).items()}
+        for k in self.scale: check_choice('scale: key', k, self.units)
         for k,v in self.units.items():
             if v.dtype != torch.bool: raise TypeError(f"mask[{k!r}]: dtype {v.dtype}; expected torch.bool, True = kept")
             s = self.scale.get(k)
@@ -405,6 +507,7 @@ class Mask(Units):
 
 # %% ../nbs/00_core.ipynb #counts
 @patch
+@public
 def counts(self:Mask)->tuple:
     "(units kept, units in all); tied channels count once."
     g = self.graph
@@ -427,6 +530,7 @@ def __repr__(self:Mask):
 
 # %% ../nbs/00_core.ipynb #frame-2
 @patch
+@public
 def frame(self:Mask):
     "pandas `DataFrame`, one row per key: units, units kept, sparsity of the layer."
     import pandas as pd
@@ -435,6 +539,7 @@ def frame(self:Mask):
 
 # %% ../nbs/00_core.ipynb #plot-2
 @patch
+@public
 def plot(self:Mask):
     "Share of units kept in each layer; returns the figure."
     import matplotlib.pyplot as plt
@@ -466,6 +571,7 @@ def __or__(self:Mask, o:Mask): "Kept by either."; return _combine(self, o, torch
 import hashlib
 
 # %% ../nbs/00_core.ipynb #replacing
+@public
 @contextmanager
 def replacing(path # file to write
              ):
@@ -507,6 +613,7 @@ def _checksum(text, tensors):
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+@public
 def save_tensors(path,         # file to write
                  tensors:dict, # name -> tensor
                  header:dict   # JSON-able
@@ -529,6 +636,7 @@ def _verified(meta, tensors):
         if found != _checksum(text, tensors): raise ValueError("the checksum is not that of the contents; the file was changed or damaged")
     return check_type('header', json.loads(text), dict)
 
+@public
 def load_tensors(path,         # file written by `save_tensors`
                  kind:str=None, # what its header must say it holds, None = anything
                  cure:str=CURE # what to do about a damaged file
@@ -544,6 +652,7 @@ def load_tensors(path,         # file written by `save_tensors`
     return tensors, header
 
 # %% ../nbs/00_core.ipynb #save-json
+@public
 def save_json(path,  # file to write
               d:dict # JSON-able, with texts as keys
              ):
@@ -552,6 +661,7 @@ def save_json(path,  # file to write
     text = json.dumps({**d, 'sha256': _checksum(json.dumps(d, sort_keys=True), {})}, indent=1, ensure_ascii=False)
     with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8') as f: f.write(text+'\n')
 
+@public
 def load_json(path, # file written by `save_json`
               known, # names it may hold
               cure:str=CURE # what to do about a damaged file
@@ -570,6 +680,7 @@ def load_json(path, # file written by `save_json`
 
 # %% ../nbs/00_core.ipynb #save
 @patch
+@public
 def save(self:Units, path):
     "Write to `path` (safetensors, JSON header)."
     own = {k:getattr(self, k) for k in ('method', 'secs', 'skipped') if hasattr(self, k)}
@@ -591,6 +702,7 @@ def _units_from(cls, t, h):
                **extra, **h['own'])
 
 @patch(cls_method=True)
+@public
 def load(cls:Units, path # file written by `save`
         ):
     "Read back what `save` wrote; `DamagedFileError`, a `ValueError`, if the file holds something else."
@@ -598,11 +710,13 @@ def load(cls:Units, path # file written by `save`
     with reading(path): return _units_from(cls, t, h)
 
 # %% ../nbs/00_core.ipynb #check-room
+@public
 def memory_size()->float:
     "Bytes of main memory; infinite where the system does not say."
     try: return float(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'))
     except (AttributeError, ValueError, OSError): return math.inf
 
+@public
 def check_room(what:str, # argument and value, for the message
                n_bytes   # bytes that it takes
               ):
@@ -629,7 +743,7 @@ class Method:
     rewind:object  # 'none', 'init', 'sign' or an epoch: the weights training restarts from
     allocate:object # keyword defaults for `allocate`, or the method's own allocator
     paper:str      # the source
-    def __call__(self, *args, **kw): return self.fn(*args, **kw)
+    def __call__(self, *args, **kw): _check_call(self.fn, args, kw); return self.fn(*args, **kw)
 
 # %% ../nbs/00_core.ipynb #method-2
 def method(name:str,        # registered name
@@ -644,11 +758,12 @@ def method(name:str,        # registered name
     check_choice('unit', unit, UNITS)
     for o in needs: check_choice('needs', o, ('data', 'labels', 'gradients', 'training'))
     def _inner(f):
-        @functools.wraps(f)
+        @wraps(f)
         def scored(model, *args, **kw):
             res = f(model, *args, **kw)
             if isinstance(res, Scores): res.skipped = {**{k:v for k,v in untouched(model).items() if k not in res}, **res.skipped}
             return res
+        scored = public(scored)
         _registry[name] = Method(name, scored, unit, tuple(needs), at, rewind, {} if allocate is None else allocate, paper)
         return scored
     return _inner
@@ -670,6 +785,7 @@ class Methods(Mapping):
 def methods()->Methods: "All registered methods, a dictionary name -> `Method`."; return Methods()
 
 @patch
+@public
 def frame(self:Methods):
     "pandas `DataFrame`, one row per method; this imports them all."
     import pandas as pd

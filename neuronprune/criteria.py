@@ -9,7 +9,7 @@ __all__ = ['contributions', 'greedy_order', 'thinet']
 import time
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers, method, tensors
+from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers, method, tensors, public
 from .probe import slots
 from .inputs import batch_for, column_groups, readers, slices, traced
 
@@ -26,6 +26,7 @@ def _patches(m, x, place, size):
     return x.movedim(1, -1)[tuple(index)].flatten(2, -2).transpose(2, 3)
 
 # %% ../nbs/17_criteria.ipynb #contributions-2
+@public
 def contributions(m:nn.Module,        # Linear or convolution without groups
                   x:torch.Tensor,     # its input [n, ...]
                   place:torch.Tensor, # places of the outputs, flat, int64 [n, p]
@@ -38,6 +39,7 @@ def contributions(m:nn.Module,        # Linear or convolution without groups
     return torch.einsum('npct,npct->npc', a.to(w.dtype), w[chan]).flatten(0, 1).cpu().double()
 
 # %% ../nbs/17_criteria.ipynb #greedy-order
+@public
 def greedy_order(G # Gram matrix of the contributions, float64 [c, c]
                 )->np.ndarray:
     "Channels in the order in which they join the set of smallest joint contribution, int64 [c]; equal ones in index order; `ValueError` unless square and finite."

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from .core import (check_batch, check_choice, check_fraction, check_int, check_room, check_type,
-                              generator, mapped, reading, seed_everything, take, tensors)
+                              generator, mapped, reading, seed_everything, take, tensors, public)
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
@@ -27,6 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader as TorchLoader
 
 # %% ../nbs/01_data.ipynb #stratified
+@public
 def stratified(y:torch.Tensor, # integer labels [n]
                k:int,          # how many to pick
                seed:int=0      # same seed, same pick
@@ -91,6 +92,7 @@ def random_rotate(x:torch.Tensor, # images [n, c, h, w]
 AUGMENTATIONS = dict(crop=random_crop, flip=random_flip, cutout=cutout, rotate=random_rotate)
 
 # %% ../nbs/01_data.ipynb #augmentations
+@public
 def augmentations(augment # None, names as in 'crop+flip', a list of names, or functions f(x, g)
                  )->list:
     "The list of functions behind `augment`; unknown names are refused with the list of known ones."
@@ -197,6 +199,7 @@ def _opened(path, mode=None):
 
 # %% ../nbs/01_data.ipynb #read
 @patch
+@public
 def read(self:Files,
          i:int,            # which image
          random:bool=False # cut a random resized crop?
@@ -213,6 +216,7 @@ def read(self:Files,
 
 # %% ../nbs/01_data.ipynb #items
 @patch
+@public
 def items(self:Files, idx):
     "The images `idx`, un-augmented, uint8 [len(idx), c, h, w]; raises `ValueError` when sizes differ and `size` is None."
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as ex:
@@ -224,6 +228,7 @@ def items(self:Files, idx):
 
 # %% ../nbs/01_data.ipynb #load
 @patch
+@public
 def load(self:Files): return Images(self.items(torch.arange(len(self))), self.y)
 
 # %% ../nbs/01_data.ipynb #imagedl
@@ -261,6 +266,7 @@ class ImageDL(DataLoader):
 
 # %% ../nbs/01_data.ipynb #show_batch
 @patch
+@public
 def show_batch(self:ImageDL,
                n:int=10,   # how many images
                ax=None     # matplotlib axes, None = a new figure
@@ -298,6 +304,7 @@ def find(name:str, # data set, for the message
         "else the environment variable NEURONPRUNE_DATA, else ~/.neuronprune/data")
 
 # %% ../nbs/01_data.ipynb #data_root
+@public
 def data_root(root=None # folder, None = $NEURONPRUNE_DATA or ~/.neuronprune/data
              )->Path:
     "The folder data sets are looked for in."
@@ -312,6 +319,7 @@ def _local(path, download):
     return nullcontext() if download else reading(path, FETCH)
 
 # %% ../nbs/01_data.ipynb #read_digits
+@public
 def read_digits(root, download, official):
     "scikit-learn's digits: 1,797 grey images of 8x8 with 17 levels; needs no files."
     from sklearn.datasets import load_digits
@@ -320,6 +328,7 @@ def read_digits(root, download, official):
     return Source(Images(x, torch.tensor(d.target)), vocab=list(range(10)))
 
 # %% ../nbs/01_data.ipynb #idx-array
+@public
 def idx_array(path,    # file, gzipped if its name ends so
               ndim:int # dimensions it must have
              )->torch.Tensor:
@@ -346,6 +355,7 @@ def _paired(x, y, fx, fy, n_out):
         if y.max() >= n_out: raise ValueError(f"holds the label {int(y.max())}; expected 0 to {n_out-1}")
     return Images(x[:,None], y)
 
+@public
 def read_idx(name, root, download, official):
     "MNIST and its likes from the four idx files, in `root/<Name>/raw`, `root/raw` or `root` itself, gzipped or not."
     from torchvision import datasets as tv
@@ -362,6 +372,7 @@ def read_idx(name, root, download, official):
     return Source(train, None, test, [o.split(' - ')[0] for o in cls.classes])
 
 # %% ../nbs/01_data.ipynb #read_cifar
+@public
 def read_cifar(name, root, download, official):
     "CIFAR-10 and CIFAR-100 through torchvision, after its checksum test."
     from torchvision import datasets as tv
@@ -373,6 +384,7 @@ def read_cifar(name, root, download, official):
     return Source(train, None, test, parts[0].classes)
 
 # %% ../nbs/01_data.ipynb #read_flowers
+@public
 def read_flowers(root, download, official):
     "Flowers-102; by default the large official test part is trained on and the official training part is the test set."
     from torchvision import datasets as tv
@@ -385,6 +397,7 @@ def read_flowers(root, download, official):
     return Source(*(Files(parts[s]._image_files, parts[s]._labels) for s in order), tv.Flowers102.classes, split)
 
 # %% ../nbs/01_data.ipynb #read_caltech
+@public
 def read_caltech(root, download, official):
     "Caltech-256 (257 folders with the clutter class); it has no official split."
     from torchvision import datasets as tv
@@ -395,6 +408,7 @@ def read_caltech(root, download, official):
     return Source(Files(paths, d.y), vocab=[c.split('.')[-1] for c in d.categories])
 
 # %% ../nbs/01_data.ipynb #check-links
+@public
 def check_links(*folders # that are read
                ):
     "Raises `ValueError` for a link to a folder or an image that is read anyway: the same image would count twice."
@@ -426,6 +440,7 @@ def _kaggle_labels(file, val, class_to_idx):
     with reading(file, cure), open(file, newline='') as f:
         return [(val/f'{i}.JPEG', class_to_idx[s.split()[0]]) for i,s in list(csv.reader(f))[1:]]
 
+@public
 def read_imagenet(root, download, official):
     "ILSVRC-2012 in torchvision's layout or the Kaggle archive's."
     from torchvision import datasets as tv
@@ -446,6 +461,7 @@ def read_imagenet(root, download, official):
     return Source(train, None, test, vocab)
 
 # %% ../nbs/01_data.ipynb #read_folder
+@public
 def read_folder(root, download=False, official=False):
     "Any folder of images: flat classes, train/test, or train/valid/test."
     from torchvision import datasets as tv
@@ -484,6 +500,7 @@ DATASETS = dict(
     folder        = Set(read_folder, None, None, None, 'standard', *IMAGENET))
 
 # %% ../nbs/01_data.ipynb #datasets
+@public
 def datasets()->pd.DataFrame:
     "The data sets by name: channels, native side, classes, default normalisation."
     rows = [(k, o.c, o.size, o.n_out, o.normalize) for k,o in DATASETS.items()]
@@ -491,6 +508,7 @@ def datasets()->pd.DataFrame:
     return res.fillna('as found').set_index('name')
 
 # %% ../nbs/01_data.ipynb #split_parts
+@public
 def split_parts(src:Source,       # from a reader
                 valid_pct:float,  # share of the training images, if there is no validation part
                 n_train:int=None, # keep so many training images
@@ -525,6 +543,7 @@ def _own_stats(how, c_in):
     if not good: raise ValueError(f"normalize={how}: expected (mean, std), finite, positive std, one number or {c_in} each")
     return mean,std
 
+@public
 def norm_stats(normalize, # 'unit', 'standard', 'imagenet', or (mean, std)
                info:Set,  # the data set
                c_in:int   # channels of the batch
@@ -542,6 +561,7 @@ def norm_stats(normalize, # 'unit', 'standard', 'imagenet', or (mean, std)
 LIMIT = 2**30 # bytes of images that are kept in memory when `resident` is not said
 
 # %% ../nbs/01_data.ipynb #store
+@public
 def store(part,         # `Images` or `Files`
           size:int,     # side in pixels, None = as stored
           c_in:int,     # 1 or 3
@@ -564,6 +584,7 @@ def store(part,         # `Images` or `Files`
     return Images(x, part.y)
 
 # %% ../nbs/01_data.ipynb #dl_record
+@public
 def dl_record(name, dls, train, how, mean, std, augment, said, seed, native)->dict:
     "What was decided about the data, in words and numbers that fit in one row of a report."
     known = {f:k for k,f in AUGMENTATIONS.items()}
@@ -584,6 +605,7 @@ def _listing(src:Source # of image files
     return hashlib.sha256('\n'.join(rows).encode()).hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #find_source
+@public
 def find_source(name, root, download, official):
     "(name, `Set`, `Source`) of a data set by name or by the path of an image folder."
     if not isinstance(name, (str, os.PathLike)): raise TypeError(f"name={name!r}: expected a data set, or a folder of images")
@@ -595,6 +617,7 @@ def find_source(name, root, download, official):
     return (Path(root).name if name == 'folder' else name),info,src
 
 # %% ../nbs/01_data.ipynb #get_dls
+@public
 def get_dls(name:str,          # a name from `datasets()`, or the path of an image folder
             size:int=None,     # side in pixels, bilinear; None = native
             *,
@@ -675,6 +698,7 @@ def _make_dls(name, info, src, parts, said, aug, o):
     return dls
 
 # %% ../nbs/01_data.ipynb #balanced
+@public
 def balanced(y:torch.Tensor,  # integer labels [n]
              n_out:int,       # number of classes
              n_per_class:int=None, # images per class, None = 250 or the smallest class
@@ -747,6 +771,7 @@ def _fetch(dl, idx):
     return mapped(lambda _: next(stacked), one)
 
 # %% ../nbs/01_data.ipynb #calib_batch
+@public
 def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders` of (x, y) or (x1, x2, y) batches
                 n_per_class:int=None, # images per class; None (and no `n`) = 250 or the smallest class
                 n:int=None,         # instead: so many images, whatever their class
@@ -793,6 +818,7 @@ PRESETS = {
     ('anneal', 'cifar10'): dict(normalize='standard', bs=256)}
 
 # %% ../nbs/01_data.ipynb #preset
+@public
 def preset(system:str, # 'mip', 'provable', 'mint', 'energy' or 'anneal'
            name:str    # a data set that system was tried on
           )->dict:

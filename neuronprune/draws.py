@@ -7,7 +7,7 @@ __all__ = ['MAX_DRAWS', 'expected_unique', 'draws_for', 'draws_near', 'draw', 'r
 
 # %% ../nbs/09_draws.ipynb #import-numpy-as-np-from-neuron
 import numpy as np
-from .core import check_type
+from .core import check_type, public
 
 # %% ../nbs/09_draws.ipynb #rows
 def _rows(q):
@@ -35,6 +35,7 @@ def _log_miss(q):
     "log(1-q), finite for q = 1 as well."
     return np.log1p(-np.minimum(q, 1-2**-53))
 
+@public
 def expected_unique(q, # probabilities [..., k]
                     n  # number of draws per row, [...] or one number, `inf` too
                    )->np.ndarray:
@@ -59,6 +60,7 @@ def _newton(l, n, room):
     return n
 
 # %% ../nbs/09_draws.ipynb #draws-for
+@public
 def draws_for(q,     # probabilities [..., k]
               target # distinct items wanted per row, in [0, k], [...] or one number
              )->np.ndarray:
@@ -73,6 +75,7 @@ def draws_for(q,     # probabilities [..., k]
     return n.astype(np.int64).reshape(q.shape[:-1])[()]
 
 # %% ../nbs/09_draws.ipynb #draws-near
+@public
 def draws_near(q,     # probabilities [..., k]
                target # distinct items wanted per row, in [0, k], [...] or one number
               )->np.ndarray:
@@ -89,6 +92,7 @@ def draws_near(q,     # probabilities [..., k]
     return res.reshape(n.shape)[()]
 
 # %% ../nbs/09_draws.ipynb #draw
+@public
 def draw(q,  # probabilities [..., k]
          n,  # draws per row, whole, [...] or one number
          rng:np.random.Generator # from `np.random.default_rng(seed)`
@@ -103,6 +107,7 @@ def draw(q,  # probabilities [..., k]
     return res
 
 # %% ../nbs/09_draws.ipynb #reweigh
+@public
 def reweigh(q,      # probabilities [..., k]
             n,      # draws per row, [...] or one number
             counts, # from `draw`, [..., k]
@@ -116,6 +121,7 @@ def reweigh(q,      # probabilities [..., k]
     return np.where(np.broadcast_to(exact, q.shape[:-1])[..., None], (q > 0).astype(float), res)
 
 # %% ../nbs/09_draws.ipynb #sample
+@public
 def sample(q,      # probabilities [..., k]
            target, # distinct items wanted per row, in [0, k], [...] or one number
            rng:np.random.Generator # from `np.random.default_rng(seed)`

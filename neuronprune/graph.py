@@ -18,6 +18,7 @@ from .core import Units
 from .probe import Probe
 
 # %% ../nbs/03_graph.ipynb #graph-2
+@public
 @dataclass(repr=False)
 class Graph:
     "The wiring of a network, from one `trace`; plain data that can be written as JSON."
@@ -69,6 +70,7 @@ def _components(n, edges):
 
 # %% ../nbs/03_graph.ipynb #frame
 @patch
+@public
 def frame(self:Graph):
     "pandas `DataFrame`, one row per layer: shape, who reads it, with whom it is tied, and whether its channels can go."
     import pandas as pd
@@ -169,13 +171,18 @@ def _info(m, positions):
                 groups=getattr(m, 'groups', 1), positions=positions, weights=m.weight.numel(), bias=m.bias is not None)
 
 # %% ../nbs/03_graph.ipynb #check-plain
+def _cure(m):
+    "The call below `torch.nn.utils` that gives layer `m` a plain weight again."
+    if hasattr(m, 'parametrizations'): return "parametrize.remove_parametrizations(layer, 'weight')"
+    if hasattr(m, 'weight_g'): return 'remove_weight_norm(layer)'
+    return 'remove_spectral_norm(layer)' if hasattr(m, 'weight_u') else "prune.remove(layer, 'weight')"
+
 def _check_plain(model):
     "Raises `ValueError` for a layer whose weight is computed from other parameters, and for a layer that is the whole model."
     for n,m in layers(model).items():
         if not n: raise ValueError(f"model: a bare {type(m).__name__} has no name in a mask; expected it in a container, nn.Sequential(layer)")
         if 'weight' in m._parameters: continue
-        raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.prune.remove(layer, 'weight') "
-                         "or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
+        raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.{_cure(m)}")
 
 # %% ../nbs/03_graph.ipynb #halves
 def _unions(g, names):
@@ -192,6 +199,7 @@ def _gone(g, unions, part):
         half = len(ids)//2; gone[(ids[:half], ids[half:], ids[:1])[part]] = True
     return spared(g, gone)
 
+@public
 def spared(g:Graph,         # wiring
            gone:torch.Tensor # bool [bundles], True = cut; changed in place
           )->torch.Tensor:
@@ -200,6 +208,7 @@ def spared(g:Graph,         # wiring
         if (ids >= 0).all() and gone[ids].all(): gone[ids[0]] = False
     return gone
 
+@public
 def kept_slots(g:Graph,           # wiring
                gone:torch.Tensor  # bool [bundles], True = cut
               )->tuple:
@@ -233,6 +242,7 @@ def _rehearse(probe, g):
     return g
 
 # %% ../nbs/03_graph.ipynb #new-widths
+@public
 def new_widths(g:Graph,   # wiring
                outs:dict, # layer -> bool [n_out], what stays
                ins:dict   # layer or norm -> bool [slots], what stays
@@ -260,6 +270,7 @@ def _learn_widths(probe, g, union, limit=24):
 # %% ../nbs/03_graph.ipynb #trace
 _LARGE = 4_000_000 # activations above which single precision has to do
 
+@public
 def probing(model:nn.Module, # any model; not changed
             xb               # a batch of inputs
            )->Probe:
@@ -293,6 +304,7 @@ def _with_ties(fixed, out_slots):
     return fixed
 
 # %% ../nbs/03_graph.ipynb #trace-2
+@public
 def trace(model:nn.Module, # any model; left as it was found
           xb               # a batch of inputs: a tensor [n, ...], a tuple of tensors, or a dictionary; one example is used
          )->Graph:
@@ -312,6 +324,7 @@ def trace(model:nn.Module, # any model; left as it was found
 
 # %% ../nbs/03_graph.ipynb #silent
 @patch
+@public
 def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = dropped
            place:str # a layer (its inputs) or a norm
           )->torch.Tensor:
@@ -327,6 +340,7 @@ def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = d
 
 # %% ../nbs/03_graph.ipynb #unread
 @patch
+@public
 def unread(self:Graph, cut:dict # consumer -> bool tensor [n_in], True = input column cut
           )->dict:
     "Producer -> bool [n_out]: channels all of whose readers have cut them. Channels that reach the output are always read."
@@ -388,6 +402,7 @@ def _check_fit(mask, params):
 
 # %% ../nbs/03_graph.ipynb #expand
 @patch
+@public
 def expand(self:Mask, model:nn.Module # the model the mask was made for
           )->dict:
     "Name of a parameter or buffer -> bool tensor on the model's device, True = kept; only tensors that may lose something. `ValueError` for ranks."
@@ -403,6 +418,7 @@ def expand(self:Mask, model:nn.Module # the model the mask was made for
 
 # %% ../nbs/03_graph.ipynb #to-dict
 @patch
+@public
 def to_dict(self:Graph)->dict:
     "Plain lists and dictionaries, ready for JSON."
     src = {k:{p:[s.tolist(), c.tolist()] for p,(s,c) in v.items()} for k,v in self.sources.items()}
@@ -412,6 +428,7 @@ def to_dict(self:Graph)->dict:
 
 # %% ../nbs/03_graph.ipynb #from-dict
 @patch(cls_method=True)
+@public
 def from_dict(cls:Graph, d:dict # what `to_dict` gave
              )->Graph:
     "The graph back from its dictionary."
@@ -423,6 +440,7 @@ def from_dict(cls:Graph, d:dict # what `to_dict` gave
 
 # %% ../nbs/03_graph.ipynb #to-torch-prune
 @patch
+@public
 def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get torch's pruning reparametrisation
                   )->nn.Module:
     "Hand the mask to `torch.nn.utils.prune`; returns `model`."
@@ -434,6 +452,7 @@ def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get
 
 # %% ../nbs/03_graph.ipynb #from_torch_prune
 @patch(cls_method=True)
+@public
 def from_torch_prune(cls:Mask, model:nn.Module # pruned with torch.nn.utils.prune
                     )->Mask:
     "The weight mask of a model pruned with `torch.nn.utils.prune`; `ValueError` if it was not."
@@ -443,6 +462,7 @@ def from_torch_prune(cls:Mask, model:nn.Module # pruned with torch.nn.utils.prun
 
 # %% ../nbs/03_graph.ipynb #as_importance
 @patch
+@public
 def as_importance(self:Scores):
     "An importance for Torch-Pruning's pruners: group -> score per root channel, the mean over the group's scored layers."
     ch = self.to_channels()

@@ -8,10 +8,11 @@ __all__ = ['traced', 'batch_for', 'slices', 'own_input', 'readers', 'column_grou
 # %% ../nbs/09a_inputs.ipynb #import-pandas-as-pd-torch-from
 import torch
 from torch import nn
-from .core import check_choice, check_type, layers, mapped, take, tensors
+from .core import check_choice, check_type, layers, mapped, take, tensors, public
 from .graph import Graph, trace, _info
 
 # %% ../nbs/09a_inputs.ipynb #traced
+@public
 def traced(model:nn.Module, # any model
            dls=None,        # `DataLoaders` to take an image from
            graph=None       # `Graph` of the model, if it is known
@@ -28,6 +29,7 @@ def traced(model:nn.Module, # any model
     return graph
 
 # %% ../nbs/09a_inputs.ipynb #batch-for
+@public
 def batch_for(model:nn.Module,    # any model
               dls,                # `DataLoaders` the batch is drawn from
               who:str,            # name of the method, for the message
@@ -40,6 +42,7 @@ def batch_for(model:nn.Module,    # any model
     xb, yb = calib_batch(dls, n_per_class, n, split=split, seed=seed, device=p.device)
     return mapped(lambda o: o.to(p.device, p.dtype if o.is_floating_point() else o.dtype), xb), yb
 
+@public
 def slices(xb,   # a batch of inputs: a tensor, or a tuple or dictionary of tensors
            bs:int # examples in each slice; the last may have fewer
           ): # generator
@@ -47,6 +50,7 @@ def slices(xb,   # a batch of inputs: a tensor, or a tuple or dictionary of tens
     for i in range(0, len(tensors(xb)[0]), bs): yield take(xb, slice(i, i+bs))
 
 # %% ../nbs/09a_inputs.ipynb #own-input
+@public
 def own_input(graph,    # `Graph` of the model
               layer:str # a layer of it
              )->torch.Tensor:
@@ -56,6 +60,7 @@ def own_input(graph,    # `Graph` of the model
     return own
 
 # %% ../nbs/09a_inputs.ipynb #readers-2
+@public
 def readers(graph,        # `Graph` of the model
             own:bool=False # also layers that read the network's own input?
            )->tuple:
@@ -70,6 +75,7 @@ def readers(graph,        # `Graph` of the model
     return names, why
 
 # %% ../nbs/09a_inputs.ipynb #column-groups
+@public
 def column_groups(graph,    # `Graph` of the model
                   layer:str # a layer of it
                  )->torch.Tensor:

@@ -12,13 +12,14 @@ from fnmatch import fnmatch
 from fractions import Fraction
 import numpy as np, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, feed, generator, layers, method, tensors
+from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, feed, generator, layers, method, tensors, public
 from .allocate import _setup
 from .probe import slots
 from .graph import _twins
 from .inputs import batch_for, slices
 
 # %% ../nbs/16_lowrank.ipynb #folded
+@public
 def folded(model:nn.Module # any model
           )->tuple:
     "(layer -> weight [O, K] float64 on the CPU, layer -> why it is skipped); `ValueError` when nothing is left."
@@ -33,6 +34,7 @@ def folded(model:nn.Module # any model
     return res, skipped
 
 # %% ../nbs/16_lowrank.ipynb #spectrum
+@public
 def spectrum(w:torch.Tensor, # matrix [O, K]
              k:int=1         # equal groups of columns; divides K
             )->torch.Tensor:
@@ -43,6 +45,7 @@ def spectrum(w:torch.Tensor, # matrix [O, K]
 # %% ../nbs/16_lowrank.ipynb #tail-error
 VARIANTS = ('energy', 'nuclear', 'error', 'uniform')
 
+@public
 def tail_error(s:torch.Tensor, # singular values [r], largest first
                variant:str='energy' # one of `VARIANTS`
               )->torch.Tensor:
@@ -85,6 +88,7 @@ def _form(tables, steps, t):
     return (w, k, kept) if w < whole else (whole, 1, np.ones(r, dtype=bool))
 
 # %% ../nbs/16_lowrank.ipynb #cut
+@public
 def cut(scores:Scores,       # unit='rank', one score per component, with `cost`
         sparsity:float=None, # fraction of the layers' weights to save, in [0, 1)
         *, threshold:float=None, # instead of `sparsity`: drop ranks whose score is below it
@@ -126,6 +130,7 @@ def svd(model:nn.Module,  # trained model
                   secs=time.perf_counter()-start, meta=dict(variant=variant))
 
 # %% ../nbs/16_lowrank.ipynb #groupings
+@public
 def groupings(w:torch.Tensor, # matrix [O, K]
               channels:int,   # input channels, a divisor of K
               max_groups:int=None, # most groups tried, None = any number
@@ -161,6 +166,7 @@ def _moments(y, pick, got):
     cols = y[..., pick].movedim(1, 0).flatten(1).cpu().double()
     return [a+b for a,b in zip(got, (cols.shape[1], cols.sum(1), cols @ cols.T))] + [y.shape[2]]
 
+@public
 @torch.no_grad()
 def output_moments(model:nn.Module, # left as found
                    xb,              # images on the model's device, or a tuple or dictionary of inputs
@@ -186,6 +192,7 @@ def output_moments(model:nn.Module, # left as found
     return got
 
 # %% ../nbs/16_lowrank.ipynb #principal
+@public
 def principal(n:int,              # number of columns
               total:torch.Tensor, # their sum [O]
               square:torch.Tensor, # the sum of their products [O, O]

@@ -16,7 +16,7 @@ from fastprogress import progress_bar
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_choice, check_finite, check_int, check_type, feed,
-                              generator, load_tensors, mapped, method, save_tensors, tensors)
+                              generator, load_tensors, mapped, method, save_tensors, tensors, public)
 from .allocate import allocate
 from .blocks import block_cost, block_labels, block_layers, block_mean, check_groups, dead_units, parent_of
 from .inputs import batch_for, slices, traced
@@ -40,6 +40,7 @@ def thirds(n:int, # number of rows
     return i[:t//2], i[t//2:t], i[t:]
 
 # %% ../nbs/13_mint.ipynb #neighbours
+@public
 def neighbours(P:torch.Tensor, # all parents [n, p]
                y:torch.Tensor, # the columns of one group [n, w]
                s:tuple,        # (S1, S2, S3) of `thirds`
@@ -138,6 +139,7 @@ def _split_scores(P, C, parent, child, W, gs, seed, estimator, calibrate, max_me
     return r[:K] - r[K:] if calibrate else r
 
 # %% ../nbs/13_mint.ipynb #constant-groups
+@public
 def constant_groups(A,  # activations [n, width], tensor
                     idx # group of each column [width], tensor
                    )->np.ndarray:
@@ -203,6 +205,7 @@ def _check_layer(name, P, C, parent, child, W=None):
     return P, C, parent, child, None if W is None else torch.as_tensor(W)
 
 # %% ../nbs/13_mint.ipynb #dependencies
+@public
 def dependencies(layers:dict,       # name -> (P [n, p], C [n, c], group of each parent [p], of each child [c]), for 'contribution' with weights [c, p]
                  estimator:str='cgmi', # 'cgmi': I(X;Y|Z), 'gmi': I(X;Y), 'contribution': X against what the block sends
                  n_trials:int=1,    # splits in thirds
@@ -230,6 +233,7 @@ def dependencies(layers:dict,       # name -> (P [n, p], C [n, c], group of each
     return res
 
 # %% ../nbs/13_mint.ipynb #dependency
+@public
 def dependency(P,      # activations of the parents [n, p], array or tensor, the same images in the same order as `C`
                C,      # activations of the children [n, c]
                parent, # group of each parent [p], numbered from 0
@@ -242,6 +246,7 @@ def dependency(P,      # activations of the parents [n, p], array or tensor, the
     return dependencies({'': (P, C, parent, child, weights)}, estimator, n_trials, seed, **kw)['']
 
 # %% ../nbs/13_mint.ipynb #gmi
+@public
 def gmi(x, # [n, d]
         y, # [n, e]
         seed:int=0, n_trials:int=1 # of the splits; the result is their mean
@@ -250,6 +255,7 @@ def gmi(x, # [n, d]
     return float(dependency(y, x, [0]*y.shape[1], [0]*x.shape[1], 'gmi', n_trials, seed).mean())
 
 # %% ../nbs/13_mint.ipynb #cgmi
+@public
 def cgmi(x, # [n, d]
          y, # [n, e]
          z, # [n, f]
@@ -267,6 +273,7 @@ def _rows_of(x, m):
     return x.flatten(1, -2).mean(1) if isinstance(m, nn.Linear) else x.flatten(2).mean(2)
 
 # %% ../nbs/13_mint.ipynb #tap-means
+@public
 def tap_means(x:torch.Tensor, # input of the layer [n, c, h, w], or [n, …, c] for a linear one
               m:nn.Module     # Linear, or a convolution of one group
              )->torch.Tensor:
@@ -299,6 +306,7 @@ def _tapped(model, ins, outs, taps):
         for h in hooks: h.remove()
 
 # %% ../nbs/13_mint.ipynb #activations
+@public
 def activations(model:nn.Module,  # left as found; runs in eval mode
                 xb,               # images [n, ...], or a tuple or dictionary of inputs
                 ins=(),           # layers whose input is wanted
@@ -390,6 +398,7 @@ def _check_score(dls, estimator, tap, grouping, compat, n_groups, **flags):
     if compat and set_: raise ValueError(f"{set_[0]}={own[set_[0]][0]!r}: the released code has no such choice; expected the default with compat={compat!r}")
 
 # %% ../nbs/13_mint.ipynb #cut
+@public
 def cut(scores:Scores,       # from `score`
         sparsity:float=None, # fraction of the candidate weights to remove, in [0, 1); or
         *, threshold:float=None, # remove blocks that score below it

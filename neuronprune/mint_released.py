@@ -15,12 +15,13 @@ from fastprogress import progress_bar
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 from .core import (Scores, Mask, as_found, check_batch, check_choice, check_fraction, check_int, check_type,
-                              feed, layers as layers_of, mapped, take)
+                              feed, layers as layers_of, mapped, take, public)
 from .blocks import block_cost, check_groups
 from .data import ImageDL, calib_batch, _batches, _fetch, _loader
 from .inputs import traced
 
 # %% ../nbs/13b_mint_released.ipynb #sample-rows
+@public
 def sample_rows(labels,          # class of each image [n]
                 n_per_class:int, # rows per class, drawn with replacement
                 rng:np.random.Generator # draws and shuffles
@@ -40,6 +41,7 @@ def _thirds(n):
     return slice(0, t//2), slice(t//2, t), slice(t, n)
 
 # %% ../nbs/13b_mint_released.ipynb #released-neighbours
+@public
 def released_neighbours(z1:np.ndarray, # z of S1 [h, d]
                         z2:np.ndarray, # z of S2 [h or more, d]
                         d:np.ndarray=None # squared distances [len(z2), h], None = computed here
@@ -127,6 +129,7 @@ def _checked(P, C, parent, child):
     return P, C, parent, child
 
 # %% ../nbs/13b_mint_released.ipynb #dependency
+@public
 def dependency(P:np.ndarray,      # rows of the parents [n, p], as drawn by `sample_rows`
                C:np.ndarray,      # rows of the children [n, c], drawn by another call
                parent,            # group of each parent [p], -1 = in none
@@ -154,6 +157,7 @@ def dependency(P:np.ndarray,      # rows of the parents [n, p], as drawn by `sam
     return res
 
 # %% ../nbs/13b_mint_released.ipynb #released-groups
+@public
 def released_groups(width:int,   # units of the layer
                     n_groups:int # groups, at most `width`
                    )->np.ndarray:
@@ -188,6 +192,7 @@ def _grouped(scores, k):
     return scores[k].double().numpy()[:tail.get('child'), :tail.get('parent')]
 
 # %% ../nbs/13b_mint_released.ipynb #cut
+@public
 def cut(scores:Scores,       # unit='group', from `score` or from `mint.score`
         prune_percent:float, # position of the cutoff among the distinct scores, in [0, 1]
         upper_limit=1.1      # cap, a fraction or {layer: fraction}; above 1 = none, as in the last released runs
@@ -208,6 +213,7 @@ def cut(scores:Scores,       # unit='group', from `score` or from `mint.score`
     return Mask(units, 'group', graph=scores.graph, labels=scores.labels, meta=meta)
 
 # %% ../nbs/13b_mint_released.ipynb #weight-mask
+@public
 def weight_mask(mask:Mask,      # from `cut`
                 model:nn.Module # the trained network
                )->Mask:
@@ -230,6 +236,7 @@ def _executed(model, xb):
     return list(dict.fromkeys(order))
 
 # %% ../nbs/13b_mint_released.ipynb #conv-out
+@public
 def conv_out(model:nn.Module, # left as found; runs in eval mode
              xb               # images [n, ...], or a tuple or dictionary of inputs
             )->dict:
@@ -292,6 +299,7 @@ def _with_tail(rho, child, parent):
     return full, *(torch.from_numpy(np.where(o < 0, n, o)) for o,n in ((child, K), (parent, G))), tails
 
 # %% ../nbs/13b_mint_released.ipynb #score
+@public
 def score(model:nn.Module,  # trained network; left as found
           dls=None,         # DataLoaders; rows are drawn from the whole training part, un-augmented
           *, graph=None,    # `Graph` of the model, None = traced here

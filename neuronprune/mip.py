@@ -17,7 +17,7 @@ from fastprogress import progress_bar
 from joblib import Parallel, delayed
 from torch import fx, nn
 from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite,
-                              check_int, check_type, layers, method)
+                              check_int, check_type, layers, method, public)
 from .graph import trace
 from .allocate import allocate
 from .mip_solve import Gate, NoIncumbentError, Program, SolverNotSuitableError, TIE, complete, solve
@@ -41,6 +41,7 @@ def _as_module(name, node):
     raise _refuse(name, f"the function {getattr(f, '__name__', f)}", 'is not supported as a function (its layer may be)')
 
 # %% ../nbs/11_mip.ipynb #modules_in_order-2
+@public
 def modules_in_order(model:nn.Module # any model
                     )->list:
     "[(path, layer)] in running order; `UnsupportedLayerError` unless each step reads only the step before it."
@@ -88,6 +89,7 @@ def _scaled(w, k): return w*k.view(-1, *[1]*(w.ndim-1))
 # %% ../nbs/11_mip.ipynb #chain
 KIND = {nn.Linear:'linear', nn.Conv2d:'conv', nn.ReLU:'relu', nn.MaxPool2d:'max', nn.AvgPool2d:'avg', nn.AdaptiveAvgPool2d:'avg', nn.Flatten:'flatten'}
 
+@public
 def chain(model:nn.Module # left as it is
          )->list:
     "`Step`s of the network in evaluation mode, batch norms folded, dropout left out; raises `UnsupportedLayerError`."
@@ -197,6 +199,7 @@ def _scored(steps, chosen):
     return {n:res[n] for n in names if chosen is None or n in chosen}
 
 # %% ../nbs/11_mip.ipynb #problem-2
+@public
 def problem(model:nn.Module,      # trained network; left as found
             xb:torch.Tensor,      # images [n, ...]
             yb:torch.Tensor,      # labels [n]
@@ -365,6 +368,7 @@ def _parts(p, n_scores, max_bytes=2**26):
     return [slice(i, i+k) for i in range(0, len(p.x), k)]
 
 # %% ../nbs/11_mip.ipynb #reduce
+@public
 def reduce(p:Problem # from `problem`
           )->Program:
     "The same program in the scores and the outputs of undecided gates; raises `ValueError` if it is not the network at s = 1."
@@ -386,6 +390,7 @@ def reduce(p:Problem # from `problem`
 # %% ../nbs/11_mip.ipynb #choose-2
 SELECT = ('random', 'accuracy', 'confident', 'confusing')
 
+@public
 def choose(model:nn.Module,     # left as found
            dls,                 # DataLoaders
            n_per_class:int=1,   # images of each class
@@ -410,6 +415,7 @@ def _rate(select, p, y):
     return (p/(1-p+.1)).mean().item()*(1 if select == 'confident' else -1)
 
 # %% ../nbs/11_mip.ipynb #dead_on_batch-2
+@public
 def dead_on_batch(p:Problem # from `problem`
                  )->dict:
     "Layer -> bool [units]: inactive on all images, at every position."
@@ -520,6 +526,7 @@ def _ranked(scores):
     return Scores(units, 'channel', method=scores.method, graph=scores.graph, cost=scores.cost)
 
 # %% ../nbs/11_mip.ipynb #cut
+@public
 def cut(scores:Scores,       # from `score`
         sparsity:float=None, # fraction of the candidates to remove; or
         *, threshold=None,   # remove s < threshold, in (0, 1], or below each layer's 'mean'

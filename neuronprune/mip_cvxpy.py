@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from itertools import product
 import cvxpy as cp, numpy as np, pandas as pd, scipy.sparse as sp, torch
 from cvxpy.reductions.solvers.defines import SOLVER_MAP_CONIC
-from .core import check_choice
+from .core import check_choice, public
 from .mip import Problem, linear_part, _windows
 from .mip_solve import NoIncumbentError, Solution, SolverNotSuitableError, own_threads
 
@@ -95,6 +95,7 @@ def _upper(p, t):
     mid, rad = linear_part(o, (l+u)/2), linear_part(o, (u-l)/2, o.w.abs())
     return (mid + rad + o.b.view(-1, *[1]*(mid.ndim-2))).flatten(1).cpu().numpy()
 
+@public
 def model(p:Problem,          # from `mip.problem`
           relaxed:bool=False, # gates in [0, 1]?
           pixels:bool=False   # a variable per pixel, as published?
@@ -126,6 +127,7 @@ def _can(solver, loss, relaxed):
     cones = o.SUPPORTED_CONSTRAINTS if relaxed else o.MI_SUPPORTED_CONSTRAINTS
     return loss == 'margin' or cp.ExpCone in cones or solver == 'MOSEK' # which declares the cone once it is installed
 
+@public
 def solvers()->pd.DataFrame:
     "Is each solver installed, and which of the four programs can it take?"
     kinds = {f"{k}, {'relaxed' if r else 'binary'}":(k, r) for k,r in product(('margin', 'ce'), (False, True))}
@@ -182,6 +184,7 @@ def _run(prob, solver, options, late):
     if any(o in str(prob.status) for o in ('infeasible', 'unbounded')):
         raise RuntimeError(f"{solver} calls the program {prob.status}, but s = 1 satisfies it; its bounds do not contain the network's activations")
 
+@public
 def solve_cvxpy(p:Problem,           # from `mip.problem`
                 solver:str=None,     # one of `solvers()`; None = HIGHS for 'margin', CLARABEL for 'ce'
                 *, relaxed:bool=False, # gates in [0, 1]?

@@ -12,7 +12,7 @@ from collections import OrderedDict, namedtuple
 from itertools import zip_longest
 import torch, torch.nn.functional as F
 from torch import nn
-from .core import as_found, check_int, check_type, seed_everything
+from .core import as_found, check_int, check_type, seed_everything, public
 from .mip import Problem, _split, _summary, chain, f64, interval, modules_in_order, run
 from .train import fit, learner
 
@@ -31,6 +31,7 @@ def _end(ms, i):
     return end
 
 # %% ../nbs/11c_mip_greedy.ipynb #blocks
+@public
 def blocks(model:nn.Module # chain with at least one `nn.Conv2d`
           )->list:
     "[`Block`] in running order: path of the convolution, (path, layer) lists `before` and `body`; raises `UnsupportedLayerError`, `ValueError`."
@@ -40,6 +41,7 @@ def blocks(model:nn.Module # chain with at least one `nn.Conv2d`
     ends = [*(_end(ms, i) for i in at[:-1]), len(ms)]
     return [Block(ms[i][0], ms[b:i], ms[i:e]) for b,i,e in zip([0, *ends], at, ends)]
 
+@public
 def run_block(b:Block, x:torch.Tensor # [n, ...], what the block before gives
              )->torch.Tensor:
     "The block's output."
@@ -47,6 +49,7 @@ def run_block(b:Block, x:torch.Tensor # [n, ...], what the block before gives
     return x
 
 # %% ../nbs/11c_mip_greedy.ipynb #auxiliary_head
+@public
 def auxiliary_head(width:int, # channels F of the block's output
                    side,      # its side in pixels, or (height, width)
                    n_out:int, # classes
@@ -61,6 +64,7 @@ def auxiliary_head(width:int, # channels F of the block's output
         relu2=nn.ReLU(), fc2=nn.Linear(4*width, n_out)))
 
 # %% ../nbs/11c_mip_greedy.ipynb #build_heads
+@public
 def build_heads(model:nn.Module,  # chain; left as found
                 xb:torch.Tensor,  # images [n, ...] on the model's device
                 n_out:int=None,   # classes, None = as many as the network has outputs
@@ -99,6 +103,7 @@ class Greedy(nn.Module):
         return self
 
 # %% ../nbs/11c_mip_greedy.ipynb #greedy_loss
+@public
 def greedy_loss(out:torch.Tensor, # logits [n, blocks, classes]
                 yb:torch.Tensor   # labels [n]
                )->torch.Tensor:
@@ -122,6 +127,7 @@ def _some_heads(model, dls, heads, seed):
     return build_heads(model, next(iter(dls.valid))[0].to(next(model.parameters()).device), seed=seed) if heads is None else heads
 
 # %% ../nbs/11c_mip_greedy.ipynb #fit_greedy
+@public
 def fit_greedy(model:nn.Module, # fresh chain, trained in place
                dls,             # `DataLoaders`
                epochs:int,      # length of the training
@@ -140,6 +146,7 @@ def fit_greedy(model:nn.Module, # fresh chain, trained in place
     return learn, heads.eval()
 
 # %% ../nbs/11c_mip_greedy.ipynb #fit_heads
+@public
 def fit_heads(model:nn.Module, # trained chain; left as found
               dls,             # `DataLoaders`
               epochs:int,      # length of the training
@@ -180,6 +187,7 @@ def _head_steps(heads, m, layer, h, n_out):
     return steps
 
 # %% ../nbs/11c_mip_greedy.ipynb #block_steps
+@public
 @torch.no_grad()
 def block_steps(model:nn.Module, heads, # left as found
                 xb:torch.Tensor # images [n, ...]
@@ -206,6 +214,7 @@ def _with_scores(own, head, chosen, score_aux):
     return {o.name:(len(o.w), len(o.w)*math.prod(o.w.shape[2:])) for o in affine if o.name in keep or (score_aux and any(o is p for p in head))}, keep
 
 # %% ../nbs/11c_mip_greedy.ipynb #block_problems-2
+@public
 def block_problems(model:nn.Module,  # trained chain; left as found
                    heads,            # one for each block but the last; left as found
                    xb:torch.Tensor, yb:torch.Tensor, # images [n, ...] and labels [n]
@@ -226,6 +235,7 @@ def block_problems(model:nn.Module,  # trained chain; left as found
         yield Problem(own+head, x, yb, b, scored, sound, lam, loss), keep, t
 
 # %% ../nbs/11c_mip_greedy.ipynb #solve_blocks-2
+@public
 def solve_blocks(model:nn.Module, heads, xb, yb, # as for `block_problems`
                  record:dict, # lam, loss, bounds, eps, layers of the programs
                  solved,      # `Problem` -> (`Solution`, notes)

@@ -17,7 +17,7 @@ import highspy, numpy as np
 from fastcore.basics import patch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.blas import dsyrk
-from .core import check_choice, check_int
+from .core import check_choice, check_int, public
 
 # %% ../nbs/11a_mip_solve.ipynb #noincumbenterror
 class NoIncumbentError(RuntimeError):
@@ -380,6 +380,7 @@ def settle(p:Program,  # the program
                    lx=p.lx[:S], ux=p.ux[:S], gates=[])
 
 # %% ../nbs/11a_mip_solve.ipynb #own-threads
+@public
 @contextmanager
 def own_threads():
     "Inside, HiGHS may be given any number of threads; neither earlier nor later runs in this process are bound by it."
@@ -428,6 +429,7 @@ def _rows(self:Simplex, A, lo, hi):
 
 # %% ../nbs/11a_mip_solve.ipynb #add
 @patch
+@public
 def add(self:Simplex, rows):
     "Rows of the relaxation that HiGHS does not have yet."
     if not len(rows): return
@@ -437,6 +439,7 @@ def add(self:Simplex, rows):
 
 # %% ../nbs/11a_mip_solve.ipynb #tangent
 @patch
+@public
 def tangent(self:Simplex, v, images):
     "t_i >= logsumexp(z) + softmax(z) (z' - z) at columns v: one row for each of these images."
     q = self.q; top, pr = _logsumexp(q.Z@v + q.z0); slope = (pr[:,None]@q.Z)[images,0]
@@ -444,6 +447,7 @@ def tangent(self:Simplex, v, images):
 
 # %% ../nbs/11a_mip_solve.ipynb #trim
 @patch
+@public
 def trim(self:Simplex):
     "Forget tangents and rows with a dual of 0 at the last solution; those of the gates stay."
     keep = np.array(self.h.getSolution().row_dual) != 0; keep[:self.n_kept] = True
@@ -453,6 +457,7 @@ def trim(self:Simplex):
 
 # %% ../nbs/11a_mip_solve.ipynb #fix-2
 @patch
+@public
 def fix(self:Simplex, fixed):
     "Fix these gates, gate -> piece, and release all others."
     for g,a in set(self.fixed.items()) ^ set(fixed.items()):
@@ -473,6 +478,7 @@ def _run(self:Simplex, deadline):
 
 # %% ../nbs/11a_mip_solve.ipynb #solve-3
 @patch
+@public
 def solve(self:Simplex, fixed=(), cutoff=math.inf, tol=2e-7, deadline=math.inf):
     "(columns, lower bound, objective); columns None when infeasible (bound inf), beyond the cutoff, or unfinished."
     self.fix(dict(fixed)); q, N, bound = self.q, len(self.q.c), -math.inf
@@ -535,6 +541,7 @@ class Search:
 
 # %% ../nbs/11a_mip_solve.ipynb #relax-2
 @patch
+@public
 def relax(self:Search, q, p, near=None):
     "(`Point` or None, bound) of the relaxation `q` of `p`, without branching."
     self.n_solved += 1; bound = -math.inf
@@ -547,6 +554,7 @@ def relax(self:Search, q, p, near=None):
 
 # %% ../nbs/11a_mip_solve.ipynb #polish
 @patch
+@public
 def polish(self:Search, x, near=None):
     "Offer the best scores with the gates as they are at columns x; `near` is the relaxation's point."
     p = settle(self.p, pattern(self.p, x)); q, S, C = convex(p), p.n_s, len(self.p.lx)
@@ -558,6 +566,7 @@ def polish(self:Search, x, near=None):
 
 # %% ../nbs/11a_mip_solve.ipynb #tree
 @patch
+@public
 def tree(self:Search):
     "Best-first branch and bound with the simplex; raises `bound` and offers what it finds."
     C, n, sx, lost = len(self.p.lx), itertools.count(), Simplex(self.p, self.q, self.threads), math.inf
@@ -605,6 +614,7 @@ def _check(p, gap, time_limit, engine, threads):
         raise ValueError("lx, ux: some columns have infinite bounds; expected finite numbers")
 
 # %% ../nbs/11a_mip_solve.ipynb #solve
+@public
 def solve(p:Program,     # the program
           *, relaxed:bool=False, # leave the gates relaxed
           gap:float=1e-6, # stop when the objective is this close to the bound
@@ -637,6 +647,7 @@ def solve(p:Program,     # the program
     return Solution(S.x[:p.n_s], f, min(f, S.bound-TIE), status, S.n_solved, point)
 
 # %% ../nbs/11a_mip_solve.ipynb #sweep
+@public
 def sweep(p:Program, # the program; its own `lam` is not used
           lams,      # weights of the loss, in order
           **kw       # for `solve`; a time limit holds for each

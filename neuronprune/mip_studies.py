@@ -9,7 +9,7 @@ __all__ = ['CONTROLS', 'peaks', 'controls', 'paper_pct', 'sizes', 'threshold_swe
 # %% ../nbs/11d_mip_studies.ipynb #import-pandas-as-pd-torch-from
 import pandas as pd, torch
 from fastcore.basics import patch
-from .core import Mask, Scores, check_choice, check_fraction, check_int, generator, layers, seed_everything
+from .core import Mask, Scores, check_choice, check_fraction, check_int, generator, layers, seed_everything, public
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
@@ -31,6 +31,7 @@ def _scored(*args, **kw):
 # %% ../nbs/11d_mip_studies.ipynb #peaks
 CONTROLS = ('random', 'critical', 'magnitude', 'activity', 'dead+random', 'dead')
 
+@public
 def peaks(p # `Problem`, from `mip.problem`
          )->dict:
     "Layer -> largest pre-activation of each unit over all images and positions, float64 [units]; at or below 0 the unit is dead on the batch."
@@ -44,6 +45,7 @@ def _lowest(rank, n, name, graph):
     return Mask(keep, 'channel', graph=graph, meta=dict(method=name))
 
 # %% ../nbs/11d_mip_studies.ipynb #controls
+@public
 def controls(model,         # the dense network the scores belong to
              scores:Scores, # from `mip.score`
              p,             # `Problem` of the same model and images
@@ -66,6 +68,7 @@ def controls(model,         # the dense network the scores belong to
     return {'mip': mask, **{k:_lowest(r, n, k, graph) for k,r in ranks.items()}, 'dead': _lowest(peak, few, 'dead', graph)}
 
 # %% ../nbs/11d_mip_studies.ipynb #paper_pct-2
+@public
 def paper_pct(mask:Mask, # channel or weight mask
               model      # the network it belongs to
              )->float:
@@ -75,6 +78,7 @@ def paper_pct(mask:Mask, # channel or weight mask
     return 100*sum(int((~v).sum())*per_unit(k) for k,v in mask.items())/count_params(model)
 
 # %% ../nbs/11d_mip_studies.ipynb #sizes
+@public
 def sizes(model,    # dense or masked
           mask,     # `Mask`, or None for the dense network
           xb        # inputs, for the check of the cut network
@@ -86,6 +90,7 @@ def sizes(model,    # dense or masked
 def _row(*args, **labels): return measured(*args, sizes=sizes, **labels)
 
 # %% ../nbs/11d_mip_studies.ipynb #threshold_sweep-2
+@public
 def threshold_sweep(learn,         # a trained `Learner`; left as found
                     scores:Scores, # from `mip.score`
                     thresholds,    # numbers in (0, 1]
@@ -100,6 +105,7 @@ def threshold_sweep(learn,         # a trained `Learner`; left as found
     return pd.DataFrame([_row(learn.model, m, dl, xb, threshold=t, rule=k) for t,k,m in todo])
 
 # %% ../nbs/11d_mip_studies.ipynb #lambda_sweep-2
+@public
 def lambda_sweep(learn,    # a trained `Learner`; left as found
                  batch,    # (xb, yb)
                  lams,     # weights of the loss, above 0
@@ -121,6 +127,7 @@ def lambda_sweep(learn,    # a trained `Learner`; left as found
     return pd.DataFrame(rows)
 
 # %% ../nbs/11d_mip_studies.ipynb #verification
+@public
 def verification(learn,    # a trained `Learner`; left as found
                  n_batches:int=25, # batches of images
                  threshold:float=.1, # units with lower scores are pruned
@@ -143,6 +150,7 @@ def verification(learn,    # a trained `Learner`; left as found
     return pd.DataFrame(rows)
 
 # %% ../nbs/11d_mip_studies.ipynb #compare_variants
+@public
 def compare_variants(learn,    # a trained `Learner`; left as found
                      n_repeats:int=10, # draws of the images
                      threshold:float=.1, # units with lower scores are pruned
@@ -165,6 +173,7 @@ def compare_variants(learn,    # a trained `Learner`; left as found
     return pd.DataFrame(rows)
 
 # %% ../nbs/11d_mip_studies.ipynb #transfer
+@public
 def transfer(learn,      # `Learner` of data set A, with its initial weights
              dls,        # DataLoaders of data set B
              masks:dict, # name -> `Mask`, found on A
@@ -175,6 +184,7 @@ def transfer(learn,      # `Learner` of data set A, with its initial weights
     return fine_tuned(learn, masks, epochs, start='init', dls=dls, sizes=sizes, **kw)
 
 # %% ../nbs/11d_mip_studies.ipynb #snip-comparison
+@public
 def snip_comparison(learn,    # a trained `Learner`; left as found
                     density:float=.45, # fraction of the candidates kept
                     *, epochs:int=1, # training after the cut
@@ -195,6 +205,7 @@ def snip_comparison(learn,    # a trained `Learner`; left as found
     return df.assign(secs=df.rule.map({'mip': ours.secs, **{k:v.secs for k,v in found.items()}}))
 
 # %% ../nbs/11d_mip_studies.ipynb #scorecallback
+@public
 class ScoreCallback(MaskCallback):
     "Score every few epochs; `rows` holds the counts, `scores` and `masks` what was found, by epoch. Observes, or prunes as it goes."
     def __init__(self,

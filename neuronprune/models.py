@@ -16,9 +16,10 @@ from functools import lru_cache, partial
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from .core import check_choice, check_fraction, check_int, check_room, check_type, layers, seed_everything
+from .core import check_choice, check_fraction, check_int, check_room, check_type, layers, seed_everything, public
 
 # %% ../nbs/02_models.ipynb #mlp
+@public
 def mlp(widths,          # hidden widths, e.g. (300, 100)
         c_in:int=1, n_out:int=10, size:int=28, # input channels, classes, side
         dropout:float=0.,# after each hidden ReLU
@@ -34,6 +35,7 @@ def mlp(widths,          # hidden widths, e.g. (300, 100)
     return nn.Sequential(net)
 
 # %% ../nbs/02_models.ipynb #n_params
+@public
 def n_params(model:nn.Module, # any model
              weights:bool=False # only the weights of linear and convolution layers
             )->int:
@@ -41,6 +43,7 @@ def n_params(model:nn.Module, # any model
     return sum(o.weight.numel() for o in layers(model).values()) if weights else sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/02_models.ipynb #lenet5
+@public
 def lenet5(c_in:int=1, n_out:int=10, size:int=32, # input channels, classes, side
            ks:int=5,        # kernel side of both convolutions
            pool=nn.AvgPool2d# pooling, halves the side
@@ -55,6 +58,7 @@ def lenet5(c_in:int=1, n_out:int=10, size:int=32, # input channels, classes, sid
         fc3=nn.Linear(84, n_out)))
 
 # %% ../nbs/02_models.ipynb #basiccnn
+@public
 def basiccnn(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes, side
              widths=(64, 128, 256, 512), # filters
              dropout:float=.3 # between ReLU and batch norm
@@ -76,6 +80,7 @@ VGG = dict(vgg7=(128, 'M', 256, 256, 'M', 512, 512, 'M'),
            vgg19=(64, 64, 'M', 128, 128, 'M', *(256,)*4, 'M', *(512,)*4, 'M', *(512,)*4, 'M'))
 
 # %% ../nbs/02_models.ipynb #vgg
+@public
 def vgg(cfg:str,           # a key of `VGG`
         c_in:int=3, n_out:int=10, size:int=32, # input channels, classes, side
         head=(),           # hidden widths between the last pool and the logits
@@ -126,6 +131,7 @@ class BasicBlock(nn.Module):
         return self.relu2(out + x)
 
 # %% ../nbs/02_models.ipynb #resnet_cifar
+@public
 def resnet_cifar(depth:int, # 6m+2
                  c_in:int=3, n_out:int=10, size:int=32 # input channels, classes, side
                 )->nn.Sequential:
@@ -153,6 +159,7 @@ class WideBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(a))
 
 # %% ../nbs/02_models.ipynb #wide_resnet
+@public
 def wide_resnet(depth:int, # 6m+4
                 k:int,     # widening factor
                 c_in:int=3, n_out:int=10, size:int=32 # input channels, classes, side
@@ -178,6 +185,7 @@ def replace_module(model:nn.Module, path:str, new:nn.Module):
     setattr(model.get_submodule(parent), name, new)
 
 # %% ../nbs/02_models.ipynb #tv_model
+@public
 def tv_model(name:str,   # torchvision's name
              c_in:int=3, n_out:int=1000, size:int=224, # input channels, classes, side
              stem:str=None # 'full', 'small', None = by size
@@ -198,6 +206,7 @@ def tv_model(name:str,   # torchvision's name
     return model
 
 # %% ../nbs/02_models.ipynb #densenet22
+@public
 def densenet22(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes, side
                growth:int=12, depth:int=22 # channels per layer; 6m+4
               )->nn.Module:
@@ -211,6 +220,7 @@ def densenet22(c_in:int=3, n_out:int=10, size:int=32, # input channels, classes,
     return model
 
 # %% ../nbs/02_models.ipynb #init_weights
+@public
 def init_weights(model:nn.Module, # changed in place
                  init:str=None    # None, 'kaiming', 'mip'
                 )->nn.Module:
@@ -223,6 +233,7 @@ def init_weights(model:nn.Module, # changed in place
     return model
 
 # %% ../nbs/02_models.ipynb #load_pretrained
+@public
 def load_pretrained(model:nn.Module, # from `tv_model` with the full stem, changed in place
                     name:str,        # torchvision's name
                     weights:str      # e.g. 'IMAGENET1K_V2', 'DEFAULT'
@@ -270,6 +281,7 @@ ZOO = dict(
     mobilenet_v3_small=_tv('mobilenet_v3_small', ''), densenet121=_tv('densenet121', ''))
 
 # %% ../nbs/02_models.ipynb #own
+@public
 def own_args(name:str # a name of the zoo
             )->list:
     "Names of the network's own arguments, such as 'dropout'."
@@ -322,6 +334,7 @@ def _min_size(name, kw):
     return hi
 
 # %% ../nbs/02_models.ipynb #min_size-2
+@public
 def min_size(name:str, # a name of the zoo
              **kw      # as for `build`
             )->int:
@@ -337,6 +350,7 @@ def _n_params(name, c_in, n_out, size, kw):
     except (RuntimeError, OverflowError, TypeError): return math.inf
 
 # %% ../nbs/02_models.ipynb #build
+@public
 def build(name:str,        # a name of `models()`
           c_in:int=1,      # input channels
           n_out:int=10,    # classes
@@ -390,6 +404,7 @@ class Models(Mapping):
     def _repr_html_(self): return self.frame().style.format(thousands=',').to_html()
 
 # %% ../nbs/02_models.ipynb #models-3
+@public
 def models()->Models:
     "All networks that `build` knows."
     return Models()

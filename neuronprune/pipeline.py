@@ -29,6 +29,7 @@ from .report import Report, metered
 def _params(f):
     return {k for k,p in inspect.signature(f).parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
+@public
 def split_args(m:Method, # registered method
                args:dict # keyword arguments of a user
               )->tuple:
@@ -40,6 +41,7 @@ def split_args(m:Method, # registered method
     return alloc, {**base, **{k:v for k,v in args.items() if k in al}}, {k:v for k,v in args.items() if k not in al}
 
 # %% ../nbs/20_pipeline.ipynb #weights_at
+@public
 @contextmanager
 def weights_at(learn, # a `Learner` made by `learner`
                at     # 'trained' = as they are, 'init', or a kept epoch
@@ -64,6 +66,7 @@ def _finished(scores):
     return scores
 
 # %% ../nbs/20_pipeline.ipynb #score-with
+@public
 def score_with(learn,      # a `Learner`
                m:Method,   # registered method
                *, at='trained', # moment of the weights
@@ -98,6 +101,7 @@ class Result:
 
 # %% ../nbs/20_pipeline.ipynb #save
 @patch
+@public
 def save(self:Result, folder # made if missing
         ):
     "Write model, mask and scores (safetensors) and the record (JSON) into `folder`."
@@ -172,6 +176,7 @@ def _check_moment(name, value, learn, allowed):
 # %% ../nbs/20_pipeline.ipynb #check-fit
 FIT_ARGS = sorted(_params(fit) - {'learn', 'epochs', 'lr', 'progress'})
 
+@public
 def check_fit(name:str,   # what they are called in the message
               args:dict,  # arguments of `fit`
               lr:float,   # largest learning rate
@@ -248,6 +253,7 @@ def _known(scores, meters, mask, old, sparsity, **extra):
                 gap=scores.meta.get('gap'), extra=extra)
 
 # %% ../nbs/20_pipeline.ipynb #prune-2
+@public
 def prune(learn,              # a trained `Learner` from `learner`; changed in place
           method:str,         # a name of `methods()`
           sparsity:float=None, # fraction of the candidate units to remove; or give threshold=
@@ -289,6 +295,7 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
     return Result(learn.model, mask, scores, report)
 
 # %% ../nbs/20_pipeline.ipynb #channel-table
+@public
 def channel_table(res:Result,         # from `prune`
                   model:torch.nn.Module # a network of the unpruned shape
                  )->pd.DataFrame:
@@ -339,6 +346,7 @@ def _cached(learn, path, epochs):
     return learn
 
 # %% ../nbs/20_pipeline.ipynb #dense
+@public
 def dense(dls,            # from `get_dls`
           model:str,      # a name of the zoo
           epochs:int,     # training epochs

@@ -10,7 +10,7 @@ import math, time
 import torch, torch.nn.functional as F
 from torch import nn
 from .core import (Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, feed, layers,
-                              mapped, method, twins)
+                              mapped, method, twins, public)
 from .allocate import allocate
 from .inputs import batch_for, slices, traced
 from .provable_allocate import check_scores, equalise, sample_rows
@@ -102,6 +102,7 @@ def _sensitivity(m, a, reduce):
     return {o:torch.stack([h[o] for h in halves]).amax(0).view(m.weight.shape) for o in reduce}
 
 # %% ../nbs/12_provable.ipynb #sensitivity-2
+@public
 def sensitivity(m:nn.Module,     # `nn.Linear` or `nn.Conv2d`, grouped or not
                 a:torch.Tensor,  # its inputs, [n, ..., in] or [n, c, h, w], on its device
                 reduce:str='max' # over the positions of an image: 'max' | 'mean'
@@ -125,6 +126,7 @@ def _catcher(res, k, reduce):
     return hook
 
 # %% ../nbs/12_provable.ipynb #sensitivities
+@public
 def sensitivities(model:nn.Module,   # left as found
                   xb,                # images [n, ...], or a tuple or dictionary of inputs; more of them, never smaller sensitivities
                   reduce=('max',),   # over positions: of 'max' and 'mean'
@@ -151,6 +153,7 @@ def _check_constants(delta, c):
     if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 < c < math.inf: raise ValueError(f"c={c!r}: expected a positive number")
 
 # %% ../nbs/12_provable.ipynb #calib-size
+@public
 def calib_size(graph,             # `Graph` of the network
                delta:float=1e-12, # probability of failure, in (0, 1)
                c:float=3.         # how far shares on unseen images may exceed those seen
@@ -188,6 +191,7 @@ def _sampling_row(w):
     return (2*torch.arange(len(w)).view(-1, *[1]*(w.ndim-1)) + (w <= 0).cpu()).int()
 
 # %% ../nbs/12_provable.ipynb #sipp-cut
+@public
 def sipp_cut(scores:Scores,   # from `sipp`
              sparsity:float,  # fraction of the weights to remove, in [0, 1)
              *, min_keep:int=1, # weights every layer keeps

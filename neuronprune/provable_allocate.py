@@ -11,13 +11,14 @@ from bisect import bisect_left
 from fnmatch import fnmatch
 import numpy as np, torch
 from fastcore.basics import patch
-from .core import Mask, Scores, check_choice, check_int, check_type, kappa
+from .core import Mask, Scores, check_choice, check_int, check_type, kappa, public
 from .allocate import _CLOSE, _pool, _slot_ids, weights_left
 from .draws import draw, draws_for, draws_near, expected_unique, reweigh, sample
 from .graph import _components
 from .inputs import own_input
 
 # %% ../nbs/12a_provable_allocate.ipynb #check-scores
+@public
 def check_scores(scores,       # what an allocator was given
                  method:str,   # 'sipp' or 'pfp'
                  variants      # the variants it can serve
@@ -29,6 +30,7 @@ def check_scores(scores,       # what an allocator was given
                      f"expected {method} with variant {' or '.join(map(repr, variants))}")
 
 # %% ../nbs/12a_provable_allocate.ipynb #predicted-error
+@public
 def predicted_error(m,    # samples, array
                     alpha # coefficients of the rows, of the same shape
                    )->np.ndarray:
@@ -51,6 +53,7 @@ def _inverse_slope(log_y):
     return np.exp(np.interp(log_y, _LOG_SLOPE, _LOG_T))
 
 # %% ../nbs/12a_provable_allocate.ipynb #spread
+@public
 def spread(alpha,  # coefficients of the rows, >= 0
            weight, # weight of each row's error in the objective, > 0
            room,   # weights each row has
@@ -72,6 +75,7 @@ def spread(alpha,  # coefficients of the rows, >= 0
     return np.minimum(res, room)
 
 # %% ../nbs/12a_provable_allocate.ipynb #whole
+@public
 def whole(x,    # real numbers >= 0
           room, # largest value of each
           budget:int # what they are to add up to, at most the sum of `room`
@@ -87,6 +91,7 @@ def whole(x,    # real numbers >= 0
     return n
 
 # %% ../nbs/12a_provable_allocate.ipynb #spread-cvxpy
+@public
 def spread_cvxpy(alpha, weight, room, budget, # as for `spread`; all alpha > 0
                  solver:str=None # name cvxpy knows, None = its choice
                 )->np.ndarray:
@@ -164,6 +169,7 @@ def _row_factors(s, n, drawn, rng):
     return f.reshape(-1, 2, s.shape[1]).sum(1), draws
 
 # %% ../nbs/12a_provable_allocate.ipynb #sample-rows
+@public
 def sample_rows(scores:Scores,  # from `provable.sipp`, variant 'rand' or 'hybrid'
                 sparsity:float, # fraction of the weights to remove, in [0, 1)
                 *, min_keep:int=1, # weights every layer keeps
@@ -222,6 +228,7 @@ class _Channels:
 
 # %% ../nbs/12a_provable_allocate.ipynb #counts
 @patch
+@public
 def counts(self:_Channels, tau):
     "Channels each family keeps at `tau`."
     res = []
@@ -233,12 +240,14 @@ def counts(self:_Channels, tau):
 
 # %% ../nbs/12a_provable_allocate.ipynb #units
 @patch
+@public
 def units(self:_Channels, kept):
     "Key -> bool per input, from bool per atom."
     return {k:torch.from_numpy(kept[a]) for k,a in self.ids.items()}
 
 # %% ../nbs/12a_provable_allocate.ipynb #kept
 @patch
+@public
 def kept(self:_Channels, counts):
     "Bool per atom: the `counts` most sensitive of each family, and what is spared."
     res = self.fixed.copy()
@@ -290,6 +299,7 @@ def _factors(s, c, variant, min_keep, rng):
     return res+f, n*rest
 
 # %% ../nbs/12a_provable_allocate.ipynb #equalise
+@public
 def equalise(scores:Scores,  # from `provable.pfp`
              sparsity:float, # fraction of the network's weights to remove, in [0, 1)
              *, tied:bool=True, # channels that can only go together are one candidate

@@ -10,13 +10,14 @@ __all__ = ['bernstein_error', 'bernstein_draws', 'bound', 'certificate', 'verdic
 import math
 import numpy as np, pandas as pd, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, mapped, take, tensors, twins
+from .core import Mask, Scores, as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, mapped, take, tensors, twins, public
 from .data import calib_batch
 from .draws import expected_unique
 from .inputs import column_groups, slices
 from .provable import EPS, _check_constants, _columns, _halves, sensitivities
 
 # %% ../nbs/12b_provable_bounds.ipynb #bernstein-error
+@public
 def bernstein_error(m,     # draws, number or array
                     total, # sum of the row's sensitivities
                     delta:float=.1, # probability of failure for a single input
@@ -29,6 +30,7 @@ def bernstein_error(m,     # draws, number or array
     return np.where(m > 0, res, np.where(a > 0, np.inf, 0.))
 
 # %% ../nbs/12b_provable_bounds.ipynb #bernstein-draws
+@public
 def bernstein_draws(eps,   # relative error, > 0
                     total, # sum of the row's sensitivities
                     delta:float=.1, # probability of failure for a single input
@@ -117,6 +119,7 @@ def _bounds(model, mask, found, c, delta, union):
     return res, delta
 
 # %% ../nbs/12b_provable_bounds.ipynb #bound
+@public
 def bound(model:nn.Module, # the unpruned network
           mask:Mask,       # any unit but ranks; from any method
           found:dict,      # layer -> sensitivities, `sensitivities(model, xb)['max']`
@@ -159,6 +162,7 @@ def _measure(m, w, eps, tally, tol=1e-4):
     return hook
 
 # %% ../nbs/12b_provable_bounds.ipynb #certificate
+@public
 def certificate(model:nn.Module, # the unpruned network, left as found
                 mask:Mask,       # from any method; ranks excepted
                 found:dict,      # layer -> sensitivities, `sensitivities(model, xb)['max']`
@@ -188,6 +192,7 @@ def certificate(model:nn.Module, # the unpruned network, left as found
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/12b_provable_bounds.ipynb #verdict
+@public
 def verdict(cert # from `certificate`
            )->pd.DataFrame:
     "One row per layer: weights kept, median and largest bound, share of rows with none (>= 1 or unseen), measured errors, points above the bound; a conclusion."
@@ -204,6 +209,7 @@ def verdict(cert # from `certificate`
     return pd.DataFrame(rows)
 
 # %% ../nbs/12b_provable_bounds.ipynb #growth
+@public
 def growth(found:dict, # layer -> sensitivities on the images looked at
            more:dict   # the same on other images
           )->pd.DataFrame:
@@ -227,6 +233,7 @@ def _both_batches(meta, dls, n):
     return take(both, slice(meta['n'])), take(both, slice(meta['n'], None)), f"{meta['split']}, not in S"
 
 # %% ../nbs/12b_provable_bounds.ipynb #bound-report
+@public
 def bound_report(model:nn.Module, # the unpruned network
                  scores:Scores,   # from `sipp` or `pfp`: how many images, from where, with which seed
                  mask:Mask,       # what they led to
@@ -244,6 +251,7 @@ def bound_report(model:nn.Module, # the unpruned network
                                                                                 over_pct_test=b.over_pct, verdict=a.verdict)
 
 # %% ../nbs/12b_provable_bounds.ipynb #failures
+@public
 def failures(model:nn.Module, # the network, left as found
              layer:str,       # path of the layer
              found:dict,      # layer -> sensitivities
@@ -282,6 +290,7 @@ def _affordable(s, budget):
     return torch.zeros_like(s, dtype=torch.bool).scatter(1, order, total <= budget+1e-12)
 
 # %% ../nbs/12b_provable_bounds.ipynb #sparsest
+@public
 def sparsest(model:nn.Module, # the unpruned network
              found:dict,      # layer -> sensitivities, `sensitivities(model, xb)['max']`
              eps:float,       # relative error every row may have
@@ -302,6 +311,7 @@ def sparsest(model:nn.Module, # the unpruned network
     return Mask(units, 'weight', meta=dict(method='sipp', requested=None, eps=eps, c=c))
 
 # %% ../nbs/12b_provable_bounds.ipynb #sampled-density
+@public
 def sampled_density(model:nn.Module, found:dict, eps:float, # as for `sparsest`
                     *, delta:float=.1, c:float=1. # as for `bernstein_draws`
                    )->float:

@@ -17,16 +17,18 @@ import neuronprune
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
-from .core import Mask, as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, load_json, mapped, reading, save_json, tensors
+from .core import Mask, as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, load_json, mapped, reading, save_json, tensors, public
 from .surgery import factorise
 from .train import Evaluation
 
 # %% ../nbs/07_report.ipynb #count_params
+@public
 def count_params(model:nn.Module # any network
                 )->int:
     "Parameters stored, biases and norms included; a shared parameter counts once."
     return sum(p.numel() for p in check_type('model', model, nn.Module).parameters())
 
+@public
 def nonzero_params(model:nn.Module # any network
                   )->int:
     "Parameters that are not exactly zero."
@@ -51,6 +53,7 @@ def _all_macs(model, xb):
     return macs, macs-got[0]+got[1]
 
 # %% ../nbs/07_report.ipynb #count_macs
+@public
 def count_macs(model:nn.Module,    # any network
                xb,                 # a batch of inputs; the first one is used
                nonzero:bool=False  # count non-zero weights only
@@ -81,6 +84,7 @@ def _stored(w, how, exact=True):
     return _npz_bytes(w.numpy()) if exact or w.numel() <= 2**18 else _npz_estimate(w, n)
 
 # %% ../nbs/07_report.ipynb #memory-2
+@public
 def memory(model:nn.Module,     # any network
            how:str='csr_npz',   # 'csr_npz', 'csr' or 'dense'
            exact:bool=True      # False: sizes of compressed large layers are estimated from a sample of their rows
@@ -99,6 +103,7 @@ def _left(model, mask):
     return {n:[m.weight.detach()*keep[f'{n}.weight']] for n,m in layers(model).items() if f'{n}.weight' in keep}
 
 # %% ../nbs/07_report.ipynb #accounting
+@public
 def accounting(model:nn.Module, # dense or masked; not changed
                mask:Mask        # what is removed
               )->pd.DataFrame:
@@ -116,6 +121,7 @@ def accounting(model:nn.Module, # dense or masked; not changed
     return df.astype(dict(weights=int, zeros=int, pruned=float, **dict.fromkeys(hows, float)))
 
 # %% ../nbs/07_report.ipynb #latency_ms
+@public
 def latency_ms(model:nn.Module,  # any network
                xb,               # the batch to time
                n:int=30,         # timed runs
@@ -146,11 +152,13 @@ def _cpu():
     return name or platform.processor() or platform.machine()
 
 # %% ../nbs/07_report.ipynb #hardware
+@public
 def hardware()->dict:
     "Processor, threads torch may use, and the GPU or None."
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(cpu=_cpu(), threads=torch.get_num_threads(), gpu=gpu)
 
+@public
 def versions()->dict:
     "Versions of Python and the packages a result depends on."
     def get(k):
@@ -184,6 +192,7 @@ def _peak_cpu():
     return lambda: (rss()-start)/unit
 
 # %% ../nbs/07_report.ipynb #metered
+@public
 @contextmanager
 def metered(device='cpu' # where the work is done
            ):
@@ -201,6 +210,7 @@ def metered(device='cpu' # where the work is done
         m.peak_mib = (torch.cuda.max_memory_allocated()-start)/2**20 if cuda else peak()
 
 # %% ../nbs/07_report.ipynb #report-2
+@public
 @dataclass
 class Report:
     "One run: what was asked, removed, spent, kept. Fractions in [0, 1], MiB, ms per batch; None = not measured."
@@ -290,6 +300,7 @@ def _costs(dense, after, xb, latency):
 
 # %% ../nbs/07_report.ipynb #measure
 @patch(cls_method=True)
+@public
 def measure(cls:Report,
             dense:nn.Module,       # the network before pruning
             masked:nn.Module=None, # the pruned network with zeros
@@ -334,6 +345,7 @@ def _plain(v):
 
 # %% ../nbs/07_report.ipynb #row
 @patch
+@public
 def row(self:Report)->dict:
     "One flat dictionary of plain values; nested fields become prefix_name, and every accuracy comes with its interval."
     res = {}
@@ -370,6 +382,7 @@ _LABELS = dict(
 
 # %% ../nbs/07_report.ipynb #to-frame
 @patch
+@public
 def to_frame(self:Report)->pd.DataFrame:
     "The record for people: rows (group, item), one column; what was not measured is left out."
     rows = {}
@@ -386,6 +399,7 @@ def _repr_html_(self:Report): return self.to_frame().to_html(header=False)
 
 # %% ../nbs/07_report.ipynb #save
 @patch
+@public
 def save(self:Report, path): # file to write, .json
     "Write to `path` as JSON."
     save_json(path, _plain(vars(self)))
@@ -401,6 +415,7 @@ def _evaluation(d):
 _HOLDS = {str: str, dict: dict, float: (int, float), int: (int, list)} # field's type -> what its JSON is; a size may be two numbers
 
 @patch(cls_method=True)
+@public
 def load(cls:Report, path): # file written by `save`
     "Read back what `save` wrote; `DamagedFileError`, a `ValueError`, for anything else."
     cure = 'expected a file written by Report.save; delete it, and the run is repeated'
@@ -413,12 +428,14 @@ def load(cls:Report, path): # file written by `save`
         return cls(**{**d, **{k:_evaluation(d.get(k)) for k in ('before', 'pruned', 'tuned')}})
 
 # %% ../nbs/07_report.ipynb #differs
+@public
 def differs(a:Evaluation, # first
             b:Evaluation  # second
            )->bool:
     "Do the Wilson 95 % intervals of the two accuracies keep apart?"
     return a.lo > b.hi or b.lo > a.hi
 
+@public
 def verdict(a:Evaluation, # the accuracy in question
             b:Evaluation  # the one it is held against
            )->str:
@@ -427,6 +444,7 @@ def verdict(a:Evaluation, # the accuracy in question
     return 'higher' if a.accuracy > b.accuracy else 'lower'
 
 # %% ../nbs/07_report.ipynb #compare
+@public
 def compare(reports # records
            )->pd.DataFrame:
     "One row per record: fractions removed, accuracies as k/n with intervals, verdict on the last against the dense one."
@@ -442,6 +460,7 @@ def compare(reports # records
         'against before': against(r)} for r in reports])
 
 # %% ../nbs/07_report.ipynb #plot_compare
+@public
 def plot_compare(reports, # records
                  x:str='params_removed', # field on the horizontal axis
                  ax=None  # matplotlib axes, None = a new figure
@@ -465,6 +484,7 @@ def plot_compare(reports, # records
     return ax.figure
 
 # %% ../nbs/07_report.ipynb #published
+@public
 def published(system:str=None # 'mint', 'provable', 'energy', 'anneal'; None = all
              )->pd.DataFrame:
     "Published results, one per row with its source; accuracies and the parameters removed are fractions in [0, 1]."

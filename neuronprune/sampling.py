@@ -9,7 +9,7 @@ __all__ = ['NORMS', 'probabilities', 'cut', 'uniform', 'sampling']
 import time, warnings
 import numpy as np, torch
 from torch import nn
-from .core import Mask, Scores, check_choice, check_finite, check_int, check_type, generator, kappa, layers, method, twins
+from .core import Mask, Scores, check_choice, check_finite, check_int, check_type, generator, kappa, layers, method, twins, public
 from .allocate import allocate
 from .draws import expected_unique, sample
 from .inputs import readers, traced
@@ -22,6 +22,7 @@ def _share(x):
     total = x.sum(1, keepdim=True)
     return x/torch.where(total > 0, total, 1)
 
+@public
 def probabilities(w:torch.Tensor, # weight [out, ...]
                   norm:str='l1',  # 'l1' | 'l2' | 'l1+l2', or 'uniform' over the non-zeros
                   compat:str=None # 'released': the mixture of |w| and w² before normalising
@@ -64,6 +65,7 @@ def _drawn(scores, budget, seed):
     return res, given == budget and abs(hit-budget) <= len(res)/2+1e-6
 
 # %% ../nbs/18_sampling.ipynb #cut
+@public
 def cut(scores:Scores,  # from `uniform` or `sampling`
         sparsity:float, # fraction of the weights (channels) to remove, in [0, 1)
         *, seed:int=None, # of the draws; None = the seed of the scores

@@ -73,6 +73,7 @@ def _scale(model, mask):
             if m.bias is not None: m.bias.copy_(m.bias*s)
 
 # %% ../nbs/06_surgery.ipynb #apply-2
+@public
 @torch.no_grad()
 def apply(model:nn.Module, # changed in place
           mask:Mask        # any unit
@@ -93,6 +94,7 @@ def _pattern(model, mask, g):
 def _read(w): "Input columns [n_in] with a weight left in some row."; return w.any(0).flatten(1).any(1) if w.ndim > 2 else w.any(0)
 
 # %% ../nbs/06_surgery.ipynb #dead-channels
+@public
 def dead_channels(model:nn.Module, # the dense or masked model
                   mask:Mask,       # what to drop
                   g,               # the model's `Graph`
@@ -201,6 +203,7 @@ def _plan(model, mask, xb):
 # %% ../nbs/06_surgery.ipynb #plan-2
 def _at(model, xb): "`xb` on the device of `model`."; return mapped(lambda o: o.to(next(model.parameters()).device), xb)
 
+@public
 def plan(model:nn.Module, # the dense or masked model
          mask:Mask,       # what to drop
          xb=None          # a batch of inputs; needed when the mask carries no graph, and to find constants
@@ -250,6 +253,7 @@ def _fold(model, worth):
     return model
 
 # %% ../nbs/06_surgery.ipynb #difference
+@public
 @torch.no_grad()
 def difference(a:nn.Module, # reference
                b:nn.Module, # other model
@@ -303,6 +307,7 @@ def _replace(model, factors):
     return model
 
 # %% ../nbs/06_surgery.ipynb #factorise
+@public
 def factorise(model:nn.Module, # dense or masked; not changed
               mask:Mask        # unit 'rank'
              )->nn.Module:
@@ -321,6 +326,7 @@ def _merged(m):
     new.weight, new.bias = nn.Parameter(w.reshape(new.weight.shape), requires_grad=a.weight.requires_grad), b.bias
     return new.train(m.training)
 
+@public
 def merge(model:nn.Module # any; not changed
          )->nn.Module:
     "A new model in which every factored layer is one layer again, with the product as its weight."
@@ -359,6 +365,7 @@ def _verify(masked, small, xb, tol):
         if not d <= tol and (given or not math.isnan(d)):
             raise SurgeryError(f"masked and shrunken model differ by {d:.2g} of the largest output; allowed are tol={tol:g}")
 
+@public
 def shrink(model:nn.Module, # dense or masked; not changed
            mask:Mask,       # what to drop
            xb,              # a batch of inputs for the check: a tensor, a tuple or a dictionary
@@ -373,6 +380,7 @@ def shrink(model:nn.Module, # dense or masked; not changed
     return small
 
 # %% ../nbs/06_surgery.ipynb #save
+@public
 def save(model:nn.Module, # pruned or not
          path             # file to write
         ):
@@ -438,6 +446,7 @@ def _set_widths(model, widths):
     if widths: model.cut_widths = dict(widths)
 
 # %% ../nbs/06_surgery.ipynb #load
+@public
 def load(path,                # file written by `save`
          model:nn.Module=None # an unpruned instance, for models that are not of our zoo; it is changed and returned
         )->nn.Module:

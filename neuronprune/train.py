@@ -19,7 +19,7 @@ from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from .core import (as_found, check_choice, check_fraction, check_int, check_type, digesting, feed, layers, mapped,
-                              seed_everything, tensors, Mask, Scores)
+                              seed_everything, tensors, Mask, Scores, public)
 from fastai.callback.core import Callback, CancelFitException, event
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -53,6 +53,7 @@ def _classes(y):
     whole = isinstance(y, torch.Tensor) and y.ndim == 1 and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
     return y.long() if whole else y
 
+@public
 def split_batch(b,          # batch of a loader
                 dev=None,   # device to move it to, None = where it is
                 n_inp=None  # inputs among its parts, None = all but the last
@@ -82,6 +83,7 @@ def _same_origin(now, then):
     return not any(k in then and then[k].shape == v.shape and moved(v, then[k]) for k,v in now.items())
 
 # %% ../nbs/05_train.ipynb #rewind
+@public
 class Rewind(Callback):
     "Keep the weights of chosen epochs on the CPU: `states[k]` is the state dict after `k` epochs, `init` is `states[0]`."
     order = 75
@@ -104,20 +106,24 @@ class Rewind(Callback):
 
 # %% ../nbs/05_train.ipynb #belongs
 @patch
+@public
 def pair(self:Rewind)->tuple: "What the marks are about: this model with these initial weights."; return id(self.model), id(self.states.get(0))
 
 @patch
+@public
 def note(self:Rewind):
     "Remember the weights of now as known."
     self.known.append((self.pair(), _sample(self.model)))
 
 @patch
+@public
 def vouch(self:Rewind):
     "Say that the weights of now have come from the snapshots; what was known of others is forgotten."
     self.known,self.lost,self.fitting = [],False,False
     self.note()
 
 @patch
+@public
 def belongs(self:Rewind)->bool:
     "Have the weights of now come from the snapshots, as far as one can tell? Another model, or another `states[0]`, is not judged."
     known = [s for o,s in self.known if o == self.pair()]
@@ -159,12 +165,14 @@ class _NoData(DataLoaders):
     def new_empty(self): return self
 
 @patch
+@public
 def save(self:_Learner, file, **kw):
     "As fastai's; the weights saved are remembered as known by `Rewind`."
     if (rewind := self.__dict__.get('rewind')) and rewind.belongs(): rewind.note()
     return Learner.save(self, file, **kw)
 
 @patch
+@public
 def load(self:_Learner, file, **kw):
     "As fastai's; what is loaded is not the product of a fit under way."
     Learner.load(self, file, **kw)
@@ -172,6 +180,7 @@ def load(self:_Learner, file, **kw):
     return self
 
 @patch
+@public
 def export(self:_Learner, fname='export.pkl', **kw):
     "As fastai's; the data are left out, also where loaders cannot be emptied."
     dls = self.dls
@@ -188,6 +197,7 @@ class _CrossEntropy(CrossEntropyLossFlat):
         return self.func(inp.as_subclass(torch.Tensor), targ.as_subclass(torch.Tensor), **kwargs)
 
 # %% ../nbs/05_train.ipynb #learner-3
+@public
 def learner(model:nn.Module,      # network to train; moved to the device of `dls`
             dls,                  # fastai `DataLoaders`
             opt='sgd',            # 'sgd', 'adam', 'adamw', 'rmsprop', 'adadelta', or a `torch.optim` class
@@ -224,6 +234,7 @@ SCHEDULES = ('one_cycle', 'flat', 'step', 'cosine', 'linear')
 
 def _cos(a, b, x): return b + (a-b)*(1+math.cos(math.pi*x))/2
 
+@public
 def schedule_lr(schedule:str,     # one of `SCHEDULES`
                 lr:float,         # largest learning rate
                 epochs:int,       # length of the training, T
@@ -307,6 +318,7 @@ def _try_batch(learn):
             if isinstance(m, AvgMetric): _check_target('the metric', m.func, out, yb)
 
 # %% ../nbs/05_train.ipynb #fit-2
+@public
 def fit(learn:Learner,   # changed in place
         epochs:int,      # length of the training
         lr:float=None,   # largest learning rate, None = the learner's
@@ -343,6 +355,7 @@ def fit(learn:Learner,   # changed in place
     return learn
 
 # %% ../nbs/05_train.ipynb #wilson
+@public
 def wilson(k:int,           # right answers
            n:int,           # answers
            level:float=.95  # confidence
@@ -356,6 +369,7 @@ def wilson(k:int,           # right answers
     return 0. if k == 0 else max(lo, 0.), 1. if k == n else min(hi, 1.)
 
 # %% ../nbs/05_train.ipynb #evaluation
+@public
 @dataclass(frozen=True)
 class Evaluation:
     "Right answers `k` of `n`, mean cross-entropy `loss`, labels `k5` among the five largest outputs; with a Wilson 95 % interval."
@@ -411,6 +425,7 @@ def _tally(model, dl, dev):
     return tot.tolist(), n
 
 # %% ../nbs/05_train.ipynb #evaluate
+@public
 def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
              dl              # loader of (inputs, labels), such as `dls.valid` or `dls.test`
             )->Evaluation:
@@ -428,6 +443,7 @@ def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
     return Evaluation(int(k), n, loss/n, int(k5))
 
 # %% ../nbs/05_train.ipynb #curves
+@public
 def curves(learn:Learner # a learner trained with `fit`
           )->pd.DataFrame:
     "One row per epoch over all fits: fit, epoch, train_loss, valid_loss and the metrics."
@@ -436,6 +452,7 @@ def curves(learn:Learner # a learner trained with `fit`
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_train.ipynb #plot_curves
+@public
 def plot_curves(learn:Learner # a learner trained with `fit`
                ):
     "Losses and accuracy per epoch; a grey line starts each further fit. Returns the figure."
@@ -452,6 +469,7 @@ def plot_curves(learn:Learner # a learner trained with `fit`
     return fig
 
 # %% ../nbs/05_train.ipynb #keep-tensors
+@public
 def keep_tensors(model:nn.Module, # network the mask belongs to
                  mask             # a `Mask`, or a dict parameter name -> bool tensor (True = kept)
                 )->tuple:         # (parameters, masks as 0/1 tensors of their dtype, on their device)
@@ -465,6 +483,7 @@ def keep_tensors(model:nn.Module, # network the mask belongs to
     return [named[k] for k in keeps], [v.to(named[k].device, named[k].dtype) for k,v in keeps.items()]
 
 # %% ../nbs/05_train.ipynb #maskcallback
+@public
 class MaskCallback(Callback):
     "Keep the weights outside `mask` at exactly zero while training; the learner's model is changed in place."
     order = 80
@@ -496,9 +515,11 @@ class PrunedCallback(MaskCallback):
     def after_fit(self): super().after_fit(); self.params,self.keeps = [],[]
 
 # %% ../nbs/05_train.ipynb #hold
+@public
 def held(learn:Learner)->dict: "Parameter name -> bool tensor (True = kept) of what `learn` holds at zero; empty if nothing."; return (
     learn.pruned.mask if isinstance(learn.__dict__.get('pruned'), PrunedCallback) else {})
 
+@public
 def hold(learn:Learner, # changed in place
          mask,          # a `Mask`, or a dict parameter name -> bool tensor (True = kept); None or nothing dropped = hold nothing
          decided=None   # the `Mask` of units behind a dict
@@ -514,6 +535,7 @@ def hold(learn:Learner, # changed in place
     return learn.add_cb(PrunedCallback(keeps, decided)) if keeps else learn
 
 # %% ../nbs/05_train.ipynb #fine_tune
+@public
 def fine_tune(learn:Learner, # changed in place
               mask,          # a `Mask`, or a dict parameter name -> bool tensor (True = kept)
               epochs:int,    # length of the training; 0 only applies the mask
@@ -538,6 +560,7 @@ def _state(learn, to):
     raise ValueError(f"to={to!r}: no snapshot of epoch {k} ({have}); build the learner with {fix} before training")
 
 # %% ../nbs/05_train.ipynb #sign_weights
+@public
 def sign_weights(model:nn.Module, # network with the layers to rewind
                  init:dict        # its initial state dict
                 )->dict:
@@ -546,6 +569,7 @@ def sign_weights(model:nn.Module, # network with the layers to rewind
     return {**init, **{k:v.sign()*v.std(correction=0) for k,v in w.items()}}
 
 # %% ../nbs/05_train.ipynb #rewind_to
+@public
 def rewind_to(learn:Learner, # changed in place
               to='init',     # 'init', 'sign', a kept epoch, or 'none'
               mask=None      # zero the weights outside this mask afterwards, now and in later fits
@@ -566,6 +590,7 @@ def rewind_to(learn:Learner, # changed in place
     return learn if mask is None else hold(learn, mask)
 
 # %% ../nbs/05_train.ipynb #gradual
+@public
 def gradual(x:float,          # progress from the first to the last cut, in [0, 1]
             sparsity:float,   # final sparsity
             initial:float=0.  # sparsity at the start
@@ -574,6 +599,7 @@ def gradual(x:float,          # progress from the first to the last cut, in [0, 
     return sparsity + (initial-sparsity)*(1-min(max(x, 0.), 1.))**3
 
 # %% ../nbs/05_train.ipynb #prunecallback
+@public
 class PruneCallback(MaskCallback):
     "Prune gradually during one fit, from `initial` to `sparsity`; keeps `mask` and the `history`, (step, sparsity)."
     def __init__(self,
@@ -614,6 +640,7 @@ def after_step(self:PruneCallback):
     self.zero()
 
 # %% ../nbs/05_train.ipynb #sink
+@public
 def sink(scores:Scores, # scores of all units
          mask           # `Mask` of the units still there, or None
         )->Scores:
@@ -628,6 +655,7 @@ def sink(scores:Scores, # scores of all units
                   tiebreak=ties, gone=gone, meta={**scores.meta, 'scales': mask.meta.get('scales', {})}, skipped=scores.skipped)
 
 # %% ../nbs/05_train.ipynb #tighten
+@public
 def narrow(mask:Mask, # of this round
            old        # `Mask` of the round before, or None
           )->Mask:
@@ -683,6 +711,7 @@ def _sliced_slots(slots, name, shape, index):
     "What the optimiser remembers of the parameter `name`: tensors of its `shape` are cut, counters kept."
     return {n:_slice(v, name, index).clone() if torch.is_tensor(v) and v.shape == shape else v for n,v in slots.items()}
 
+@public
 def rebind(learn:Learner,    # changed in place
            model:nn.Module,  # the network that replaces `learn.model`
            index:dict=None   # module path -> (kept outputs, inputs), or parameter name -> kept per dimension; None = all

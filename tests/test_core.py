@@ -76,11 +76,11 @@ def test_twins_name_the_first_owner():
 
 def test_digesting_says_the_shapes():
     x, y = torch.rand(2, 3), torch.rand(4)
-    for err in (RuntimeError('no'), IndexError('no')):
+    for err in (RuntimeError('no'), IndexError('no'), TypeError('no')):
         with pytest.raises(ValueError, match=r'dls: the model cannot digest a batch of shape \(2, 3\), \(4,\): no') as e:
             with digesting(x, y, name='dls'): raise err
         assert e.value.__cause__ is err
-    for err in (torch.cuda.OutOfMemoryError('x'), RuntimeError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory"), ValueError('mine'), KeyError('k')):
+    for err in (torch.cuda.OutOfMemoryError('x'), RuntimeError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory"), ValueError('mine')):
         with pytest.raises(type(err)) as e:
             with digesting(x): raise err
         assert e.value is err
@@ -330,7 +330,9 @@ def test_methods_can_be_registered(monkeypatch):
     monkeypatch.setattr(core, '_registry', {**core._registry})
     @method('mine', unit='weight', needs=('data',))
     def f(model, k=1): return k
-    assert f(None) == 1 and methods()['mine'](None, k=3) == 3 and 'mine' in methods() and methods()['mine'].needs == ('data',)
+    assert f(net()) == 1 and methods()['mine'](net(), k=3) == 3 and 'mine' in methods() and methods()['mine'].needs == ('data',)
+    with pytest.raises(TypeError, match='k: f has no such|j: f has no such'): methods()['mine'](net(), j=3)
+    with pytest.raises(TypeError, match='model: expected an nn.Module'): f(None)
     assert methods()['mine'].allocate == {} and len(list(methods())) == len(methods())
 
 def test_headers_travel(tmp_path):

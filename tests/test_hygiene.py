@@ -13,7 +13,7 @@ NBS, LIB = ROOT/'nbs', ROOT/'neuronprune'
 BOOKS = sorted(str(p.relative_to(NBS)) for p in NBS.rglob('*.ipynb') if not any(q.startswith(('.', '_')) for q in p.relative_to(NBS).parts))
 PAPERS = [b for b in BOOKS if b.startswith('papers/')]
 MODULES = sorted(p.stem for p in LIB.glob('*.py') if not p.stem.startswith('_'))
-GROUND = {'core', 'data', 'graph', 'allocate', 'train', 'blocks', 'draws', 'inputs'}
+GROUND = {'core', 'door', 'data', 'graph', 'allocate', 'train', 'blocks', 'draws', 'inputs'}
 METHODS = set('baselines mip provable mint energy anneal lowrank criteria sampling'.split())
 PATHS = re.compile(r'(?<![\w.])/(?:work|root|tmp|home|Users|opt)/[\w.+-]+')
 BARS = re.compile(r'<progress|progress-bar|jupyter-widgets|widget-view|\d%\|[█▏ ]')
@@ -77,7 +77,7 @@ def test_first_cell(book):
 
 @each_book
 def test_exported_cells_are_short(book):
-    sizes = {c['id']: sum(bool(o.strip()) and not o.startswith('#|') for o in source(c).splitlines()) for c in cells(book) if flag(c, 'export')}
+    sizes = {c['id']: sum(bool(o.strip()) and not o.startswith(('#|', '@public')) for o in source(c).splitlines()) for c in cells(book) if flag(c, 'export')}
     assert not {k: n for k, n in sizes.items() if n > 40}
 
 @each_book
