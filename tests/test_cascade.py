@@ -459,7 +459,7 @@ def test_factors_hold_what_the_dense_network_did(dls, tmp_path, monkeypatch):
         assert torch.allclose(left @ right, (u[:, :j]*v[:j]) @ w[:j], atol=1e-5) and torch.equal(s['fc1.1.bias'], own['fc1.bias'])
 
 def test_other_loaders(tmp_path):
-    with pytest.raises(TypeError, match='dls: expected DataLoaders from get_dls, got list'): cascade([], 'lenet300', 'magnitude', [.5], out=tmp_path)
+    with pytest.raises(TypeError, match='dls: expected fastai DataLoaders .*, got list'): cascade([], 'lenet300', 'magnitude', [.5], out=tmp_path)
 
 def test_layers_a_method_skips(dls, tmp_path, registered):
     @registered('first', unit='weight')

@@ -43,7 +43,7 @@ def test_names_on_a_page_that_ran_before():
     assert check_parameters(mine, again=True)['sparsity'] == .4 and 'scratch' not in check_parameters(mine, again=True)
     for typo in ('sparsty', 'seeds', 'epoch', 'metod', 'methodargs'):
         for again in (False, True):
-            with pytest.raises(ValueError, match=f"parameter='{typo}'.*did you mean"): check_parameters({typo: 3}, again=again)
+            with pytest.raises(ValueError, match=f"parameter='{typo}'.*did you mean"): check_parameters({typo: [3] if typo == 'seeds' else 3}, again=again)
 
 def write_record(out, params, **kw):
     d = run_folder(params, out); p = complete(params)
