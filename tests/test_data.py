@@ -164,7 +164,7 @@ def test_large_sets_are_resized_batch_by_batch(monkeypatch):
     assert lazy.train.dataset.x.shape[-1] == 8
     torch.testing.assert_close(whole.one_batch()[0], lazy.one_batch()[0])
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=st.lists(st.integers(1, 30), min_size=2, max_size=6), m=st.integers(1, 30), seed=st.integers(0, 99), k=st.integers(1, 40))
 def test_calibration_batch_is_balanced_or_refused(counts, m, seed, k):
     y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))

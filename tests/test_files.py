@@ -15,7 +15,7 @@ from neuronprune.pipeline import dense
 from neuronprune.report import Report
 from neuronprune.train import Evaluation
 
-hurt = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+hurt = settings(max_examples=80, suppress_health_check=list(HealthCheck))
 
 def damages(data, whole):
     "The bytes of a file with some of them changed, its end lost, or something added."
