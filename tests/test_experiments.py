@@ -20,11 +20,14 @@ def test_runs_of_a_grid(runs):
     assert [Path(f).name for f in df.folder] == [r.extra['run'] for r in df.record]
     assert len(gather(out)) == 2 and len(list(out.glob('*/page.ipynb'))) == 2 and not list(out.glob('*/failed.ipynb'))
 
-def test_every_method_runs_in_one_kernel(pages, tmp_path):
-    cases = [dict(method=m, out=str(tmp_path), **QUICK) for m in methods()]
+PAGES = 'lth', 'snip', 'mip', 'slimming', 'sipp', 'pfp', 'svd' # weights rewound and at the start; channels, with a network of its own; bounds; ranks (blocks: `runs`)
+
+@pytest.mark.parametrize('names', [PAGES, pytest.param(tuple(methods()), marks=pytest.mark.slow)], ids=['each kind', 'all'])
+def test_every_method_runs_in_one_kernel(pages, tmp_path, names):
+    cases = [dict(method=m, out=str(tmp_path), **QUICK) for m in names]
     shown = pages(notebook_path(), cases)
     records = {r.method: r for r in gather(tmp_path)}
-    assert set(records) == set(methods()) and all('after fine-tuning' in o for o in shown)
+    assert set(records) == set(names) and all('after fine-tuning' in o for o in shown)
     for c in cases:
         r = records[c['method']]; assert r.extra['run'] == run_folder(c).name
         assert r.dataset == 'digits' and r.tuned.n == 359 and r.params_removed > .2

@@ -446,8 +446,9 @@ def test_unsupported_layers_are_named_with_the_list(bad, name, what):
 
 def test_branches_and_unflattened_maps():
     with pytest.raises(UnsupportedLayerError, match='branches and sums'): problem(build('resnet18', 1, 10, 32), torch.rand(2, 1, 32, 32), torch.tensor([0, 1]))
-    flat = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(UnsupportedLayerError, match="'2'.*Flatten"): problem(flat, torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
+    flat = lambda *end: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(4, 3), *end)
+    with pytest.raises(UnsupportedLayerError, match="'2'.*Flatten"): problem(flat(nn.Flatten(), nn.Linear(24, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r'model: outputs \(2, 2, 4, 3\)'): problem(flat(), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
     with pytest.raises(UnsupportedLayerError, match='reflect'): problem(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode='reflect'), nn.Flatten(), nn.Linear(72, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
     with pytest.raises(UnsupportedLayerError, match='ceil_mode'): problem(nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Flatten(), nn.Linear(8, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
 
