@@ -59,6 +59,11 @@ def _path(k, v):
     if not isinstance(v, (str, os.PathLike)): _refuse(k, v, 'a path')
     if not os.fspath(v) or '\0' in str(v): _refuse(k, v, 'a path', ValueError)
 
+def _name(k, v):
+    "Rule: a name; a data set's may be its folder."
+    if not isinstance(v, (str, os.PathLike)): _refuse(k, v, 'a name')
+    _path(k, v)
+
 def _function(k, v):
     if not callable(v): _refuse(k, v, 'a function')
 
@@ -298,7 +303,7 @@ _DICTS = {
     **dict.fromkeys('args namespace p params'.split(), _parameters)}
 
 _NAMED = {
-    **_OBJECTS, **{k:v for k,v in _DICTS.items() if k not in ('args', 'init', 'namespace', 'p', 'params')}, 'batch': _labelled, 'heads': _model,
+    **_OBJECTS, **{k:v for k,v in _DICTS.items() if k not in ('args', 'init', 'namespace', 'p', 'params')}, 'batch': _labelled, 'heads': _maybe(_a('ModuleList', 'as from fit_greedy or fit_heads')),
     **dict.fromkeys('folder out path'.split(), _path), **dict.fromkeys('cache data_root notebook root tensorboard'.split(), _maybe(_path)), 'dataset': _dataset,
     **dict.fromkeys('amsgrad calibrate channel_form nesterov progress relaxed shrink tied'.split(), _flag),
     **dict.fromkeys('confidence correct q target'.split(), _numbers), **dict.fromkeys('eps hi lo step_size'.split(), _finite), 'n_jobs': _jobs, 'threshold': _threshold,
@@ -324,7 +329,7 @@ def _rule(p, said=''):
     if ann == 'bool' or isinstance(p.default, bool) and not ann and "'" not in said: return _flag
     if ann == 'int': return _WHOLE.get(p.name) or _whole(0 if p.name in _REAL else None, None)
     if ann == 'float': return _REAL.get(p.name) or _real()
-    if ann == 'str' and p.name == 'name': return lambda k,v: _path(k, v) # of a data set, or its folder
+    if ann == 'str' and p.name == 'name': return _name
     if ann == 'dict': return _DICTS.get(p.name, _mapping)
     if ann == 'list' and p.name == 'grid': return _NAMED['grid']
     if ann in _PLAIN: return _weights if p.name == 'weights' else _PLAIN[ann]
