@@ -359,7 +359,7 @@ def _rule(p, said=''):
     "The rule of a `Parameter` with this comment, or None."
     ann = '' if p.annotation is Parameter.empty else getattr(p.annotation, '__name__', str(p.annotation))
     ann = ann.rpartition('.')[2]
-    if ann == 'bool' or isinstance(p.default, bool) and "'" not in said: return _flag
+    if ann == 'bool' or not ann and isinstance(p.default, bool) and "'" not in said: return _flag
     if ann == 'int': return _WHOLE.get(p.name) or _whole(0 if p.name in _REAL else None, None)
     if ann == 'float': return _REAL.get(p.name) or _real()
     if ann == 'str' and p.name == 'name': return lambda k,v: _path(k, v) # of a data set, or its folder
