@@ -452,7 +452,7 @@ def _unknown(f, k, names):
 # %% ../nbs/00a_door.ipynb #plan
 @cache
 def _plan(f):
-    "(names by position, name -> (default, rule), does `f` take further names?); None passes where a comment says so."
+    "(names by position, name -> (default, rule), what `f` calls further names); None passes where a comment says so."
     ps = list(inspect.signature(f).parameters.values())
     places = [p.name for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     said = _comments(inspect.unwrap(f))
@@ -460,7 +460,7 @@ def _plan(f):
         note = said.get(p.name) or ''; res = _rule(p, note)
         return _maybe(res) if res and 'None' in note else res
     rules = {p.name:(p.default, rule(p)) for p in ps if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return places, rules, any(p.kind == p.VAR_KEYWORD for p in ps)
+    return places, rules, next((p.name for p in ps if p.kind == p.VAR_KEYWORD), None)
 
 def _wrong(rule, *args, **kw):
     "What a rule has to say, as a list of at most one error."
@@ -498,6 +498,7 @@ def check_call(f,    # function
         if k in rules:
             default, rule = rules[k]
             if v is not default and rule: said += _wrong(rule, k, v)
+        elif more == 'labels': continue # columns of a table, which may have any name
         elif not more or _WORDS.get(k) in rules: said.append(_unknown(f, k, list(rules)))
         else: said += _wrong(_further, k, v)
     if not said or 'initial' in got: said += _jointly(got, rules)
