@@ -337,7 +337,8 @@ _OPEN = {**_alike('args namespace p params', _parameters),
          'init': lambda k,v: check_type(k, v, dict, 'learn.rewind.init')}
 
 _NAMED = {
-    **_OBJECTS, **_DICTS, 'batch': _labelled, 'heads': _maybe(_a('ModuleList', 'as from fit_greedy or fit_heads')), 'dataset': _dataset, 'weights': _weights, 'head': _head,
+    **_OBJECTS, **_DICTS, 'batch': _labelled, 'heads': _maybe(_a('ModuleList', 'as from fit_greedy or fit_heads')),
+    'dataset': _dataset, 'weights': _weights, 'head': _head,
     **_alike('folder out path', _path), **_alike('cache data_root notebook root tensorboard', _maybe(_path)),
     **_alike('amsgrad calibrate channel_form nesterov progress relaxed shrink tied', _flag),
     **_alike('confidence correct q target', _numbers), **_alike('eps hi lo step_size', _finite), 'n_jobs': _jobs,
