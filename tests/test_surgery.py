@@ -112,7 +112,7 @@ def test_shrinking_twice(zoo):
 
 # ---- random networks
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(nets([k for k in KINDS if k not in ('shuffle', 'pad', 'glu')]), st.sampled_from(['channel', ':in', 'weight', 'group']), st.booleans(), st.floats(.1, .95), st.integers(0, 99))
 def test_masked_is_shrunk_on_random_networks(model, unit, tied, s, seed):
     g = trace(model, X); assume(g.removable)
@@ -143,7 +143,7 @@ def shot(model, g, unit, p, seed):
     "A mask that keeps each block or weight with probability `p`, so that whole rows and columns die."
     sc = random_scores(model, g, unit, seed); return Mask({k:v < p for k,v in sc.items()}, sc.unit, graph=g, labels=sc.labels)
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(nets([k for k in KINDS if k not in ('shuffle', 'pad', 'glu')]), st.sampled_from(['weight', 'group']), st.floats(.05, .6), st.integers(0, 99))
 def test_dead_children_on_random_networks(model, unit, p, seed):
     model = randomise(model, X, seed); g = trace(model, X); assume(g.removable)
@@ -390,7 +390,8 @@ def test_load_in_a_process_that_cannot_unpickle(zoo, tmp_path):
     code = f"""
 import sys, pickle, json, torch; from torch import nn; from neuronprune.surgery import load; import neuronprune.models
 def no(*a, **k): raise AssertionError('unpickled')
-pickle.load = pickle.loads = torch.load = no; pickle.Unpickler = no
+class No(pickle.Unpickler): __init__ = no # a class: torch imports modules at its first use, and some inherit from it
+pickle.load = pickle.loads = torch.load = no; pickle.Unpickler = No
 sys.addaudithook(lambda e, a: no() if e == 'pickle.find_class' else None)
 a, b = load({str(tmp_path/'zoo')!r}).eval(), load({str(tmp_path/'own')!r}, nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
 with torch.no_grad(): print(json.dumps([a(torch.tensor({xb.tolist()!r})).tolist(), b(torch.tensor({x.tolist()!r})).tolist()]))"""
@@ -440,7 +441,7 @@ def test_ranks_masked_is_shrunk_on_the_zoo(zoo, name, k):
         assert isinstance(m, Factored) == (cost < w.numel()) and (not isinstance(m, Factored) or sum(o.weight.numel() for o in m) == cost)
     assert all(torch.equal(p, q) for (n,p),(_,q) in zip(model.named_parameters(), masked.named_parameters()) if n.rpartition('.')[0] not in mask)
 
-@pytest.mark.parametrize('name', ['lenet5', 'vgg7_bn', 'resnet20'])
+@pytest.mark.parametrize('name', ['lenet5', 'resnet20'])
 def test_measured_directions(zoo, name):
     "Outputs of the layer are projected on the directions, around the centre; applied twice, nothing more happens."
     model, xb, g = zoo(name); mask = thin(model, labels=True); small = check(model, mask, xb); masked = apply(copy.deepcopy(model), mask); a, b = layers(model), layers(masked)
@@ -481,7 +482,7 @@ def test_flags_mode_and_dtype_go_to_the_factors():
     assert all(p.dtype == torch.float64 for p in small.parameters()) and [o.training for o in small] == [False, True, False] and small[1][0].training and not small[0][1].training
 
 @pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16])
-@pytest.mark.parametrize('name', ['lenet5', 'vgg7_bn', 'resnet20'])
+@pytest.mark.parametrize('name', ['lenet5', 'resnet20'])
 def test_half_precision_shrinks(zoo, name, dtype):
     model, xb, g = zoo(name); low, x = copy.deepcopy(model).to(dtype), xb.to(dtype); eps = torch.finfo(dtype).eps
     for mask in (thin(model), thin(model, k=2), quiet(random_scores(model, g, 'channel'), .5)):
