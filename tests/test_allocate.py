@@ -315,7 +315,7 @@ def slow_network(order, sizes, goal):
         if later: end = later[0]
     return kept
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(st.lists(st.integers(2, 40), min_size=4, max_size=5), st.floats(.02, .9), st.sampled_from(['global', 'layer']), st.integers(0, 999))
 def test_weights_of_the_network_against_one_at_a_time(sizes, s, scope, seed):
     net = nn.Sequential(*[o for a,b in zip(sizes, sizes[1:]) for o in (nn.Linear(a, b), nn.ReLU())][:-1])
@@ -346,7 +346,7 @@ def cut_weights(model, mask, x):
 
 CUTTABLE = ['seq', 'add', 'proj', 'cat', 'gate', 'dw', 'prelu']
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(nets(CUTTABLE), st.booleans(), st.floats(.1, .95), st.integers(0, 99))
 def test_weights_left_are_those_of_the_shrunken_network(model, ins, s, seed):
     g = trace(model, X); names = readers(g)[0] if ins else g.removable
@@ -360,7 +360,7 @@ def separable(*widths):
     return nn.Sequential(*ms, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3)).eval()
 
 @pytest.mark.parametrize('ins', [False, True])
-@pytest.mark.parametrize('s', [.2, .5, .9])
+@pytest.mark.parametrize('s', [.2, .9])
 def test_weights_left_go_through_depthwise_layers(ins, s):
     for model,x in ((separable(6, 8, 5), X), (build('mobilenet_v3_small', 3, 10, 16, seed=0).eval(), torch.randn(2, 3, 16, 16, generator=generator(0)))):
         g = trace(model, x); sc = tied_scores(g, readers(g)[0] if ins else g.removable, 0, ins); mask = quiet(sc, s)
@@ -391,7 +391,7 @@ def safe_atoms(atom, value, cost, caps, min_keep, keep):
         safe |= set(free)
     return safe
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(nets(CUTTABLE), st.booleans(), st.floats(.05, .9), st.sampled_from(['global', 'layer']), st.data())
 def test_promises_of_a_budget_of_the_network(model, ins, s, scope, data):
     g = trace(model, X); sc = tied_scores(g, readers(g)[0] if ins else g.removable, data.draw(st.integers(0, 99)), ins); layer = lambda k: k.removesuffix(':in')
@@ -472,7 +472,7 @@ def test_rounds_of_the_same_scores_give_the_mask_of_one(sc, steps, scope, of, da
     a, b = in_rounds(sc, steps, **kw), quiet(sc, steps[-1], **kw)
     assert same(a, b) and a.meta['achieved'] == b.meta['achieved'] and a.meta['layers'] == b.meta['layers']
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(nets(), st.lists(sparsities, min_size=2, max_size=3).map(sorted), st.sampled_from(['global', 'layer']), st.sampled_from(['units', 'params', 'macs']),
        st.booleans(), st.sampled_from(['auto', None, 'max']), st.integers(0, 99))
 def test_rounds_of_tied_channels_give_the_mask_of_one(model, steps, scope, of, tied, normalize, seed):
@@ -481,7 +481,7 @@ def test_rounds_of_tied_channels_give_the_mask_of_one(model, steps, scope, of, t
     kw = dict(scope=scope, of=of, tied=tied, normalize=normalize)
     assert same(in_rounds(sc, steps, **kw), quiet(sc, steps[-1], **kw))
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(nets(), st.lists(sparsities, min_size=2, max_size=3).map(sorted), st.integers(0, 99))
 def test_rounds_of_a_budget_of_the_network_leave_its_weights(model, steps, seed):
     "Not the same mask, a channel that is too large for one budget is not for the next; but never more weights than one channel beside it."
