@@ -6,7 +6,7 @@
 __all__ = ['Graph', 'spared', 'kept_slots', 'new_widths', 'probing', 'trace']
 
 # %% ../nbs/03_graph.ipynb #import-copy-math
-import math
+import copy, math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 import numpy as np, torch
@@ -15,7 +15,7 @@ from torch.nn.utils import prune as torch_prune
 from fastcore.basics import patch
 from .core import *
 from .core import Units
-from .probe import Probe
+from .probe import Probe, channel_dim
 
 # %% ../nbs/03_graph.ipynb #graph-2
 @public
@@ -115,6 +115,7 @@ def _mixer(probe, ends):
 def _reasons(probe, found, ends, lost, shared, layers):
     "Layer -> why its channels cannot be removed, from what `Probe.follow` found and the tensors that are shared."
     grouped = {n for n,l in layers.items() if l['groups'] > 1 and not _depthwise(l)}
+    bends = {n:b for n,m in probe.layers.items() if n in layers and (b := _bends(m))}
     loud, mixed = probe.loud(), _mixed(found); heard = {k:mixed.get(k, False) | v for k,v in lost.items()} | mixed
     res = {n:f"used {c} times in the forward pass" for n in probe.layers if (c := probe.calls.get(n, 0)) != 1}
     res.update({n:"its output has no dimension for the examples of a batch" for n in probe.layers if n not in found and n not in res})
@@ -130,6 +131,8 @@ def _reasons(probe, found, ends, lost, shared, layers):
         elif again: res[n] = f"{again[0].rstrip('#')!r}, on its way, is used more than once"
         elif (k := next((k for k in reach if k in shared), None)) is not None: res[n] = f"{k!r}, which reads it, shares its weight with {shared[k]!r}"
         elif (k := at({o:loud[o] for o in to if o in loud})) is not None: res[n] = f"a dropped channel would not be zero at {k!r}"
+        elif 'rows' in bends.get(n, ()): res[n] = "its forward is not that of a plain layer: an output depends on more than its own weights"
+        elif (k := next((k for k in to if 'columns' in bends.get(k, ())), None)) is not None: res[n] = f"{k!r}, which reads it, has a forward of its own, in which no input can be cut"
         elif n in grouped or grouped & set(to): res[n] = "grouped convolution: groups must stay equally wide"
         elif _depthwise(layers[n]) and _unfed(n, found, heard, layers[n]['n_in']): res[n] = "it reads, channel by channel, what cannot be cut"
     return res
@@ -169,6 +172,35 @@ def _info(m, positions):
     lin = isinstance(m, nn.Linear)
     return dict(kind=type(m).__name__, n_out=len(m.weight), n_in=m.in_features if lin else m.in_channels, taps=1 if lin else math.prod(m.kernel_size),
                 groups=getattr(m, 'groups', 1), positions=positions, weights=m.weight.numel(), bias=m.bias is not None)
+
+# %% ../nbs/03_graph.ipynb #odd-layers
+def _halved(m, rows, columns):
+    "A copy of layer `m` without the first half of its outputs and inputs, as asked."
+    res, lin = copy.copy(m), isinstance(m, nn.Linear); res._parameters = dict(m._parameters)
+    n_out, n_in = (len(m.weight)+1)//2 if rows else 0, (m.weight.shape[1]+1)//2 if columns else 0
+    res.weight = nn.Parameter(m.weight[n_out:, n_in:])
+    if m.bias is not None: res.bias = nn.Parameter(m.bias[n_out:])
+    names = ('out_features', 'in_features') if lin else ('out_channels', 'in_channels')
+    setattr(res, names[0], len(res.weight)); setattr(res, names[1], res.weight.shape[1])
+    if rows and getattr(m, 'groups', 1) > 1: res.in_channels = res.groups = len(res.weight)
+    return res
+
+@torch.no_grad()
+def _bends(m):
+    "Which of 'rows' and 'columns' of layer `m` cannot be cut, because of a `forward` of its own."
+    if type(m).forward in [o.forward for o in PRUNABLE]: return set()
+    deep, lin = getattr(m, 'groups', 1) > 1, isinstance(m, nn.Linear)
+    m = copy.deepcopy(m).eval().float().cpu(); vars(m).pop('forward', None) # the probe's answer
+    for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=generator(0))+.5)
+    size = () if lin or channel_dim(m) == -1 else tuple(d*(k-1)+3 for k,d in zip(m.kernel_size, m.dilation))
+    x = torch.randn(2, m.in_features if lin else m.in_channels, *size, generator=generator(1)); half = (x.shape[1]+1)//2; bad = set()
+    for what in ('rows',) if deep else ('rows', 'columns'):
+        rows = what == 'rows'; x0 = x.clone(); x0[:, :half] = x0[:, :half] if rows else 0
+        try: y, z = m(x0), _halved(m, rows, not rows)(x0[:, half:] if deep or not rows else x0)
+        except Exception: bad.add(what); continue
+        y = y[:, (y.shape[1]+1)//2:] if rows else y
+        if y.shape != z.shape or not torch.allclose(y, z, rtol=1e-3, atol=1e-4): bad.add(what)
+    return bad
 
 # %% ../nbs/03_graph.ipynb #check-plain
 def _cure(m):

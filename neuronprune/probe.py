@@ -313,12 +313,12 @@ def spelt(x:torch.Tensor, # what was seen [LEVELS+d, slots, rest]
 def decode(self:Probe, names, places, reach, tries=24):
     "Place -> (channel that each slot follows or -1, bool: does it mix?) when only the layers `names` change."
     d = max(1, math.ceil(math.log(max(self.n_out[n] for n in names), LEVELS)-1e-9))
-    lift, tol, found = {n:digits(self.n_out[n], d) for n in names}, 1e-10 if self.table.values.dtype == torch.float64 else 1e-5, {}
+    lift, found = {n:digits(self.n_out[n], d) for n in names}, {}
     for t in range(tries):
         self.lifting(lift, sign=t or None).run(LEVELS+d, self.inputs if t % 2 == 0 else self.given)
         for k in places:
             if (x := self.rows_of(k)) is None: continue
-            like, heard = spelt(x, self.table((x.shape[-1],)), tol)
+            like, heard = spelt(x, self.table((x.shape[-1],)).to(x.dtype), 1e-10 if x.dtype == torch.float64 else 1e-5)
             if k in found: like, heard = like & found[k][0], heard | found[k][1]
             found[k] = like, heard
         if all(_complete(*o, [c for n,c in reach.get(k, {}).items() if n in lift]) for k,o in found.items()): break
