@@ -215,6 +215,8 @@ def _jobs(k, v):
     "Rule: a number of processes."
     if check_int(k, v) == 0: raise ValueError(f"{k}=0: expected a number of processes, or -1 for all cores")
 
+_WHOLE['n_jobs'] = _jobs
+
 # %% ../nbs/00a_door.ipynb #fastai-args
 def _callback(k, v):
     if not (_is(v, 'Callback') or isinstance(v, type) and any(c.__name__ == 'Callback' for c in v.__mro__)): _refuse(k, v, 'a fastai Callback')
