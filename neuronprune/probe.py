@@ -64,6 +64,7 @@ def _out_shape(m, x, n):
     "Shape of the output of layer `m` for the input `x`; `RuntimeError` if it does not fit."
     lin = channel_dim(m) == -1; n_in, n_out = (m.in_features if isinstance(m, nn.Linear) else m.in_channels), len(m.weight)
     have = x.shape[channel_dim(m)] if x.ndim > 1 or lin else 0
+    if not (x.is_floating_point() or x.is_complex()): raise RuntimeError(f"{n!r} expects floating-point numbers, got {x.dtype}")
     if have != n_in: raise RuntimeError(f"{n!r} expects {n_in} channels, got {have} in an input of shape {tuple(x.shape)}")
     if lin: return (*x.shape[:-1], n_out)
     if not _own_forward(m): return type(m).forward(m, x.detach().to(m.weight.dtype)).shape
@@ -167,10 +168,15 @@ def _widths(probe):
 @patch
 @torch.no_grad()
 def measure(self:Probe):
-    "Find the batch dimension of every layer's output and of every place; draw what the layers emit."
-    shapes, outs = [], []
+    "Find the batch dimension of every layer's output and of every place; draw what the layers emit. From here on noise stands beside the given example, if the network takes noise."
+    shapes, outs, self.say = [], [], self._first
+    if any(o.is_floating_point() for o in tensors(self.given)): self.inputs = _noise(self, self.given)
     for r in (2, 3):
-        self.say = self._first; self.run(r); outs.append(self.out)
+        try: self.run(r)
+        except Exception:
+            if self.inputs is self.given: raise
+            self.inputs = self.given; self.run(r)
+        outs.append(self.out)
         shapes.append({k:o.shape for k,o in self.seen.items() if isinstance(o, torch.Tensor)})
     self.batch = {k:_grown(s, shapes[1].get(k, ())) for k,s in shapes[0].items()}
     self.emits, self.base, self.rise = {n:_grown(s, outs[1].get(n, ())) for n,s in outs[0].items()}, {}, {}
@@ -209,7 +215,7 @@ def settle(self:Probe):
     "Run the network at full size, then choose the smallest input that it takes and that keeps the wiring; `positions` are those of the full size, `volume` the activations of the small one."
     try: self.run(1)
     except (RuntimeError, IndexError, ValueError): self.run(2)
-    full, calls, width, whole = self.out, self.calls, _widths(self), self.inputs
+    full, calls, width, whole, self.volume = self.out, self.calls, _widths(self), self.inputs, _volume(self)
     self.positions = {n:math.prod(s)//self.rows//len(self.layers[n].weight) for n,s in full.items()}
     least = _stride([o.shape[2:] for o in tensors(whole) if o.ndim > 3], full.values())
     sizes = [(s, d) for s in _SIDES if s > least for d in ((2,), (1,))] if sum(map(math.prod, full.values())) > _SMALL else []
@@ -219,18 +225,12 @@ def settle(self:Probe):
         try: self.run(2)
         except Exception: continue
         same = self.calls == calls and list(self.calls) == list(calls) and _widths(self) == width
-        if same and all(t >= min(s, 2) for n,o in full.items() for s,t in zip(o[1:], self.out[n][1:])): break
+        if same and all(t >= min(s, 2) for n,o in full.items() for s,t in zip(o[1:], self.out[n][1:])): self.volume = _volume(self); break
     else: self.inputs = whole
-    return self._with_noise()
-
-@patch
-def _with_noise(self:Probe):
-    "Keep the given example beside noise of its shape, if the network takes noise."
-    self.given, self.inputs = self.inputs, _noise(self, self.inputs)
-    try: self.run(1)
-    except Exception: self.inputs = self.given; self.run(1)
-    self.volume = sum(o.numel() for k,v in self.seen.items() for o in tensors(v))//self.rows
+    self.given = self.inputs
     return self
+
+def _volume(probe): return sum(o.numel() for v in probe.seen.values() for o in tensors(v))//probe.rows # numbers seen, per row
 
 # %% ../nbs/02a_probe.ipynb #emit
 @patch
@@ -480,10 +480,10 @@ def rehearse(self:Probe, kept, slots, widths={}):
     if list(self.seen) != list(raw): return "a cut network calls other layers"
     for k,o in self.seen.items():
         if k in slots:
-            x, y = want[k], self.rows_of(k)
+            x, y, keep = want[k], self.rows_of(k), slots[k].to(o.device)
             if x is None: continue
             if y is None: return f"a cut network sends nothing to {k!r}"
-            if not _same(x[:, slots[k]], y) or k in self.layers and x[:, ~slots[k]].any(): return f"a cut network computes something else at {k!r}"
+            if not _same(x.index_select(1, keep.nonzero()[:,0]), y) or k in self.layers and x.index_select(1, (~keep).nonzero()[:,0]).any(): return f"a cut network computes something else at {k!r}"
         elif not all(map(_same, tensors(raw[k]), tensors(o))): return f"a cut network computes something else at {k.rstrip('#')!r}" if k else "a cut network's output differs"
 
 @patch
