@@ -437,6 +437,8 @@ def _jointly(got, rules):
             said += _wrong(rule, *(every[k] for k in need.split()), **{k:every[k] for k in may.split() if k in rules})
     return said
 
+_ITSELF = ('trace',) # runs the model, and says what is wrong with the inputs
+
 def check_call(f,    # function
                args, # what it is called with: positions
                kw    # and names
@@ -451,5 +453,5 @@ def check_call(f,    # function
             if v is not default and rule: said += _wrong(rule, k, v)
         elif not more or _WORDS.get(k) in rules: said.append(_unknown(f, k, list(rules)))
         else: said += _wrong(_further, k, v)
-    if not said or 'initial' in got: said += _jointly(got, rules)
+    if not said and f.__name__ not in _ITSELF or 'initial' in got: said += _jointly(got, rules)
     if said: raise type(said[0])('\n'.join(dict.fromkeys(map(str, said)))) from None

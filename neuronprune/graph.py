@@ -116,12 +116,12 @@ def _reasons(probe, found, ends, lost, shared, layers):
     "Layer -> why its channels cannot be removed, from what `Probe.follow` found and the tensors that are shared."
     grouped = {n for n,l in layers.items() if l['groups'] > 1 and not _depthwise(l)}
     bends = {n:b for n,m in probe.layers.items() if n in layers and (b := _bends(m))}
-    loud, mixed = probe.loud(), _mixed(found); heard = {k:mixed.get(k, False) | v for k,v in lost.items()} | mixed
+    loud, mixed = {k:v for k,v in probe.loud().items() if v.any()}, _mixed(found); heard = {k:mixed.get(k, False) | v for k,v in lost.items()} | mixed
     res = {n:f"used {c} times in the forward pass" for n in probe.layers if (c := probe.calls.get(n, 0)) != 1}
     res.update({n:"its output has no dimension for the examples of a batch" for n in probe.layers if n not in found and n not in res})
     for n,reach in found.items():
         to = [k for k in reach if k in layers]
-        at = lambda bad: next((k for k,(c,_) in reach.items() if (bad.get(k, torch.tensor(False)) & (c >= 0)).any()), None)
+        at = lambda bad: next((k for k,(c,_) in reach.items() if k in bad and (bad[k] & (c >= 0)).any()), None)
         again = [k for k in reach if k.rstrip('#')+'#' in probe.seen]
         if '' in ends[n]: res[n] = "its channels reach the network's output"
         elif n in shared: res[n] = f"it shares its weight with {shared[n]!r}"
@@ -236,8 +236,10 @@ def spared(g:Graph,         # wiring
            gone:torch.Tensor # bool [bundles], True = cut; changed in place
           )->torch.Tensor:
     "`gone` without those bundles whose loss would leave a layer without any output or any input."
-    for ids in (*g.out_slots.values(), *g.in_slots.values()):
-        if (ids >= 0).all() and gone[ids].all(): gone[ids[0]] = False
+    places = [*g.out_slots.values(), *g.in_slots.values()]
+    lost = (torch.cat([gone, gone.new_zeros(1)])[torch.cat(places)]).split([len(ids) for ids in places]) # -1 is never gone
+    for ids in [ids for ids,v in zip(places, lost) if v.all()]:
+        if gone[ids].all(): gone[ids[0]] = False
     return gone
 
 @public
@@ -245,9 +247,9 @@ def kept_slots(g:Graph,           # wiring
                gone:torch.Tensor  # bool [bundles], True = cut
               )->tuple:
     "(layer -> bool [n_out], layer or norm -> bool [slots]): what stays when the bundles `gone` are cut; only what loses something in the first."
-    stays = lambda ids: ~(gone[ids.clamp(min=0)] & (ids >= 0))
-    outs = {n:k for n,ids in g.out_slots.items() if not (k := stays(ids)).all()}
-    return outs, {n:stays(ids) for n,ids in {**g.in_slots, **g.norm_slots}.items()}
+    stays = torch.cat([~gone, gone.new_ones(1)]) # -1 always stays
+    def at(slots): return dict(zip(slots, stays[torch.cat([*slots.values()])].split([len(o) for o in slots.values()]))) if slots else {}
+    return {n:k for n,k in at(g.out_slots).items() if not k.all()}, at({**g.in_slots, **g.norm_slots})
 
 # %% ../nbs/03_graph.ipynb #try-cut
 def _faulty(probe, g, unions):
@@ -257,9 +259,9 @@ def _faulty(probe, g, unions):
         outs, ins = kept_slots(g, gone)
         if outs and (why := probe.rehearse(outs, ins, new_widths(g, outs, ins))): return why
 
-def _culprits(probe, g, unions):
-    "[(union, why)] of those that cannot be cut, by halving."
-    if (why := _faulty(probe, g, unions)) is None: return []
+def _culprits(probe, g, unions, why=None):
+    "[(union, why)] of those that cannot be cut, by halving; `why` is the fault of all, if it is known."
+    if (why := why or _faulty(probe, g, unions)) is None: return []
     if len(unions) == 1: return [] if _learn_widths(probe, g, unions[0]) else [(unions[0], why)]
     mid = len(unions)//2
     return _culprits(probe, g, unions[:mid]) + _culprits(probe, g, unions[mid:])
@@ -267,7 +269,8 @@ def _culprits(probe, g, unions):
 def _rehearse(probe, g):
     "Fix the layers that the rehearsal finds fault with, in place."
     while unions := _unions(g, g.removable):
-        bad = _culprits(probe, g, unions)
+        if (why := _faulty(probe, g, unions)) is None: break
+        bad = _culprits(probe, g, unions, why)
         if not bad and (why := _faulty(probe, g, unions)): bad = [(u, why) for u in unions] # each alone is right, together they are not
         for union,why in bad: g.fixed.update({n:why for n in union})
         if not bad: break
@@ -319,10 +322,12 @@ def probing(model:nn.Module, # any model; not changed
 
 def _sources(found):
     "Place -> {layer: (slots, channels)} of what arrives unmixed."
-    res = {}
+    res, done = {}, {} # producers of a sum may share one tensor
     for p,reach in found.items():
         for k,(chan,mixed) in reach.items():
-            if not mixed: s = (chan >= 0).nonzero()[:,0]; res.setdefault(k, {})[p] = (s, chan[s])
+            if mixed: continue
+            if id(chan) not in done: s = (chan >= 0).nonzero()[:,0]; done[id(chan)] = s, chan[s]
+            res.setdefault(k, {})[p] = done[id(chan)]
     return res
 
 def _with_ties(fixed, out_slots):

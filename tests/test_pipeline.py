@@ -124,7 +124,9 @@ from neuronprune.core import Mask, Scores
 from neuronprune.report import Report
 import neuronprune.models, pickle, torch
 def no(*a, **k): raise RuntimeError('unpickled')
-pickle.load = pickle.loads = pickle.Unpickler = torch.load = no
+pickle.load = pickle.loads = torch.load = no
+class Never(pickle.Unpickler): load = no # torch derives from it
+pickle.Unpickler = Never
 m = load({str(tmp_path/'run'/'model.safetensors')!r}); print(sum(p.numel() for p in m.parameters()))
 print(Mask.load({str(tmp_path/'run'/'mask.safetensors')!r}).sparsity, Scores.load({str(tmp_path/'run'/'scores.safetensors')!r}).method, Report.load({str(tmp_path/'run'/'record.json')!r}).params_after)
 """
