@@ -2,7 +2,7 @@
 import copy, random, warnings, pytest, torch, torch.nn.functional as F
 from torch import nn
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, feed, generator, tensors
+from neuronprune.core import Scores, feed, generator, layers, tensors
 from neuronprune.graph import trace
 from neuronprune.surgery import apply, load, save, shrink
 
@@ -190,6 +190,18 @@ def check(seed, tmp_path):
     save(small, tmp_path/'m.safetensors'); again = load(tmp_path/'m.safetensors', network(seed)[0]).eval()
     assert all(torch.equal(a, b) for a,b in zip(run(again, fresh), run(small, fresh)))
     return len(g.removable)
+
+def check_weights(seed):
+    "The same with masks of weights, under which whole channels die by accident."
+    m, x = network(seed); g, gen = trace(m, x), generator(seed); share = lambda l: torch.rand(len(l.weight), *[1]*(l.weight.ndim-1), generator=gen)**2
+    s = Scores({n:torch.rand(l.weight.shape, generator=gen)*share(l) for n,l in layers(m).items()}, 'weight', graph=g); mask = allocate(s, random.choice([.5, .9, .97]))
+    small, masked, fresh = shrink(m, mask, x), apply(copy.deepcopy(m), mask), like(x, seed)
+    for a,b in zip(run(masked, fresh), run(small, fresh), strict=True): assert (a-b).abs().max() <= 1e-4*max(1e-3, a.abs().max())
+    assert shared(small) == shared(m)
+
+@pytest.mark.parametrize('part', range(2))
+def test_masks_of_weights_can_be_cut(part):
+    for i in range(10): check_weights(10*part+i)
 
 @pytest.mark.parametrize('part', range(6))
 def test_what_trace_calls_removable_can_be_cut(part, tmp_path):
