@@ -70,6 +70,11 @@ def _path(k, v):
     if not isinstance(v, (str, os.PathLike)): _refuse(k, v, 'a path')
     if not os.fspath(v) or '\0' in str(v): _refuse(k, v, 'a path', ValueError)
 
+def _name(k, v):
+    "Rule: a name; a data set's may be its folder."
+    if not isinstance(v, (str, os.PathLike)): _refuse(k, v, 'a name')
+    _path(k, v)
+
 def _function(k, v):
     if not callable(v): _refuse(k, v, 'a function')
 
@@ -332,7 +337,7 @@ _OPEN = {**_alike('args namespace p params', _parameters),
          'init': lambda k,v: check_type(k, v, dict, 'learn.rewind.init')}
 
 _NAMED = {
-    **_OBJECTS, **_DICTS, 'batch': _labelled, 'heads': _model, 'dataset': _dataset, 'weights': _weights, 'head': _head,
+    **_OBJECTS, **_DICTS, 'batch': _labelled, 'heads': _maybe(_a('ModuleList', 'as from fit_greedy or fit_heads')), 'dataset': _dataset, 'weights': _weights, 'head': _head,
     **_alike('folder out path', _path), **_alike('cache data_root notebook root tensorboard', _maybe(_path)),
     **_alike('amsgrad calibrate channel_form nesterov progress relaxed shrink tied', _flag),
     **_alike('confidence correct q target', _numbers), **_alike('eps hi lo step_size', _finite), 'n_jobs': _jobs,
@@ -362,7 +367,7 @@ def _rule(p, said=''):
     if ann == 'bool' or not ann and isinstance(p.default, bool) and "'" not in said: return _flag
     if ann == 'int': return _WHOLE.get(p.name) or _whole(0 if p.name in _REAL else None, None)
     if ann == 'float': return _REAL.get(p.name) or _real()
-    if ann == 'str' and p.name == 'name': return lambda k,v: _path(k, v) # of a data set, or its folder
+    if ann == 'str' and p.name == 'name': return _name
     if ann == 'dict': return {**_DICTS, **_OPEN}.get(p.name, _mapping)
     if ann == 'list' and p.name == 'grid': return _NAMED['grid']
     if ann in _PLAIN: return _weights if p.name == 'weights' else _PLAIN[ann]
