@@ -11,7 +11,8 @@ import copy, math
 import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
-from .core import Mask, as_found, check_batch, check_choice, check_finite, check_int, check_type, public
+from .core import (Mask, as_found, check_batch, check_choice, check_finite, check_int, check_type, feed, mapped,
+                              public)
 from .data import ImageDL, _batches, calib_batch
 from .train import MaskCallback, _state, evaluate, fit, learner, wilson
 from .surgery import apply, shrink
@@ -280,7 +281,8 @@ def confidences(model, # classifier; left as found, runs in eval mode
     dev, p, ok = next(model.parameters()).device, [], []
     with as_found(model, train=False):
         for xb,yb in _still(dl):
-            out = check_finite('outputs of the model', model(xb.to(dev))).cpu().double(); check_batch(xb, yb, out.shape[1])
+            out = check_finite('outputs of the model', feed(model, mapped(lambda o: o.to(dev), xb))).cpu().double()
+            check_batch(xb, yb, out.shape[1])
             top = out.softmax(1).max(1)
             p.append(top.values); ok.append(top.indices == yb.cpu())
     if not p: raise ValueError("dl: no batches; expected a loader with at least one example")

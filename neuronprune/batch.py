@@ -187,6 +187,7 @@ def run_all(grid:list,       # list of parameter dictionaries
 def gather(out='runs' # where the runs live
           )->list:
     "All records under `out`, in the order of their folders' names; a broken one, or a second copy, is left out with a warning."
+    if not Path(out).is_dir(): raise ValueError(f"out={str(out)!r}: no such folder; expected the one that run or run_all was given")
     res, seen = [], {}
     for f in sorted(Path(out).glob('*/record.json')):
         try: r = Report.load(f)

@@ -48,7 +48,7 @@ def group_index(width:int,    # units of the layer
 
 # %% ../nbs/08_blocks.ipynb #check-groups
 @public
-def check_groups(n_groups # what the user passed
+def check_groups(n_groups # what the user passed: a pair, 'each', or None
                 ):
     "`n_groups` if it is None, 'each' or a pair (parent groups, child groups) of whole numbers; otherwise a `TypeError` or `ValueError`."
     if n_groups is None or n_groups == 'each': return n_groups

@@ -473,6 +473,7 @@ def to_channels(self:Scores, reduce:str='mean' # 'mean', 'sum', 'max' or 'min' o
     if self.unit == 'rank': raise ValueError("scores: a rank belongs to no channel; expected scores of unit 'weight' or 'group'")
     skip = {} if self.graph is None else {k:self.graph.fixed[k] for k in self if k in self.graph.fixed}
     units = {k:f(v.flatten(1), 1) for k,v in self.items() if k not in skip}
+    if not units: raise ValueError("scores: no layer has channels that can be removed; " + '; '.join(f'{k!r}: {r}' for k,r in skip.items()))
     if self.unit == 'group': units = {k:v[self.labels[k][0]] for k,v in units.items()}
     return Scores(units, 'channel', method=self.method, graph=self.graph, secs=self.secs, meta=self.meta,
                   skipped={**self.skipped, **skip})

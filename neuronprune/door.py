@@ -13,8 +13,8 @@ from inspect import Parameter
 from numbers import Real
 import numpy as np, torch
 from torch import nn
-from .core import as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, feed, mapped, take
-from .core import _comments
+from .core import (as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
+                              digesting, feed, mapped, take, _comments)
 
 # %% ../nbs/00a_door.ipynb #numbers
 def _whole(lo=None, hi=2**31):
@@ -23,10 +23,14 @@ def _whole(lo=None, hi=2**31):
 
 def _real(lo=-math.inf, hi=math.inf, open_=False):
     "Rule: a finite number from `lo` to `hi`, ends included unless `open_`."
-    within = '' if (lo, hi) == (-math.inf, math.inf) else f" {'above' if open_ else 'of at least'} {lo:g}" if hi == math.inf else f" in {'(' if open_ else '['}{lo:g}, {hi:g}{')' if open_ else ']'}"
+    if (lo, hi) == (-math.inf, math.inf): within = ''
+    elif hi == math.inf: within = f" {'above' if open_ else 'of at least'} {lo:g}"
+    else: within = f" in ({lo:g}, {hi:g})" if open_ else f" in [{lo:g}, {hi:g}]"
     def rule(k, v):
-        if isinstance(v, bool) or not isinstance(v, Real): raise ValueError(f"{k}={v!r}: expected a number{within}, got {type(v).__name__}")
-        if abs(v) >= 2**63 or not (lo < v < hi if open_ else lo <= v <= hi) or not math.isfinite(v): raise ValueError(f"{k}={v}: expected a finite number{within}")
+        if isinstance(v, bool) or not isinstance(v, Real):
+            raise ValueError(f"{k}={v!r}: expected a number{within}, got {type(v).__name__}")
+        if abs(v) >= 2**63 or not (lo < v < hi if open_ else lo <= v <= hi) or not math.isfinite(v):
+            raise ValueError(f"{k}={v}: expected a finite number{within}")
     return rule
 
 def _share(k, v):
@@ -34,14 +38,21 @@ def _share(k, v):
     check_fraction(k, v)
 
 # %% ../nbs/00a_door.ipynb #ranges
-_WHOLE = {**dict.fromkeys('batch_size bs c_in every fewest growth max_columns max_groups max_iter max_rounds n_batches n_bins n_groups n_max n_train '
-                          'n_per_class n_positions n_repeats n_trials round_to rounds steps width'.split(), _whole(1)),
-          **dict.fromkeys('epochs fine_tune_epochs fine_tunes head_epochs k num_workers start_epoch stop'.split(), _whole(0)),
-          'seed': _whole(0, 2**63-1), 'size': _whole(1, 2**14), 'n_out': _whole(1, 10**6), 'n': _whole(1), 'threads': _whole(1, 2**12)}
+def _alike(names, rule): return dict.fromkeys(names.split(), rule)
 
-_REAL = {**dict.fromkeys('eps gamma gap lam level warmup wd'.split(), _real(0)), **dict.fromkeys('max_mem lr'.split(), _real(0, open_=True)), 'delta': _real(0, 1, open_=True),
-         **dict.fromkeys('dropout initial momentum sparsity start valid_pct'.split(), _share), 'end': partial(check_fraction, open_hi=False), 'density': partial(check_fraction, open_hi=False),
-         **dict.fromkeys(('time_limit', 'tol'), lambda k,v: v == math.inf or _real(0)(k, v)), 'secs': lambda k,v: v != v or _real(0)(k, v)}
+_WHOLE = {
+    **_alike('batch_size bs c_in every fewest growth max_columns max_groups max_iter max_rounds n n_batches '
+             'n_bins n_groups n_max n_per_class n_positions n_repeats n_train n_trials round_to rounds '
+             'steps width', _whole(1)),
+    **_alike('epochs fine_tune_epochs fine_tunes head_epochs k num_workers start_epoch stop', _whole(0)),
+    'seed': _whole(0, 2**63-1), 'size': _whole(1, 2**14), 'n_out': _whole(1, 10**6), 'threads': _whole(1, 2**12)}
+
+_REAL = {
+    **_alike('eps gamma gap lam level warmup wd', _real(0)), **_alike('lr max_mem', _real(0, open_=True)),
+    **_alike('dropout initial momentum sparsity start valid_pct', _share), 'delta': _real(0, 1, open_=True),
+    **_alike('density end', partial(check_fraction, open_hi=False)),
+    **_alike('time_limit tol', lambda k,v: v == math.inf or _real(0)(k, v)),
+    'secs': lambda k,v: v != v or _real(0)(k, v)}
 
 # %% ../nbs/00a_door.ipynb #plain
 def _refuse(k, v, want, error=TypeError):
@@ -58,6 +69,11 @@ def _text(k, v):
 def _path(k, v):
     if not isinstance(v, (str, os.PathLike)): _refuse(k, v, 'a path')
     if not os.fspath(v) or '\0' in str(v): _refuse(k, v, 'a path', ValueError)
+
+def _name(k, v):
+    "Rule: a name; a data set's may be its folder."
+    if not isinstance(v, (str, os.PathLike)): _refuse(k, v, 'a name')
+    _path(k, v)
 
 def _function(k, v):
     if not callable(v): _refuse(k, v, 'a function')
@@ -110,13 +126,15 @@ def _model(k, v):
     if not isinstance(v, nn.Module):
         hint = '; pass learn.model' if _is(v, 'Learner') else ''
         raise TypeError(f"{k}: expected an nn.Module, the model, got {type(v).__name__}{hint}")
-    lazy = next((n for n,p in [*v.named_parameters(), *v.named_buffers()] if torch.nn.parameter.is_lazy(p)), None)
-    if lazy: raise ValueError(f"{k}: the model's {lazy!r} has no values yet (a lazy layer); run one batch through the model first")
+    lazy = next((n for n,p in [*v.named_parameters(), *v.named_buffers()] if nn.parameter.is_lazy(p)), None)
+    if lazy: raise ValueError(f"{k}: the model's {lazy!r} has no values yet (a lazy layer); "
+                              "run one batch through the model first")
 
 def _network(k, v):
     "Rule: a network with parameters."
     _model(k, v)
-    if next(v.parameters(), None) is None: raise ValueError(f"{k}={type(v).__name__}: no Linear or Conv layer to prune, and no parameters at all")
+    if next(v.parameters(), None) is None:
+        raise ValueError(f"{k}={type(v).__name__}: no Linear or Conv layer to prune, and no parameters at all")
 
 def _model_or_learn(k, v):
     "Rule: a network, or a learner that has one."
@@ -132,16 +150,19 @@ def _loader(k, dl):
     "Raises unless `dl` gives batches and knows how many."
     if isinstance(dl, torch.Tensor) or not isinstance(dl, Iterable): _refuse(k, dl, 'a loader of (x, y) batches')
     try: hasattr(dl, '__len__') and len(dl)
-    except (TypeError, NotImplementedError): raise TypeError(f"{k}: the loader has no length (an iterable data set); expected one over a data set that can be indexed") from None
+    except (TypeError, NotImplementedError):
+        raise TypeError(f"{k}: the loader has no length (an iterable data set); "
+                        "expected one over a data set that can be indexed") from None
 
 _PAIR = 'fastai DataLoaders with .train and .valid, as from get_dls or DataLoaders(train_dl, valid_dl)'
 
 def _dls(k, v):
     "Rule: fastai `DataLoaders`, or a list of loaders."
-    parts = getattr(v, 'loaders', None) or ([v.train, v.valid] if hasattr(v, 'train') and hasattr(v, 'valid') else None)
     if _is(v, 'Learner'): _refuse(k, v, f'{_PAIR}; pass learn.dls')
-    if parts is None and isinstance(v, (list, tuple)) and v and all(isinstance(o, Iterable) and hasattr(o, 'dataset') for o in v): parts = v
-    if parts is None and isinstance(v, (list, tuple)) and any(isinstance(o, torch.Tensor) for o in v): _refuse(k, v, f'{_PAIR}, not one batch')
+    parts = getattr(v, 'loaders', None) or ([v.train, v.valid] if hasattr(v, 'train') and hasattr(v, 'valid') else None)
+    several = v if parts is None and isinstance(v, (list, tuple)) else []
+    if any(isinstance(o, torch.Tensor) for o in several): _refuse(k, v, f'{_PAIR}, not one batch')
+    if several and all(isinstance(o, Iterable) and hasattr(o, 'dataset') for o in several): parts = v
     if parts is None: _refuse(k, v, _PAIR + (', not a single loader' if hasattr(v, 'dataset') else ''))
     for o in parts: _loader(k, o)
 
@@ -150,7 +171,8 @@ def _dl(k, v):
     if hasattr(v, 'valid') and hasattr(v, 'train'): _refuse(k, v, 'one loader; pass dls.valid or dls.test')
     _loader(k, v)
     if not isinstance(v, (list, tuple)): return
-    if any(isinstance(o, torch.Tensor) for o in v): _refuse(k, v, 'a loader of (x, y) batches; wrap a single batch in a list')
+    if any(isinstance(o, torch.Tensor) for o in v):
+        _refuse(k, v, 'a loader of (x, y) batches; wrap a single batch in a list')
     for i,o in enumerate(v):
         if not isinstance(o, (list, tuple)) or len(o) < 2: _refuse(f'{k}[{i}]', o, 'a batch (x, y)')
 
@@ -178,10 +200,13 @@ def _names(k, v):
 def _pair(k, v):
     "Rule: (parents, children), two whole numbers."
     if isinstance(v, str): return # a word the method knows
-    if not isinstance(v, (tuple, list)) or len(v) != 2: _refuse(k, v, f"a pair of whole numbers, (parents, children){f', such as ({v}, {v})' if isinstance(v, int) else ''}")
+    if not isinstance(v, (tuple, list)) or len(v) != 2:
+        like = f', such as ({v}, {v})' if isinstance(v, int) else ''
+        _refuse(k, v, f'a pair of whole numbers, (parents, children){like}')
     for o in v:
         if not isinstance(o, str): check_int(k, o, 1)
 
+# %% ../nbs/00a_door.ipynb #batches
 def _graph(k, v):
     "Rule: the wiring of a network."
     if not hasattr(v, 'layers') or isinstance(v, nn.Module): _refuse(k, v, 'a Graph, as from trace(model, xb)')
@@ -195,7 +220,6 @@ def _batch(k, v):
     try: check_batch(v)
     except (TypeError, ValueError) as e: raise type(e)(f'{k}{str(e).removeprefix("xb")}') from None
 
-# %% ../nbs/00a_door.ipynb #batches
 def _labelled(k, v):
     "Rule: one batch of inputs and class numbers."
     if not isinstance(v, (tuple, list)) or len(v) != 2: _refuse(k, v, 'a pair (xb, yb)')
@@ -209,7 +233,9 @@ def _labels(k, v):
 def _device(k, v):
     "Rule: a device that torch can use here."
     try: torch.empty(0, device=v)
-    except Exception as e: raise ValueError(f"{k}={v!r}: expected a device such as 'cpu' or 'cuda' that torch can use here ({str(e).splitlines()[0]})") from None
+    except Exception as e:
+        why = str(e).splitlines()[0]
+        raise ValueError(f"{k}={v!r}: expected a device such as 'cpu' or 'cuda', usable here ({why})") from None
 
 def _jobs(k, v):
     "Rule: a number of processes."
@@ -219,10 +245,12 @@ _WHOLE['n_jobs'] = _jobs
 
 # %% ../nbs/00a_door.ipynb #fastai-args
 def _callback(k, v):
-    if not (_is(v, 'Callback') or isinstance(v, type) and any(c.__name__ == 'Callback' for c in v.__mro__)): _refuse(k, v, 'a fastai Callback')
+    if not (_is(v, 'Callback') or isinstance(v, type) and any(c.__name__ == 'Callback' for c in v.__mro__)):
+        _refuse(k, v, 'a fastai Callback')
 
 def _metric(k, v):
-    if not (callable(v) or _is(v, 'Metric')): _refuse(k, v, 'a function (outputs, labels) -> number, or a fastai Metric')
+    if not (callable(v) or _is(v, 'Metric')):
+        _refuse(k, v, 'a function (outputs, labels) -> number, or a fastai Metric')
 
 def _optimiser(k, v):
     if not isinstance(v, str) and not callable(v): _refuse(k, v, "a name such as 'sgd', or a torch.optim class")
@@ -235,10 +263,13 @@ def _augment(k, v):
         augmentations(v)
     elif callable(v):
         try: inspect.signature(v).bind(None, None)
-        except TypeError: raise TypeError(f"{k}: {getattr(v, '__name__', v)!r} does not take (x, g); expected a function of the images and a torch.Generator") from None
+        except TypeError:
+            raise TypeError(f"{k}: {getattr(v, '__name__', v)!r} does not take (x, g); "
+                            "expected a function of the images and a torch.Generator") from None
         except ValueError: return
     elif not isinstance(v, str): _refuse(k, v, "names such as 'crop+flip', or functions f(x, g)")
 
+# %% ../nbs/00a_door.ipynb #study-args
 def _head(k, v):
     "Rule: a tuple of widths."
     if not isinstance(v, tuple): _refuse(k, v, 'a tuple of widths')
@@ -250,10 +281,10 @@ def _normalize(k, v):
     if not isinstance(v, (list, tuple)) or len(v) != 2: _refuse(k, v, 'a name, or (mean, std)')
     for o in v:
         part = [o] if isinstance(o, Real) else list(o)
-        if len(part) not in (1, 3): raise ValueError(f"{k}={v}: {len(part)} channels; expected one number, or one per colour")
+        if len(part) not in (1, 3):
+            raise ValueError(f"{k}={v}: {len(part)} channels; expected one number, or one per colour")
         for p in part: _real()(k, p)
 
-# %% ../nbs/00a_door.ipynb #study-args
 def _dataset(k, v):
     "Rule: a known data set, or a folder."
     from neuronprune.data import DATASETS
@@ -271,7 +302,8 @@ def _moment(*words):
 
 def _job(k, v):
     "Rule: the parameters of one run; data that are described have a name."
-    if 'name' not in check_type(k, v, Mapping, 'name -> value').get('data', {'name': ''}): raise ValueError(f"{k}: data={v['data']!r} has no name; expected the arguments of get_dls")
+    if 'name' not in check_type(k, v, Mapping, 'name -> value').get('data', {'name': ''}):
+        raise ValueError(f"{k}: data={v['data']!r} has no name; expected the arguments of get_dls")
 
 # %% ../nbs/00a_door.ipynb #table
 def _arguments(k, v):
@@ -283,56 +315,69 @@ def _arguments(k, v):
 def _parameters(k, v):
     "Rule: the parameters of a run, plain values that stand for models and data by name."
     for n,o in check_type(k, v, Mapping, 'name -> value').items():
-        if isinstance(o, (str, int, float, list, tuple, dict)) and n not in _OBJECTS and (rule := _by_name(n)): rule(n, o)
-
-_FRACTIONS = _each(lambda k,v: check_fraction(k, v, open_hi=False), 'a list of fractions', fewest=1)
-
-_OBJECTS = {
-    'model': _network, 'dense': _model, 'learn': _learner, 'dls': _dls, 'dl': _dl, 'xb': _batch, 'yb': _labels, 'device': _device,
-    'mask': _mask,
-    'scores': _a('Scores', 'as a method returns'), 'graph': _graph, 'g': _graph,
-    'df': _a('DataFrame', 'a table of results'),
-    'reports': _each(_a('Report'), 'a list of records', fewest=1), 'score': _function, 'model_or_learn': _model_or_learn}
-
-_DICTS = {
-    'masks': _table(_maybe(_own_mask), 'name -> Mask'), 'models': _table(_model, 'name -> model'), 'tables': _table(_a('DataFrame'), 'name -> DataFrame'),
-    'methods': _table(_mapping, 'name -> arguments'), 'init': lambda k,v: check_type(k, v, dict, 'learn.rewind.init'), **dict.fromkeys('cut_args fit_args method_args opt_args tune_args'.split(), _arguments),
-    **dict.fromkeys('args namespace p params'.split(), _parameters)}
-
-_NAMED = {
-    **_OBJECTS, **{k:v for k,v in _DICTS.items() if k not in ('args', 'init', 'namespace', 'p', 'params')}, 'batch': _labelled, 'heads': _model,
-    **dict.fromkeys('folder out path'.split(), _path), **dict.fromkeys('cache data_root notebook root tensorboard'.split(), _maybe(_path)), 'dataset': _dataset,
-    **dict.fromkeys('amsgrad calibrate channel_form nesterov progress relaxed shrink tied'.split(), _flag),
-    **dict.fromkeys('confidence correct q target'.split(), _numbers), **dict.fromkeys('eps hi lo step_size'.split(), _finite), 'n_jobs': _jobs, 'threshold': _threshold,
-    **dict.fromkeys('allocate loss_func sizes splitter'.split(), _function), 'opt': _optimiser, 'method': _text,
-    'cbs': _each(_callback, 'a list of fastai callbacks', one=True), 'metrics': _each(_metric, 'a list of metrics', one=True),
-    'augment': _augment, 'normalize': _maybe(_normalize), 'weights': _weights, 'head': _head, 'widths': _each(_whole(1), 'a list of widths'),
-    'at': _moment('trained', 'init'), 'start': _moment('trained', 'init'), 'rewind': _moment('none', 'init', 'sign'), 'to': _moment('none', 'init', 'sign'),
-    'milestones': _each(_real(0), 'a list of epochs'), 'seeds': _each(lambda k,v: _WHOLE['seed']('seed', v), 'a list of seeds', fewest=1),
-    'levels': _each(_real(), 'a list of numbers', one=True), 'densities': _FRACTIONS, 'values': _FRACTIONS, 'n_groups': _pair,
-    'layers': _names, 'by': _names, 'kind': _names, 'ax': _a('Axes', 'of matplotlib'), 'grid': _each(_job, 'a list of parameter dictionaries', fewest=1)}
+        plain = isinstance(o, (str, int, float, list, tuple, dict))
+        if plain and n not in _OBJECTS and (rule := _by_name(n)): rule(n, o)
 
 def _by_name(k):
     "The rule of a name, whatever function it is an argument of; None if there is none."
     return _NAMED.get(k) or _WHOLE.get(k) or _REAL.get(k)
 
+# %% ../nbs/00a_door.ipynb #named
+_FRACTIONS = _each(partial(check_fraction, open_hi=False), 'a list of fractions', fewest=1)
+
+_OBJECTS = {
+    'model': _network, 'dense': _model, 'learn': _learner, 'model_or_learn': _model_or_learn, 'dls': _dls, 'dl': _dl,
+    'xb': _batch, 'yb': _labels, 'device': _device, 'mask': _mask, 'scores': _a('Scores', 'as a method returns'),
+    'graph': _graph, 'g': _graph, 'df': _a('DataFrame', 'a table of results'), 'score': _function,
+    'reports': _each(_a('Report'), 'a list of records', fewest=1)}
+
+_DICTS = {
+    'masks': _table(_maybe(_own_mask), 'name -> Mask'), 'models': _table(_model, 'name -> model'),
+    'tables': _table(_a('DataFrame'), 'name -> DataFrame'), 'methods': _table(_mapping, 'name -> arguments'),
+    **_alike('cut_args fit_args method_args opt_args tune_args', _arguments)}
+_OPEN = {**_alike('args namespace p params', _parameters),
+         'init': lambda k,v: check_type(k, v, dict, 'learn.rewind.init')}
+
+_NAMED = {
+    **_OBJECTS, **_DICTS, 'batch': _labelled, 'heads': _maybe(_a('ModuleList', 'as from fit_greedy or fit_heads')), 'dataset': _dataset, 'weights': _weights, 'head': _head,
+    **_alike('folder out path', _path), **_alike('cache data_root notebook root tensorboard', _maybe(_path)),
+    **_alike('amsgrad calibrate channel_form nesterov progress relaxed shrink tied', _flag),
+    **_alike('confidence correct q target', _numbers), **_alike('eps hi lo step_size', _finite), 'n_jobs': _jobs,
+    **_alike('allocate loss_func sizes splitter', _function), 'opt': _optimiser, 'method': _text,
+    'cbs': _each(_callback, 'a list of fastai callbacks', one=True), 'threshold': _threshold,
+    'metrics': _each(_metric, 'a list of metrics', one=True), 'augment': _augment, 'normalize': _maybe(_normalize),
+    'widths': _each(_whole(1), 'a list of widths'), **_alike('at start', _moment('trained', 'init')),
+    **_alike('rewind to', _moment('none', 'init', 'sign')), 'milestones': _each(_real(0), 'a list of epochs'),
+    'seeds': _each(_WHOLE['seed'], 'a list of seeds', fewest=1), **_alike('densities values', _FRACTIONS),
+    'levels': _each(_real(), 'a list of numbers', one=True), 'n_groups': _pair,
+    **_alike('by kind layers', _names), 'ax': _a('Axes', 'of matplotlib'),
+    'grid': _each(_job, 'a list of parameter dictionaries', fewest=1)}
+
 # %% ../nbs/00a_door.ipynb #classes-table
-_PLAIN = {'bool': _flag, 'str': _text, 'tuple': _each(lambda k,v: None, 'a tuple'), 'list': _each(lambda k,v: None, 'a list')}
-_CLASSES = {'Module': _model, 'Mask': _own_mask, 'Learner': _learner, 'Generator': _a('Generator', 'such as np.random.default_rng(0) or torch.Generator()'), 'Scores': _NAMED['scores'], 'Graph': _NAMED['graph'], 'DataFrame': _NAMED['df']}
+_PLAIN = {'bool': _flag, 'str': _text,
+          'tuple': _each(lambda k,v: None, 'a tuple'), 'list': _each(lambda k,v: None, 'a list')}
+_CLASSES = {'Module': _model, 'Mask': _own_mask, 'Learner': _learner, 'Scores': _NAMED['scores'],
+            'Graph': _NAMED['graph'], 'DataFrame': _NAMED['df'],
+            'Generator': _a('Generator', 'such as np.random.default_rng(0) or torch.Generator()')}
+
+_several = {k:_each(v, 'a list of whole numbers') for k,v in _WHOLE.items()} # where the default is an empty tuple
 
 def _rule(p, said=''):
     "The rule of a `Parameter` with this comment, or None."
-    ann = '' if p.annotation is Parameter.empty else getattr(p.annotation, '__name__', str(p.annotation)).rpartition('.')[2]
-    if ann == 'bool' or isinstance(p.default, bool) and "'" not in said: return _flag
+    ann = '' if p.annotation is Parameter.empty else getattr(p.annotation, '__name__', str(p.annotation))
+    ann = ann.rpartition('.')[2]
+    if ann == 'bool' or not ann and isinstance(p.default, bool) and "'" not in said: return _flag
     if ann == 'int': return _WHOLE.get(p.name) or _whole(0 if p.name in _REAL else None, None)
     if ann == 'float': return _REAL.get(p.name) or _real()
-    if ann == 'str' and p.name == 'name': return lambda k,v: _path(k, v) # of a data set, or its folder
-    if ann == 'dict': return _DICTS.get(p.name, _mapping)
+    if ann == 'str' and p.name == 'name': return _name
+    if ann == 'dict': return {**_DICTS, **_OPEN}.get(p.name, _mapping)
     if ann == 'list' and p.name == 'grid': return _NAMED['grid']
     if ann in _PLAIN: return _weights if p.name == 'weights' else _PLAIN[ann]
     if ann in ('', 'Module', 'Tensor') and p.name in _NAMED and p.name != 'out': return _NAMED[p.name]
-    if not ann: return _NAMED.get(p.name) or (_each(_WHOLE[p.name], 'a list of whole numbers') if p.default == () and p.name in _WHOLE else None)
-    return _CLASSES.get(ann) or (_a(ann) if isinstance(p.annotation, (type, str)) and ann not in ('object', 'ndarray', 'Callable') else None)
+    if not ann and p.name in _NAMED: return _NAMED[p.name]
+    if not ann: return _several.get(p.name) if p.default == () else None
+    other = isinstance(p.annotation, (type, str)) and ann not in ('object', 'ndarray', 'Callable')
+    return _CLASSES.get(ann) or (_a(ann) if other else None)
 
 # %% ../nbs/00a_door.ipynb #fits
 def _fits(model, graph):
@@ -342,12 +387,14 @@ def _fits(model, graph):
         w = getattr(mods.get(n), 'weight', None)
         if w is None or w.numel() != l['weights'] or l['n_out'] not in w.shape:
             have = 'has no such layer' if w is None else f"has weights {tuple(w.shape)} there"
-            raise ValueError(f"graph: its layer {n!r} does not fit the model, which {have}; expected graph=trace(model, xb) of this very model")
+            raise ValueError(f"graph: its layer {n!r} does not fit the model, which {have}; "
+                             "expected graph=trace(model, xb) of this very model")
 
 def _forward(model, xb):
     "What the model in evaluation mode makes of a batch."
     p = next(model.parameters())
-    with as_found(model, train=False), torch.no_grad(), digesting(xb): return feed(model, mapped(lambda o: o.to(p.device, p.dtype if o.is_floating_point() else o.dtype), xb))
+    x = mapped(lambda o: o.to(p.device, p.dtype if o.is_floating_point() else o.dtype), xb)
+    with as_found(model, train=False), torch.no_grad(), digesting(x): return feed(model, x)
 
 def _runs(model, xb, yb=None):
     "Raises unless the model takes the inputs, and has an output for every label."
@@ -355,13 +402,15 @@ def _runs(model, xb, yb=None):
     except ValueError: out = _forward(model, xb) # a network may insist on the size of its batch
     if yb is None: return
     if not isinstance(out, torch.Tensor) or out.ndim != 2:
-        raise TypeError(f"model: outputs {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}; expected a tensor [n, classes]")
+        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise TypeError(f"model: outputs {got}; expected a tensor [n, classes]")
     check_batch(xb, yb, out.shape[1])
 
 # %% ../nbs/00a_door.ipynb #ordered
 def _ordered(lo, hi):
     "Raises unless lo <= hi, where both are numbers."
-    if isinstance(lo, Real) and isinstance(hi, Real) and lo > hi: raise ValueError(f"lo={lo}: expected at most hi={hi} (densities come in descending order)")
+    if isinstance(lo, Real) and isinstance(hi, Real) and lo > hi:
+        raise ValueError(f"lo={lo}: expected at most hi={hi} (densities come in descending order)")
 
 def _rising(initial, sparsity):
     "Raises for a schedule that would revive what is gone."
@@ -371,28 +420,35 @@ def _spread(xb, eps, step_size=None):
     "Raises for steps that do not fit the images."
     for k,v in dict(eps=eps, step_size=step_size).items():
         try: isinstance(v, torch.Tensor) and torch.broadcast_to(v, xb.shape)
-        except RuntimeError: raise ValueError(f"{k}: shape {tuple(v.shape)}; expected a number, or a tensor that fits images {tuple(xb.shape)}") from None
+        except RuntimeError:
+            raise ValueError(f"{k}: shape {tuple(v.shape)}; expected a number, "
+                             f"or a tensor that fits images {tuple(xb.shape)}") from None
 
 def _columns(df, **names):
     "Raises unless the table has rows, and the columns that are named."
     if len(df) == 0: raise ValueError("df: no rows; expected at least one")
     for k,v in names.items():
         for o in [v] if isinstance(v, str) else v or ():
-            if o not in df: raise ValueError(f"{k}={o!r}: no such column in df; expected one of {', '.join(map(str, df))}")
+            have = ', '.join(map(str, df))
+            if o not in df: raise ValueError(f"{k}={o!r}: no such column in df; expected one of {have}")
 
 def _values(df, a, b, by):
     "Raises unless both are values of the column `by`."
     for k,v in dict(a=a, b=b).items():
         if isinstance(by, str) and by in df: check_choice(f'{k}: {by}', v, df[by].unique())
 
-_TOGETHER = ((_fits, 'model graph', ''), (_runs, 'model xb', 'yb'), (_runs, 'dense xb', ''), (_ordered, 'lo hi', ''), (_spread, 'xb eps', 'step_size'),
-             (_rising, 'initial sparsity', ''), (_columns, 'df', 'by on value'), (_values, 'df a b by', ''))
+_TOGETHER = ((_fits, 'model graph', ''), (_runs, 'model xb', 'yb'), (_runs, 'dense xb', ''), (_ordered, 'lo hi', ''),
+             (_spread, 'xb eps', 'step_size'), (_rising, 'initial sparsity', ''), (_columns, 'df', 'by on value'),
+             (_values, 'df a b by', ''))
 
 # %% ../nbs/00a_door.ipynb #synonyms
-_WORDS = dict(amount='sparsity', ratio='sparsity', pruning_ratio='sparsity', ch_sparsity='sparsity', prune_rate='sparsity', percent='sparsity', granularity='unit',
-              importance='scores', learning_rate='lr', weight_decay='wd', optimizer='opt', optimiser='opt', loss_fn='loss_func', criterion='loss_func', net='model',
-              batch_size='bs', dataloaders='dls', loaders='dls', dataloader='dl', loader='dl', example_inputs='xb', inputs='xb', labels='yb', iterative_steps='rounds',
-              n_epochs='epochs', random_state='seed', verbose='progress', callbacks='cbs', filename='path', retrain_epochs='fine_tune_epochs')
+_WORDS = dict(
+    amount='sparsity', ratio='sparsity', pruning_ratio='sparsity', ch_sparsity='sparsity', prune_rate='sparsity',
+    percent='sparsity', granularity='unit', importance='scores', learning_rate='lr', weight_decay='wd', optimizer='opt',
+    optimiser='opt', loss_fn='loss_func', criterion='loss_func', net='model', batch_size='bs', dataloaders='dls',
+    loaders='dls', dataloader='dl', loader='dl', example_inputs='xb', inputs='xb', labels='yb',
+    iterative_steps='rounds', n_epochs='epochs', random_state='seed', verbose='progress', callbacks='cbs',
+    filename='path', retrain_epochs='fine_tune_epochs')
 
 def _unknown(f, k, names):
     "The error for an argument that `f` does not have."
@@ -403,7 +459,7 @@ def _unknown(f, k, names):
 # %% ../nbs/00a_door.ipynb #plan
 @cache
 def _plan(f):
-    "(names that may be positions, name -> (default, rule), does `f` take further names?); None may be passed where a comment says so."
+    "(names by position, name -> (default, rule), what `f` calls further names); None passes where a comment says so."
     ps = list(inspect.signature(f).parameters.values())
     places = [p.name for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     said = _comments(inspect.unwrap(f))
@@ -411,7 +467,7 @@ def _plan(f):
         note = said.get(p.name) or ''; res = _rule(p, note)
         return _maybe(res) if res and 'None' in note else res
     rules = {p.name:(p.default, rule(p)) for p in ps if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return places, rules, any(p.kind == p.VAR_KEYWORD for p in ps)
+    return places, rules, next((p.name for p in ps if p.kind == p.VAR_KEYWORD), None)
 
 def _wrong(rule, *args, **kw):
     "What a rule has to say, as a list of at most one error."
@@ -451,6 +507,7 @@ def check_call(f,    # function
         if k in rules:
             default, rule = rules[k]
             if v is not default and rule: said += _wrong(rule, k, v)
+        elif more == 'labels': continue # columns of a table, which may have any name
         elif not more or _WORDS.get(k) in rules: said.append(_unknown(f, k, list(rules)))
         else: said += _wrong(_further, k, v)
     if not said and f.__name__ not in _ITSELF or 'initial' in got: said += _jointly(got, rules)

@@ -111,7 +111,7 @@ def draw(q,  # probabilities [..., k]
 def reweigh(q,      # probabilities [..., k]
             n,      # draws per row, [...] or one number
             counts, # from `draw`, [..., k]
-            exact=False # rows kept as they are, bool, [...] or one value; to be decided before drawing
+            exact:bool|np.ndarray=False # rows kept as they are, bool, [...] or one value; to be decided before drawing
            )->np.ndarray:
     "Factors counts/(n q), float64 [..., k]: 0 where q is 0 or nothing was drawn, 1 for all q > 0 in `exact` rows; `ValueError` for bad rows or shapes."
     q, counts = _rows(q), np.asarray(counts)

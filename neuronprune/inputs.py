@@ -31,7 +31,7 @@ def traced(model:nn.Module, # any model
 # %% ../nbs/09a_inputs.ipynb #batch-for
 @public
 def batch_for(model:nn.Module,    # any model
-              dls,                # `DataLoaders` the batch is drawn from
+              dls,                # `DataLoaders` the batch is drawn from; None is refused in the name of `who`
               who:str,            # name of the method, for the message
               n_per_class:int=None, n:int=None, split:str='valid', seed:int=0 # as for `calib_batch`
              )->tuple:

@@ -581,9 +581,9 @@ def score(model:nn.Module, # trained chain network; left as found
     "Scores in [0, 1], float32 [channels] per layer; `meta` has status, gap, bound, sizes, seconds, dead units; warns unless the status is 'optimal'. Raises `UnsupportedLayerError`, `ClassBalanceError`, `NoIncumbentError` (after Ctrl-C `KeyboardInterrupt`)."
     _check_options(model, variant, bounds, relaxed, backend, solver, select)
     if dls is None and batch is None: raise ValueError("dls=None: mip looks at images; pass the DataLoaders of get_dls, or batch=(xb, yb)")
-    if batch is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2): raise TypeError(f"batch: expected a pair (xb, yb), got {type(batch).__name__}")
     begin = time.perf_counter(); layers = [layers] if isinstance(layers, str) else layers
     xb, yb = choose(model, dls, _n_per_class(n_per_class), select, split=split, seed=seed) if batch is None else batch
+    if not isinstance(xb, torch.Tensor): raise TypeError(f"dls: inputs are a {type(xb).__name__}; mip expects one tensor")
     check_batch(xb, yb); w = next(model.parameters()); xb, yb = xb.to(w.device, w.dtype), yb.to(w.device)
     if graph is None: graph = trace(model, xb[:2])
     given = dict(lam=lam, loss=loss, bounds=bounds, eps=eps, layers=layers, start=start, allow_imbalance=allow_imbalance)

@@ -143,6 +143,7 @@ def fit_greedy(model:nn.Module, # fresh chain, trained in place
     g = _greedy_learner(model, heads, dls, lr, seed)
     fit(g, epochs, progress=progress, **fit_args)
     learn.history, learn.n_fits, learn.rewind.done = g.history, g.n_fits, epochs
+    learn.rewind.vouch()
     return learn, heads.eval()
 
 # %% ../nbs/11c_mip_greedy.ipynb #fit_heads

@@ -379,6 +379,13 @@ def settle(p:Program,  # the program
     return replace(p, G=np.r_[G, own[:,:S]], lo=lo, hi=hi, Z=p.Z[:,:,:S]+Z[:,:,:S], z0=p.z0+Z[:,:,S],
                    lx=p.lx[:S], ux=p.ux[:S], gates=[])
 
+# %% ../nbs/11a_mip_solve.ipynb #quiet
+class _Quiet(highspy.Highs):
+    "HiGHS that prints nothing, not even its greeting, which comes before its output can be switched off from outside."
+    def enableCallbacks(self): # the first thing it does
+        self.setOptionValue('output_flag', False)
+        super().enableCallbacks()
+
 # %% ../nbs/11a_mip_solve.ipynb #own-threads
 @public
 @contextmanager
@@ -409,9 +416,9 @@ class Simplex:
     "HiGHS on the relaxation of `p`, warm from solve to solve; rows come when violated, the log-sum-exp as tangents."
     def __init__(self, p, q=None, threads=1):
         self.p, self.q = p, convex(p) if q is None else q
-        self.T, self.h, self.has, self.fixed = len(p.y) if self.q.Z is not None else 0, highspy.Highs(), {}, {}
+        self.T, self.h, self.has, self.fixed = len(p.y) if self.q.Z is not None else 0, _Quiet(), {}, {}
         N, inf, h, q = len(self.q.c), highspy.kHighsInf, self.h, self.q
-        options = dict(output_flag=False, threads=threads, primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9)
+        options = dict(threads=threads, primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9)
         for o in options.items(): _ask(h, 'setOptionValue', *o)
         _ask(h, 'addVars', N+self.T, np.r_[q.lv, np.full(self.T, -inf)], np.r_[q.uv, np.full(self.T, inf)])
         _ask(h, 'changeColsCost', N+self.T, np.arange(N+self.T, dtype=np.int32), np.r_[q.c, np.full(self.T, q.w)])
@@ -542,7 +549,11 @@ class Search:
 # %% ../nbs/11a_mip_solve.ipynb #relax-2
 @patch
 @public
-def relax(self:Search, q, p, near=None):
+def relax(self:Search,
+          q:Convex, # the relaxation of `p`
+          p:Program, # the program itself, for the simplex engine
+          near:Point=None # solution of a relaxation like it
+         ):
     "(`Point` or None, bound) of the relaxation `q` of `p`, without branching."
     self.n_solved += 1; bound = -math.inf
     if self.engine != 'simplex':

@@ -343,6 +343,7 @@ def _cached(learn, path, epochs):
         learn.history, learn.n_fits, learn.rewind.done = h['history'], check_int('n_fits', h['n_fits'], 0), epochs
     learn.rewind.states[0] = {k.removeprefix('init/'):v for k,v in state.items() if k.startswith('init/')}
     learn.model.load_state_dict({k.removeprefix('trained/'):v for k,v in state.items() if k.startswith('trained/')})
+    learn.rewind.vouch()
     return learn
 
 # %% ../nbs/20_pipeline.ipynb #dense

@@ -328,7 +328,8 @@ def measure(cls:Report,
     r.update({k:getattr(scores, 'meta', {}).get(k) for k in ('status', 'gap')})
     if mask is not None:
         names = {k.removesuffix(':in') for k in mask}
-        removed = _removed(_weights(dense, names)[1], _weights(after, names)[1])
+        own = masked if mask.unit in ('weight', 'group') and masked is not None else after # what shrinking frees besides was no candidate's
+        removed = _removed(_weights(dense, names)[1], _weights(own, names)[1])
         r.update(unit=mask.unit, units_removed=mask.sparsity, weights_removed=removed)
     return cls(**{**r, **kw})
 

@@ -300,7 +300,7 @@ def _check_target(what, f, out, yb):
     "Raises `ValueError` if the loss or metric `f` cannot compare the outputs `out` with the targets `yb`."
     try: f(out, *yb)
     except Exception as e:
-        raise ValueError(f"dls: {what} {getattr(f, '__name__', type(f).__name__)} cannot compare outputs {_said(out)} with labels "
+        raise ValueError(f"dls: {what} {getattr(f, '__name__', type(f).__name__)} cannot compare outputs {_said(out)} with labels yb "
                          f"{_said(yb)}: {e}; expected labels, loss_func= and metrics= that fit the network") from e
 
 def _try_batch(learn):

@@ -1,8 +1,11 @@
-"""What several test files share: pages that are run again and again in one kernel."""
+"""What several test files share: no deadline for examples (the machine may be busy), and pages that are run again and again in one kernel."""
 import copy, os
 from pathlib import Path
 import nbformat, pytest
+from hypothesis import settings
 from nbclient import NotebookClient
+
+settings.register_profile('patient', deadline=None); settings.load_profile('patient')
 
 def run_pages(path, cases, extra=''):
     "Run All, once per case, in one kernel: each with its values after the parameters cell, then `extra`. The outputs of each run as text."

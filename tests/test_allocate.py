@@ -32,7 +32,7 @@ def scores(draw, unit=None, ties=True):
         if unit == 'group': labels[k] = tuple(torch.arange(n) for n in shape)
     return Scores(vals, unit, labels=labels, cost=cost)
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(scores(), sparsities, st.sampled_from(['global', 'layer']), st.sampled_from([None, 'auto', 'mean', 'max']))
 def test_removes_exactly_as_many_as_asked(sc, s, scope, normalize):
     mask = quiet(sc, s, scope=scope, normalize=normalize, of='units')
@@ -44,7 +44,7 @@ def test_removes_exactly_as_many_as_asked(sc, s, scope, normalize):
     else: assert all(int((~mask[k]).sum()) == min(v.numel()-kappa(v.numel(), s), v.numel()-rows(v)) for k,v in sc.items())
     for k,v in mask.items(): assert (v if sc.unit == 'group' else v.view(1, -1)).any(1).all()
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(scores(ties=True), sparsities, st.sampled_from(['global', 'layer']))
 def test_matches_a_slow_allocator(sc, s, scope):
     "Remove one by one the lowest (score, position), skipping what must stay."
@@ -59,7 +59,7 @@ def test_matches_a_slow_allocator(sc, s, scope):
             if len(want) < budget and best[row(k, i)] != (j, i, k): want.add((k, i))
         assert want == {(k, i) for _,_,i,k in part if not mask[k].flatten()[i]}
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(scores(), sparsities, st.sampled_from(['params', 'macs']))
 def test_budgets_in_parameters_are_reached_from_below(sc, s, of):
     if of == 'macs': sc.cost, sc.graph = sc.cost, Positions({k:dict(positions=3+i) for i,k in enumerate(sc)})
@@ -73,7 +73,7 @@ def test_budgets_in_parameters_are_reached_from_below(sc, s, of):
 class Positions:
     def __init__(self, layers): self.layers = layers
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(scores(), sparsities, sparsities, st.data())
 def test_more_sparsity_removes_a_superset(sc, s, t, data):
     if s > t: s, t = t, s
@@ -84,21 +84,21 @@ def test_more_sparsity_removes_a_superset(sc, s, t, data):
     for k in sc: assert (rows(b, k).sum(1) >= min(kw['min_keep'], rows(b, k).shape[1])).all()
     if kw['caps']: assert all(int(v.sum()) >= kappa(v.numel(), kw['caps']) for v in b.values())
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(scores('channel'), sparsities, st.lists(st.integers(-20, 20), min_size=4, max_size=4))
 def test_scaling_a_layer_changes_nothing_when_normalised(sc, s, powers):
     scaled = Scores({k:v*2.**p for (k,v),p in zip(sc.items(), powers)}, 'channel')
     assert same(quiet(sc, s), quiet(scaled, s)) and same(quiet(sc, s, scope='layer'), quiet(scaled, s, scope='layer'))
     assert same(quiet(sc, s), quiet(sc, s, normalize='mean'))
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores('weight'), sparsities, st.integers(1, 5), st.sampled_from(['global', 'layer']))
 def test_round_to(sc, s, r, scope):
     mask, plain = quiet(sc, s, round_to=r, scope=scope), quiet(sc, s, scope=scope)
     for k,v in mask.items(): assert int(v.sum())%r == 0 or v.all(); assert (v >= plain[k]).all() and int(v.sum())-int(plain[k].sum()) < r
     if r == 1: assert same(mask, plain)
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores(), st.floats(-1, 5), st.booleans())
 def test_threshold(sc, t, layer):
     mask = quiet(sc, threshold=t, scope='layer' if layer else 'global')
@@ -178,7 +178,7 @@ def slowly(sc, s, caps, of, scope, min_keep, normalize):
         short |= not full and any(spent+cost[u] <= share(part, s) for u in part if u in safe)
     return removed, short, cost
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(questions(), sparsities)
 def test_matches_a_slow_allocator_with_caps_and_second_keys(q, s):
     sc, kw = q; want, short, cost = slowly(sc, s, **kw)
@@ -191,7 +191,7 @@ def test_matches_a_slow_allocator_with_caps_and_second_keys(q, s):
         cap = kw['caps'].get(k, 1) if isinstance(kw['caps'], dict) else 1 if kw['caps'] is None else kw['caps']
         assert got == total(u for u in want if u[0] == k)/total(u for u in cost if u[0] == k) and got <= cap + 1e-12
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(scores('group', ties=False), sparsities)
 def test_one_more_block_would_exceed_the_target(sc, s):
     "With nothing in the way: below the target, and the next block in the order does not fit in."
@@ -259,7 +259,7 @@ def test_untied_layers_are_independent():
     assert mask['a'].tolist() == [False, False, True, True] and mask['b'].tolist() == [True, False, False, True] and mask.counts() == (4, 8)
     assert same(mask, allocate(Scores(sc.units, 'channel'), .5, normalize=None))
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(nets(), sparsities, st.sampled_from(['global', 'layer']), st.booleans(), st.integers(0, 99))
 def test_tied_masks_of_random_networks(model, s, scope, rounded, seed):
     g = trace(model, X); gen = generator(seed)
@@ -315,7 +315,7 @@ def slow_network(order, sizes, goal):
         if later: end = later[0]
     return kept
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(st.integers(2, 40), min_size=4, max_size=5), st.floats(.02, .9), st.sampled_from(['global', 'layer']), st.integers(0, 999))
 def test_weights_of_the_network_against_one_at_a_time(sizes, s, scope, seed):
     net = nn.Sequential(*[o for a,b in zip(sizes, sizes[1:]) for o in (nn.Linear(a, b), nn.ReLU())][:-1])
@@ -346,7 +346,7 @@ def cut_weights(model, mask, x):
 
 CUTTABLE = ['seq', 'add', 'proj', 'cat', 'gate', 'dw', 'prelu']
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(nets(CUTTABLE), st.booleans(), st.floats(.1, .95), st.integers(0, 99))
 def test_weights_left_are_those_of_the_shrunken_network(model, ins, s, seed):
     g = trace(model, X); names = readers(g)[0] if ins else g.removable
@@ -391,7 +391,7 @@ def safe_atoms(atom, value, cost, caps, min_keep, keep):
         safe |= set(free)
     return safe
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(nets(CUTTABLE), st.booleans(), st.floats(.05, .9), st.sampled_from(['global', 'layer']), st.data())
 def test_promises_of_a_budget_of_the_network(model, ins, s, scope, data):
     g = trace(model, X); sc = tied_scores(g, readers(g)[0] if ins else g.removable, data.draw(st.integers(0, 99)), ins); layer = lambda k: k.removesuffix(':in')
@@ -432,7 +432,7 @@ def test_ranks_are_counted_in_units():
 
 # ---- rounds
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(sparsities, st.integers(1, 12), st.sampled_from(['geometric', 'linear', 'cubic']))
 def test_ratios_rise_to_the_end(s, n, schedule):
     r = ratios(s, n, schedule)
@@ -462,7 +462,7 @@ def in_rounds(sc, steps, **kw):
     for s in steps: mask = narrow(quiet(sink(sc, mask), s, **kw), mask)
     return mask
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(scores(), st.lists(sparsities, min_size=2, max_size=4).map(sorted), st.sampled_from(['global', 'layer']), st.sampled_from(['units', 'params']), st.data())
 def test_rounds_of_the_same_scores_give_the_mask_of_one(sc, steps, scope, of, data):
     if data.draw(st.booleans()): sc.tiebreak = {k:torch.rand(v.shape, generator=generator(len(steps))) for k,v in sc.items()}
@@ -472,7 +472,7 @@ def test_rounds_of_the_same_scores_give_the_mask_of_one(sc, steps, scope, of, da
     a, b = in_rounds(sc, steps, **kw), quiet(sc, steps[-1], **kw)
     assert same(a, b) and a.meta['achieved'] == b.meta['achieved'] and a.meta['layers'] == b.meta['layers']
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(nets(), st.lists(sparsities, min_size=2, max_size=3).map(sorted), st.sampled_from(['global', 'layer']), st.sampled_from(['units', 'params', 'macs']),
        st.booleans(), st.sampled_from(['auto', None, 'max']), st.integers(0, 99))
 def test_rounds_of_tied_channels_give_the_mask_of_one(model, steps, scope, of, tied, normalize, seed):
@@ -481,7 +481,7 @@ def test_rounds_of_tied_channels_give_the_mask_of_one(model, steps, scope, of, t
     kw = dict(scope=scope, of=of, tied=tied, normalize=normalize)
     assert same(in_rounds(sc, steps, **kw), quiet(sc, steps[-1], **kw))
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(nets(), st.lists(sparsities, min_size=2, max_size=3).map(sorted), st.integers(0, 99))
 def test_rounds_of_a_budget_of_the_network_leave_its_weights(model, steps, seed):
     "Not the same mask, a channel that is too large for one budget is not for the next; but never more weights than one channel beside it."
@@ -517,7 +517,7 @@ def test_sunk_scores_are_saved_whole(tmp_path):
 
 # ---- weights by the million
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(scores('weight'), st.one_of(sparsities, st.just(None)), st.sampled_from(['global', 'layer']), st.data())
 def test_selection_and_ranking_give_the_same_mask(sc, s, scope, data):
     "caps=1 caps nothing, but takes the way of the general case."

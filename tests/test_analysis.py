@@ -149,7 +149,7 @@ def test_attack_equals_the_formula(kind, project):
     want = literal(net, x, y, .1, 3, .02, kind, project, -1., 1.5)
     torch.testing.assert_close(attack(net, x, y, .1, steps=3, step_size=.02, kind=kind, project=project, lo=-1, hi=1.5).double(), want, atol=1e-5, rtol=0)
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(0, .5), st.integers(1, 6), st.sampled_from(KINDS), st.floats(.001, 2))
 def test_projection_stays_in_ball_and_range(seed, eps, steps, kind, step):
     g = torch.Generator().manual_seed(seed); x = torch.rand(5, 3, 2, 2, generator=g); y = torch.randint(0, 4, (5,), generator=g)
@@ -158,7 +158,7 @@ def test_projection_stays_in_ball_and_range(seed, eps, steps, kind, step):
     free = attack(smooth(seed), x, y, eps, steps=steps, kind=kind, project=False, lo=0, hi=1)
     assert free.min() >= -eps-1e-6 and free.max() <= 1+eps+1e-6 and (free-x).abs().max() <= steps*eps+1e-5
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0, 1), st.booleans())
 def test_linear_has_a_closed_form(seed, eps, project):
     g = torch.Generator().manual_seed(seed); net = nn.Linear(5, 2)
@@ -257,7 +257,7 @@ def test_a_calibrated_source_has_no_error():
     rng = np.random.default_rng(0); p = rng.random(200_000); assert ece(reliability(p, rng.random(len(p)) < p)) < .005
     assert ece(reliability(p, rng.random(len(p)) < p**2)) == pytest.approx(1/6, abs=.005) # integral of p - p^2
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 20), st.booleans())
 def test_reliability_equals_the_loop(seed, n, n_bins, edges):
     rng = np.random.default_rng(seed); p = rng.integers(0, n_bins+1, n)/n_bins if edges else rng.random(n); ok = rng.random(n) < .5

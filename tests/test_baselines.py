@@ -250,14 +250,14 @@ def test_magnitude_by_numpy():
     assert np.allclose(magnitude(model, unit='channel', graph=g)['c'], np.abs(w).sum(1)) and np.allclose(magnitude(model, unit='channel', norm='l2', graph=g)['c'], np.sqrt((w**2).sum(1)))
     init = init_of(model); assert torch.equal(magnitude(model, at='init', init=init)['c'], init['c.weight'].abs())
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), s=st.floats(.05, .95))
 def test_magsign_without_sign_changes_is_lth(seed, s):
     model = Net(seed); g = gen(seed); init = {k:v*(.1+torch.rand(v.shape, generator=g)) for k,v in model.state_dict().items()}
     sc = magsign(model, init=init)
     assert sc.meta['flipped'] == 0 and same(dict(allocate(sc, s)), dict(allocate(lth(model), s)))
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), s=st.floats(.05, .95))
 def test_magsign_keeps_turned_weights_last(seed, s):
     model = Net(seed); init = init_of(model, seed+1); sc = magsign(model, init=init); mask = allocate(sc, s)

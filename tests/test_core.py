@@ -15,7 +15,7 @@ from neuronprune.graph import trace
 nan, inf = float('nan'), float('inf')
 net = lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(n=st.one_of(st.integers(0, 50), st.integers(10**8-1000, 10**8+1000)), num=st.integers(0, 10**7-1), digits=st.integers(1, 7))
 def test_kappa_is_exact(n, num, digits):
     num %= 10**digits
@@ -24,7 +24,7 @@ def test_kappa_is_exact(n, num, digits):
     assert kappa(n, float(s)) == want == kappa(n, Fraction(s))
     assert 0 < want <= n or n == 0
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(n=st.integers(1, 10**8), s=st.floats(0, 1, exclude_max=True))
 def test_kappa_of_any_float(n, s):
     k = kappa(n, s)
@@ -60,7 +60,7 @@ def test_checks_say_what_to_do(call, err, said):
     with pytest.raises(err) as e: call()
     assert said in str(e.value)
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(0, 1, exclude_max=True))
 def test_fractions_pass_unchanged(s): assert check_fraction('s', s) == s and check_fraction('s', 1, open_hi=False) == 1
 
@@ -167,7 +167,7 @@ def assert_same(a, b):
     for o in ('method', 'secs', 'skipped'): assert getattr(a, o, None) == getattr(b, o, None) or getattr(a, o) != getattr(a, o)
     assert (a.graph is None) == (b.graph is None) and (a.graph is None or a.graph.to_dict() == b.graph.to_dict())
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_save_load_round_trip(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp()/'units.safetensors'
@@ -220,7 +220,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, err):
         with pytest.raises(err): Scores({'a': torch.rand(2)}, 'channel').save(tmp_path/name)
     assert os.listdir(tmp_path) == ['s']; assert_same(old, Scores.load(tmp_path/'s'))
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_laws_of_and_or(data):
     a = data.draw(units(True, scaled=False)); other = lambda: Mask({k:torch.rand(v.shape) < .5 for k,v in a.items()}, a.unit, labels=a.labels)

@@ -164,7 +164,7 @@ def test_large_sets_are_resized_batch_by_batch(monkeypatch):
     assert lazy.train.dataset.x.shape[-1] == 8
     torch.testing.assert_close(whole.one_batch()[0], lazy.one_batch()[0])
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=st.lists(st.integers(1, 30), min_size=2, max_size=6), m=st.integers(1, 30), seed=st.integers(0, 99), k=st.integers(1, 40))
 def test_calibration_batch_is_balanced_or_refused(counts, m, seed, k):
     y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
@@ -235,7 +235,7 @@ def test_inputs_of_different_shapes_and_no_loaders():
     rows = [(torch.zeros(i//4+1), i % 2) for i in range(8)]
     with pytest.raises(ValueError, match='dls: the inputs have different shapes'): calib_batch(DataLoaders(*[DataLoader(rows, bs=4)]*2), n=8)
     for bad in ([1, 2], 5, torch.zeros(4, 1, 8, 8), (torch.zeros(3), torch.zeros(3)), torch.utils.data.DataLoader(rows, 4), None):
-        with pytest.raises(TypeError, match='dls: expected DataLoaders'): calib_batch(bad, n=2)
+        with pytest.raises(TypeError, match='^dls.*: expected fastai DataLoaders'): calib_batch(bad, n=2)
 
 # files that are not what they should be
 
@@ -310,9 +310,9 @@ def test_broken_tables_of_labels(tmp_path, line):
     (tmp_path/'LOC_val_solution.csv').write_text(f'ImageId,PredictionString\n{line}\n')
     with pytest.raises(DamagedFileError, match='path=.*LOC_val_solution.csv'): get_dls('imagenet', 8, root=tmp_path)
 
-@pytest.mark.parametrize('kw,said', [(dict(size=10**7), 'size=10000000.*GiB'), (dict(size=10**6, bs=10**9), 'size=1000000'), (dict(normalize=(float('nan'),)*2), 'normalize=.*finite'), (dict(normalize=(.1, float('inf'))), 'normalize'),
-    (dict(normalize=((.1, .2), (.1, .2))), 'normalize=.*1 each'), (dict(normalize=((.1,)*3, (.1,)*2), c_in=3), 'normalize'), (dict(normalize=(.5,)), 'normalize'), (dict(normalize=('a', 'b')), 'normalize'), (dict(normalize=(.5, -.5)), 'normalize'),
-    (dict(normalize=(.5, 0)), 'normalize'), (dict(normalize=5), 'normalize=5'), (dict(augment=5), 'augment'), (dict(augment={'crop': 1}), 'augment'), (dict(augment=[5]), 'augment'), (dict(augment=lambda x: x), 'augment=<lambda>.*f\\(x, g\\)'),
+@pytest.mark.parametrize('kw,said', [(dict(size=16000), 'size=16000.*GiB'), (dict(size=10**7), 'size=10000000: expected'), (dict(size=10**6, bs=10**9), 'size=1000000'), (dict(normalize=(float('nan'),)*2), 'normalize=.*finite'), (dict(normalize=(.1, float('inf'))), 'normalize'),
+    (dict(normalize=((.1,)*3, (.2,)*3)), 'normalize=.*1 each'), (dict(normalize=((.1, .2), (.1, .2))), 'normalize=.*one per colour'), (dict(normalize=((.1,)*3, (.1,)*2), c_in=3), 'normalize'), (dict(normalize=(.5,)), 'normalize'), (dict(normalize=('a', 'b')), 'normalize'), (dict(normalize=(.5, -.5)), 'normalize'),
+    (dict(normalize=(.5, 0)), 'normalize'), (dict(normalize=5), 'normalize=5'), (dict(augment=5), 'augment'), (dict(augment={'crop': 1}), 'augment'), (dict(augment=[5]), 'augment'), (dict(augment=lambda x: x), 'augment: .<lambda>. does not take .x, g.'),
     (dict(augment=lambda x, g: None), 'augment=<lambda>'), (dict(augment=lambda x, g: x[:, :, 1:]), 'augment=<lambda>.*out of'), (dict(augment=['flip', lambda x, g: x.long()]), 'augment=random_flip, <lambda>'),
     (dict(augment=lambda x, g: x[0]), 'augment'), (dict(root=5), None)])
 def test_bad_values_that_only_the_data_show(kw, said):
@@ -323,7 +323,7 @@ def test_bad_values_that_only_the_data_show(kw, said):
 
 @pytest.mark.parametrize('name', [[], {}, 5, None, b'digits', ('digits',)])
 def test_names_that_are_none(name):
-    with pytest.raises(TypeError, match='name='): get_dls(name)
+    with pytest.raises(TypeError, match='^name[:=]'): get_dls(name)
 
 def test_augmentation_is_tried_without_a_trace():
     calls = []

@@ -20,11 +20,14 @@ def test_runs_of_a_grid(runs):
     assert [Path(f).name for f in df.folder] == [r.extra['run'] for r in df.record]
     assert len(gather(out)) == 2 and len(list(out.glob('*/page.ipynb'))) == 2 and not list(out.glob('*/failed.ipynb'))
 
-def test_every_method_runs_in_one_kernel(pages, tmp_path):
-    cases = [dict(method=m, out=str(tmp_path), **QUICK) for m in methods()]
+PAGES = 'lth', 'snip', 'mip', 'slimming', 'sipp', 'pfp', 'svd' # weights rewound and at the start; channels, with a network of its own; bounds; ranks (blocks: `runs`)
+
+@pytest.mark.parametrize('names', [PAGES, pytest.param(tuple(methods()), marks=pytest.mark.slow)], ids=['each kind', 'all'])
+def test_every_method_runs_in_one_kernel(pages, tmp_path, names):
+    cases = [dict(method=m, out=str(tmp_path), **QUICK) for m in names]
     shown = pages(notebook_path(), cases)
     records = {r.method: r for r in gather(tmp_path)}
-    assert set(records) == set(methods()) and all('after fine-tuning' in o for o in shown)
+    assert set(records) == set(names) and all('after fine-tuning' in o for o in shown)
     for c in cases:
         r = records[c['method']]; assert r.extra['run'] == run_folder(c).name
         assert r.dataset == 'digits' and r.tuned.n == 359 and r.params_removed > .2
@@ -43,7 +46,7 @@ def test_names_on_a_page_that_ran_before():
     assert check_parameters(mine, again=True)['sparsity'] == .4 and 'scratch' not in check_parameters(mine, again=True)
     for typo in ('sparsty', 'seeds', 'epoch', 'metod', 'methodargs'):
         for again in (False, True):
-            with pytest.raises(ValueError, match=f"parameter='{typo}'.*did you mean"): check_parameters({typo: 3}, again=again)
+            with pytest.raises(ValueError, match=f"parameter='{typo}'.*did you mean"): check_parameters({typo: [3] if typo == 'seeds' else 3}, again=again)
 
 def write_record(out, params, **kw):
     d = run_folder(params, out); p = complete(params)

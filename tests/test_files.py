@@ -15,7 +15,7 @@ from neuronprune.pipeline import dense
 from neuronprune.report import Report
 from neuronprune.train import Evaluation
 
-hurt = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+hurt = settings(max_examples=80, suppress_health_check=list(HealthCheck))
 
 def damages(data, whole):
     "The bytes of a file with some of them changed, its end lost, or something added."
@@ -102,7 +102,7 @@ def test_folders_missing_files_and_foreign_ones(tmp_path):
             with pytest.raises(DamagedFileError, match="f'"): load(tmp_path/'f')
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(TypeError, match='path=.*meta'): Mask({'a': torch.ones(2).bool()}, 'weight', meta={(1, 2): 3}).save(tmp_path/'m')
+    with pytest.raises(TypeError, match='meta: key'): Mask({'a': torch.ones(2).bool()}, 'weight', meta={(1, 2): 3}).save(tmp_path/'m')
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int64, torch.half, torch.bfloat16, torch.float64])

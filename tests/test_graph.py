@@ -131,7 +131,7 @@ def check_against_oracle(g, truth, hard=False):
     for k,ids in {**g.in_slots, **g.norm_slots}.items(): assert ids.tolist() == [number[next(iter(at[k, i]))] if (k, i) in at else -1 for i in range(len(ids))]
     assert set(map(frozenset, g.ties)) == {t for t in partition([{p for p,_ in b} for b in want]) if len(t) > 1}
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(nets([k for k in KINDS if k != 'glu']))
 def test_wiring_is_what_brute_force_finds(model):
     g, truth = trace(model, X), brute(model, X)
@@ -145,7 +145,7 @@ def must_stay(g, truth):
     while more := {p for b in partition(meet) if bad & {p for p,_ in b} for p,_ in b} - bad: bad |= more
     return bad
 
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=40, derandomize=True, phases=[Phase.generate])
 @given(nets(['glu', 'seq', 'add', 'proj', 'dw']))
 def test_a_layer_whose_channels_meet_each_other_holds_its_ties(model):
     g = trace(model, X)
@@ -155,7 +155,7 @@ def test_what_is_added_to_a_mixed_layer_stays():
     m = Net(lambda s, x: s.c(s.bn(s.ln(s.a(x)) + s.b(x))), a=L(3, 4), b=L(3, 4), ln=nn.LayerNorm(4), bn=nn.BatchNorm1d(4), c=L(4, 2))
     g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed)
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(nets())
 def test_json_frozen_and_repeated(model):
     g = trace(model, X); d = g.to_dict()
@@ -300,7 +300,7 @@ def slow_unread(g, cut):
         if not more: return gone
         gone |= more
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(nets([k for k in KINDS if k not in ('shuffle', 'glu')]), st.floats(.1, .9), st.integers(0, 99))
 def test_unread_against_one_at_a_time(model, p, seed):
     g, gen = trace(model, X), generator(seed); cut = {n:torch.rand(l['n_in'], generator=gen) < p for n,l in g.layers.items() if l['groups'] == 1}; before = {k:v.clone() for k,v in cut.items()}

@@ -45,14 +45,14 @@ def test_folded_lists_what_it_leaves():
 
 # ---- singular values
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
 def test_spectrum_is_numpys(o, k, width, seed):
     w = rnd(o, k*width, seed=seed).double(); s = spectrum(w, k)
     want = np.stack([np.linalg.svd(b, compute_uv=False) for b in np.split(w.numpy(), k, axis=1)])
     assert s.shape == (k, min(o, width)) and np.allclose(s, want, atol=1e-10)
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=8), st.sampled_from(VARIANTS))
 def test_tail_errors_by_hand(s, variant):
     s = sorted(s, reverse=True); got = tail_error(torch.tensor(s, dtype=torch.float64), variant).tolist(); n = len(s)
@@ -101,7 +101,7 @@ def error(sc, n, keep, k):
     return e[j] if j < len(e) else 0.
 def k_of(keep): return len(keep) if keep.ndim == 2 else 1
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rank_scores(), st.floats(0, .99))
 def test_the_budget_is_met_from_below_to_one_rank(sc, s):
     mask = quiet(sc, s); total = sum(whole(sc, n) for n in sc); saved = total-sum(price(sc, n, v, k_of(v)) for n,v in mask.items()); budget = math.floor(Fraction(str(s))*total)
@@ -113,7 +113,7 @@ def test_the_budget_is_met_from_below_to_one_rank(sc, s):
         v = v.view(k_of(v), -1); assert v.any() and (v[:, :-1] | ~v[:, 1:]).all(), 'the first components'
         assert price(sc, n, mask[n], k_of(mask[n])) < whole(sc, n) or v.all(), 'a layer that does not pay is whole'
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rank_scores(), st.floats(0, .9), st.floats(0, .9))
 def test_more_sparsity_never_leaves_more(sc, a, b):
     a, b = sorted((a, b)); assert quiet(sc, a).meta['achieved'] <= quiet(sc, b).meta['achieved']
@@ -123,7 +123,7 @@ def choices(sc, n):
     r, c = len(sc[n]), int(sc.cost[n]); tables = [(1, c, sc[n].tolist())]+sc.meta['groupings'][n]
     return [(whole(sc, n), 0.)]+[(p*j, e[j] if j < len(e) else 0.) for _,p,e in tables for j in range(1, len(e)+1)]
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rank_scores(), st.floats(.05, .95))
 def test_no_choice_of_groups_and_ranks_has_a_smaller_largest_error(sc, s):
     "Brute force over all pairs (k, j) of all layers, at the size that `cut` used."
@@ -133,7 +133,7 @@ def test_no_choice_of_groups_and_ranks_has_a_smaller_largest_error(sc, s):
     best = min(max(e for _,e in c) for c in itertools.product(*pareto) if sum(w for w,_ in c) <= size)
     assert worst == pytest.approx(best, abs=1e-12)
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rank_scores(groups=False), st.floats(0, .9))
 def test_one_threshold_reproduces_a_cut(sc, s):
     mask = quiet(sc, s); gone = [float(v) for n in sc for v in sc[n][~mask[n]]]; total = sum(whole(sc, n) for n in sc)
@@ -202,7 +202,7 @@ def test_the_same_mask_after_a_file(f, tmp_path):
 
 # ---- alds
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 8), st.sampled_from([2, 3, 4, 6]), st.sampled_from([1, 4]), st.integers(0, 99))
 def test_groupings_by_loops(o, channels, taps, seed):
     w = rnd(o, channels*taps, seed=seed).double(); k_all = [k for k in range(2, channels+1) if channels % k == 0 and channels*taps + k*o < o*channels*taps]

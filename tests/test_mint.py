@@ -30,7 +30,7 @@ def plain_dependency(P, C, parent, child, seed, trial=0):
             res[k,g] = 1 - ((e < m).sum(1) == 1).sum()*(m+n)/(2*m*n)
     return res
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**20), w=st.integers(1, 6), p=st.integers(7, 40))
 def test_assembled_distances(seed, w, p):
     P, x = cloud(seed, 60, p)*3+5, cloud(seed+1, 60, 4); g = np.arange(p) < w; Z = P[:, ~g]
@@ -138,7 +138,7 @@ def test_messages_add_up(dls, res):
         s = score(res, dls, layers=[k], n_groups=(3,2), estimator='contribution', n_per_class=5, n_trials=1)
         assert s[k].shape == (10 if k == 'out' else 2, 3) and (s[k] != 0).any()
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(k=st.tuples(st.integers(1,3), st.integers(1,3)), stride=st.integers(1,3), pad=st.integers(0,2), gap=st.integers(1,2), mode=st.sampled_from(['zeros','reflect','circular']))
 def test_tap_means(k, stride, pad, gap, mode):
     m = nn.Conv2d(2, 4, k, stride=stride, padding=pad, dilation=gap, padding_mode=mode); x = torch.randn(3, 2, 9, 8)
@@ -330,7 +330,7 @@ def test_groups_by_kmeans(dls, res):
 def block_scores(values, labels, of, tiebreak=None): return Scores(values, 'group', labels=labels, cost={k:mint.block_cost(v) for k,v in labels.items()}, tiebreak=tiebreak)
 
 @pytest.mark.filterwarnings('ignore:allocate')
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**20), sparsity=st.floats(0, .85), cap=st.floats(.1, 1), scope=st.sampled_from(['global','layer']), keep=st.integers(1, 2))
 def test_cut_is_exact(seed, sparsity, cap, scope, keep):
     "Against a plain loop over the sorted blocks: never above the request or a cap, and not one more block would fit."

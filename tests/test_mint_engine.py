@@ -18,7 +18,7 @@ def scipy_tree(d2):
 
 def by_scipy(d2, m): return int(((scipy_tree(d2)[1] < m).sum(1) == 1).sum())
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**20), n=st.integers(2, 120), d=st.sampled_from([1,2,5,50]), share=st.floats(0, 1))
 def test_tree_is_scipys(seed, n, d, share):
     d2 = cdist(*[cloud(seed, n, d)]*2)**2; m = int(share*n); e, (total, ref) = mst(d2), scipy_tree(d2)
@@ -33,7 +33,7 @@ def test_large_tree(dtype):
         assert crossings(a[None], b, n//3)[0] == by_scipy(a.double() + b, n//3)
         assert crossings_near(b.numpy(), x, np.zeros(3, int), n//3, n_max=10**6)[0][0] == by_scipy(a.double() + b, n//3)
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**20), n=st.integers(3, 40))
 def test_duplicates(seed, n):
     "SciPy reads a zero distance as 'no edge', so its weight comes from the distinct points."
@@ -42,7 +42,7 @@ def test_duplicates(seed, n):
     assert len(e) == n-1 and np.isclose(length(d2, e), scipy_tree(cdist(u, u)**2)[0])
     assert 0 <= crossings(d2[None], np.zeros_like(d2), n//2)[0] <= n-1
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**20), n=st.integers(3, 90), scale=st.floats(.01, 2), guess=st.floats(0, 30), share=st.floats(0, 1))
 def test_near_is_scipys(seed, n, scale, guess, share):
     "Whatever the children's scale and the guess of the slack."
@@ -69,7 +69,7 @@ def test_bottleneck_is_brute_force():
             path = nx.shortest_path(t, u, v); longest = max(b[p] for p in zip(path, path[1:]))
             assert (found[u,v] or found[v,u]) == (b[u,v] <= longest + .7)
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**20), n=st.integers(2, 40), top=st.sampled_from([1,2,5]))
 def test_ties_go_the_same_way(seed, n, top):
     "Distances of a few whole numbers: Kruskal on the CPU and the batched Prim order equal lengths by (smaller, larger) index."
@@ -111,7 +111,7 @@ def test_no_value_is_asked_of_the_card():
         assert crossings_batched(dx, fake.from_tensor(torch.rand(2, 20, 20)), 9).shape == (3,2)
         with pytest.raises(Exception): float(dx.sum())                # this is what a wait would do
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**20), shift=st.floats(-1e4, 1e4))
 def test_distances(seed, shift):
     a, b = cloud(seed, 20, 7) + shift, cloud(seed+1, 9, 7) + shift

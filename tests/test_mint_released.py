@@ -53,7 +53,7 @@ def data(kind, seed, n, d):
 
 kinds = st.sampled_from(['normal', 'twice', 'grid'])
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kind=kinds, seed=st.integers(0, 2**20), n=st.integers(3, 50), a=st.integers(1, 3), b=st.integers(1, 3), c=st.integers(1, 4))
 def test_pair_is_the_literal_one(kind, seed, n, a, b, c):
     X, P = data(kind, seed, n, a), data(kind, seed+1, n, b+c)
@@ -91,7 +91,7 @@ def test_turns_change_nothing():
     def bar(o): seen.append(len(o)); return o
     assert np.array_equal(dependency(*args), dependency(*args, max_mem=2.1*8*60**2/1e9, bar=bar)) and seen == [3, 3, 3]
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kind=kinds, seed=st.integers(0, 2**20), n=st.integers(1, 70), d=st.integers(1, 6))
 def test_tree_is_stored_as_scipy_stores_it(kind, seed, n, d):
     x = data(kind, seed, n, d); assume(n == 1 or len(np.unique(x, axis=0)) > 1)
@@ -103,7 +103,7 @@ def test_large_tree(kind):
     x = data(kind, 3, 700, 4); D = cdist(x, x); t = minimum_spanning_tree(csr_matrix(D))
     assert np.array_equal(stored_tree(D)[:,1], t.indices)
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kind=kinds, seed=st.integers(0, 2**20), h=st.integers(1, 40), more=st.integers(0, 1), d=st.integers(1, 5))
 def test_neighbours_are_the_literal_ones(kind, seed, h, more, d):
     z = data(kind, seed, 2*h+more, d); z1, z2 = z[:h], z[h:]
@@ -219,7 +219,7 @@ def case(seed, shapes, values):
 
 shapes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3)
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**20), shapes=shapes, values=st.sampled_from([3, 8, 1000]), p=st.floats(0, 1), UL=st.one_of(st.just(1.1), st.floats(0, 1), st.sampled_from([.25, .5, .75, 1.])))
 def test_d4_cut_is_the_literal_one(seed, shapes, values, p, UL):
     s, net, I, weights, raw = case(seed, shapes, values)
@@ -274,7 +274,7 @@ def test_bad_cuts():
 
 # Groups
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(width=st.integers(1, 600), n=st.integers(1, 600))
 def test_groups_are_the_literal_ones(width, n):
     if n > width:

@@ -79,7 +79,7 @@ def test_at_one_it_is_the_network(name, bounds):
         assert violation(q, complete(q, one)) < 1e-7
         assert np.abs(run(chain(net), x).detach().numpy() - net(x).detach().numpy()).max() < 1e-9
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_convolution(data):
     "Stride, padding, dilation, groups, kernel and map of any shape."
@@ -267,7 +267,7 @@ def test_pixels_as_variables_change_nothing():
 
 # ---- (5) to (8) values every solution obeys
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), eps=st.sampled_from(EPS), kind=st.sampled_from(['ce', 'margin']), lam=st.floats(.1, 30))
 def test_solution(seed, eps, kind, lam):
     net, x, p = toy(seed, loss=kind, eps=eps, lam=lam); q = reduce(p); r = solve(q); full = complete(q, r.s)
@@ -344,7 +344,7 @@ def test_planted_units(kind, backend):
         free = np.argmin([s[:6].mean(), s[6:].mean()]) if backend == 'cvxpy' else None # only the fast back-end breaks ties
         for layer,j in ((0, 0), (0, 1), (1, 6+2)): assert s[j] < 1e-3 or layer == free
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 4))
 def test_sum_of_all_but_the_smallest(seed, n):
     rng = np.random.default_rng(seed); sizes = {str(k):(int(a), int(a*b)) for k,(a,b) in enumerate(zip(rng.integers(1, 5, n), rng.choice([1, 9, 25], n)))}
@@ -446,8 +446,9 @@ def test_unsupported_layers_are_named_with_the_list(bad, name, what):
 
 def test_branches_and_unflattened_maps():
     with pytest.raises(UnsupportedLayerError, match='branches and sums'): problem(build('resnet18', 1, 10, 32), torch.rand(2, 1, 32, 32), torch.tensor([0, 1]))
-    flat = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(UnsupportedLayerError, match="'2'.*Flatten"): problem(flat, torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
+    flat = lambda *end: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(4, 3), *end)
+    with pytest.raises(UnsupportedLayerError, match="'2'.*Flatten"): problem(flat(nn.Flatten(), nn.Linear(24, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r'model: outputs \(2, 2, 4, 3\)'): problem(flat(), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
     with pytest.raises(UnsupportedLayerError, match='reflect'): problem(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode='reflect'), nn.Flatten(), nn.Linear(72, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
     with pytest.raises(UnsupportedLayerError, match='ceil_mode'): problem(nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Flatten(), nn.Linear(8, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
 

@@ -218,13 +218,13 @@ CALLS = ['setOptionValue', 'addVars', 'changeColsCost', 'addRows', 'deleteRows',
 @pytest.mark.parametrize('name', CALLS)
 def test_an_error_of_highs_is_an_error(name, monkeypatch):
     "Each call in turn fails: never a result, always its name and its text."
-    class Failing(highspy.Highs): pass
+    class Failing(ms._Quiet): pass
     def fails(self, *a):
         if self.getOptionValue('output_flag')[1]: Path(self.getOptionValue('log_file')[1]).write_text('ERROR: out of\n luck')
         return highspy.HighsStatus.kError
     p = make(2, R=200, gates=(2, 3)); sx = Simplex(p); v = sx.solve()[0]
     setattr(Failing, name, fails)
-    if name != 'setOptionValue': monkeypatch.setattr(ms.highspy, 'Highs', Failing)
+    if name != 'setOptionValue': monkeypatch.setattr(ms, '_Quiet', Failing)
     else: monkeypatch.setattr(ms.highspy.Highs, name, lambda self, *a: highspy.HighsStatus.kError)
     def whole(): s = Simplex(p); s.solve(); s.trim(); s.solve({0: 0})
     with pytest.raises(RuntimeError, match=f'HiGHS fails in {name}') as e: whole()

@@ -47,7 +47,7 @@ def untouched(learn):
 CONV = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(54, 7), nn.ReLU(), nn.Linear(7, 3))
 FC = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3))
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([CONV, FC]), st.integers(0, 10**6), st.sampled_from([.05, .3, .7, 1.]), st.booleans())
 def test_counts_are_equal(net, seed, t, ties):
     g = torch.Generator().manual_seed(seed); net = copy.deepcopy(net).eval()

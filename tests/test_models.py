@@ -76,14 +76,14 @@ def test_option_a_still_fits_after_channels_are_gone():
     (lambda: build('mlp', size=0), 'size=0'), (lambda: build('mlp', c_in=True), 'c_in'), (lambda: build('mlp', n_out=2.), 'n_out'),
     (lambda: build('mlp', init='zeros'), 'kaiming'), (lambda: build('vgg16', size=32, weights='IMAGENET1K_V1'), 'none for vgg16'),
     (lambda: build('resnet18', weights='IMAGENET1K_V9', size=224), 'IMAGENET1K_V1'), (lambda: min_size('vgg61'), 'vgg16'),
-    (lambda: build('mlp', n_out=10**12), 'n_out=1000000000000.*GiB'), (lambda: build('mlp', n_out=10**20), 'n_out=1'), (lambda: build('mlp', size=10**9), 'size=1000000000'),
+    (lambda: build('mlp', n_out=10**12), 'n_out=1000000000000: expected'), (lambda: build('mlp', n_out=10**20), 'n_out=1'), (lambda: build('mlp', size=10**9), 'size=1000000000'),
     (lambda: build('mlp', c_in=10**13), 'c_in=1'), (lambda: build('densenet22', 3, growth=10**9, size=32), 'growth=1'), (lambda: build('vgg16', 3, 10, 32, head=(10**9,)), 'GiB'),
-    (lambda: build('vgg16', 3, 10, 32, head=5), 'head=5'), (lambda: build('vgg16', 3, 10, 32, head=[5]), r'head=\[5\]'), (lambda: build('vgg16', 3, 10, 32, head=(.5,)), 'head=0.5'),
+    (lambda: build('vgg16', 3, 10, 32, head=5), 'head=5'), (lambda: build('vgg16', 3, 10, 32, head=[5]), 'head=5: expected a tuple'), (lambda: build('vgg16', 3, 10, 32, head=(.5,)), 'head=0.5'),
     (lambda: build('vgg16', 3, 10, 32, head='ab'), "head='ab'"), (lambda: build('vgg16', 3, 10, 32, hed=(5,)), "did you mean 'head'"), (lambda: build('resnet20', 3, head=(5,), size=32), 'head: resnet20 takes no'),
     (lambda: build('mlp', dropout=50), 'did you mean 0.5'), (lambda: build('mlp', dropout='a'), 'dropout'), (lambda: build('mlp', bias=1), 'bias'), (lambda: build('mlp', widths=(3,)), 'argument of mlp'),
     (lambda: build('lenet5', size=32, pool=3), 'pool=3'), (lambda: build('lenet5', ks=400), 'ks=400'), (lambda: build('lenet5', ks=0), 'ks=0'), (lambda: build('basiccnn', widths=(3, 4), size=32), 'four numbers'),
-    (lambda: build('densenet22', depth=23, size=32), 'depth=23'), (lambda: build('vgg16', bn='yes', size=32), "bn='yes'"), (lambda: build('vgg7', out_side=0, size=32), 'out_side=0'), (lambda: build([]), 'name='),
-    (lambda: min_size('vgg16', head=[5]), 'head'), (lambda: min_size({}), 'name='), (lambda: resnet_cifar(21), 'depth=21'), (lambda: wide_resnet(17, 1), 'depth=17'), (lambda: models()['vgg61'], 'vgg16')])
+    (lambda: build('densenet22', depth=23, size=32), 'depth=23'), (lambda: build('vgg16', bn='yes', size=32), "bn='yes'"), (lambda: build('vgg7', out_side=0, size=32), 'out_side=0'), (lambda: build([]), 'name: expected a name'),
+    (lambda: min_size('vgg16', head=[5]), 'head'), (lambda: min_size({}), 'name: expected a name'), (lambda: resnet_cifar(21), 'depth=21'), (lambda: wide_resnet(17, 1), 'depth=17'), (lambda: models()['vgg61'], 'vgg16')])
 def test_errors(call, said):
     with pytest.raises((ValueError, TypeError), match=said): call()
 

@@ -177,7 +177,7 @@ def test_calib_size_by_hand():
 
 # -- allocations ------------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(3, 25), st.integers(0, 10**6), st.floats(.05, .95))
 def test_spread_is_optimal(n, seed, share):
     rng = np.random.default_rng(seed)
@@ -189,7 +189,7 @@ def test_spread_is_optimal(n, seed, share):
     assert value(x) <= value(y*min(1, b/y.sum()))*(1+1e-4)
     assert abs(value(x)/value(y)-1) < 1e-3 or value(x) < value(y)
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 25), st.integers(0, 10**6), st.floats(.02, .98))
 def test_spread_satisfies_kkt(n, seed, share):
     "One multiplier: rows with room have equal marginal gains, full rows at least that; the derivative is written out here."
@@ -199,7 +199,7 @@ def test_spread_satisfies_kkt(n, seed, share):
     free = x < room*(1-1e-9)
     if free.any(): lam = gain[free].mean(); assert np.allclose(gain[free], lam, rtol=1e-3) and (gain[~free] >= lam*(1-1e-3)).all()
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 30), st.integers(0, 10**6), st.floats(0, 1))
 def test_whole_is_exact_and_close(n, seed, share):
     rng = np.random.default_rng(seed); room = rng.integers(0, 20, n); x = room*rng.uniform(0, 1, n)

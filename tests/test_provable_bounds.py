@@ -18,7 +18,7 @@ from neuronprune.provable_bounds import (bernstein_draws, bernstein_error, bound
 from neuronprune.sampling import cut, sampling
 from neuronprune.surgery import apply
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(.01, 5), st.floats(1, 500), st.floats(1e-12, .5), st.floats(1, 10))
 def test_draws_are_the_fewest(eps, total, delta, c):
     m = float(bernstein_draws(eps, total, delta, c))
@@ -49,7 +49,7 @@ def two_layers(seed=0):
     torch.manual_seed(seed); net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)); x = torch.randn(40, 12)
     return net, x, sensitivities(net, x)['max']
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.floats(.05, .95))
 def test_any_mask_is_within_its_bound_on_s(seed, p):
     net, x, found = two_layers(seed % 50); g = torch.Generator().manual_seed(seed)
@@ -239,7 +239,7 @@ def test_failures_do_happen_with_too_few_draws():
     assert failures(net, '0', found, x, eps=8., delta=.9, n_trials=200)['draws'] < 20
     assert failures(net, '0', found, x, eps=.5, delta=.1, c=.02, n_trials=200)['failures'] > .05
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 30), st.floats(.02, .95))
 def test_sparsest_is_within_eps_and_maximal(seed, eps):
     net, x, found = two_layers(seed); m = sparsest(net, found, eps); b = bound(net, m, found)

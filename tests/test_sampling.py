@@ -84,7 +84,7 @@ def test_a_budget_below_one_weight_per_neuron_warns_and_keeps_one():
     assert all((v.sum(1) == 1).all() for v in mask.values())
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_layer_is_emptied_and_a_missed_budget_warns(data):
     "Random zeros, whole rows and layers of them: what can be drawn is drawn, every layer keeps a weight, and a warning stands where the budget cannot be met."
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), min_size=1, max_size=3)); rng = np.random.default_rng(data.draw(st.integers(0, 99)))

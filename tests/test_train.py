@@ -140,7 +140,7 @@ def test_sign_rewind():
         assert torch.equal(w.sign(), w0.sign()) and torch.allclose(w.abs(), w0.std(correction=0).expand_as(w))
     assert torch.equal(s['0.bias'], init['0.bias'])
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 5000), st.floats(0, 1), st.sampled_from([.8, .95, .99]))
 def test_wilson_agrees_with_scipy(n, f, level):
     k = round(f*n); ci = binomtest(k, n).proportion_ci(level, method='wilson')

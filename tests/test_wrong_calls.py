@@ -99,17 +99,13 @@ def table(name):
     "(call, what its message has to name) of every line."
     return [tuple(o.strip() for o in l.split(' # ')) for l in (HERE/name).read_text(encoding='utf-8').splitlines() if l.strip() and not l.startswith('##')]
 
-# Wrong calls whose answer lies in the functions that read files and batches, not in the door; to be taken out when those answer
-WAITING = re.compile(r"\.load\(f|gather\(f|(dict|float|twod)_dls|loss_func=lambda")
-def waiting(row): return pytest.param(*row, marks=pytest.mark.xfail(strict=False)) if WAITING.search(row[0]) else row
-
 def quietly(call):
     "The value of a call, without its bars and warnings."
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
         return eval(call, globals())
 
-@pytest.mark.parametrize('call,names', [waiting(o) for o in table('wrong_calls.txt')])
+@pytest.mark.parametrize('call,names', table('wrong_calls.txt'))
 def test_wrong_call(call, names):
     with pytest.raises((TypeError, ValueError)) as e: quietly(call)
     assert type(e.value).__module__ in ('builtins', 'neuronprune.core'), f'a foreign error: {type(e.value)}'
