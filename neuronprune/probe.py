@@ -340,6 +340,7 @@ def decode(self:Probe, names, places, reach, start={}, tries=24):
         if all(_complete(*o, told[k][0], due[k]) for k,o in found.items()): break
     return told
 
+# %% ../nbs/02a_probe.ipynb #read
 def _due(arrives, total):
     "Bool [total]: the numbers of the channels that arrive, from pairs (first number, bool [channels])."
     res = torch.zeros(total, dtype=torch.bool)
