@@ -361,7 +361,7 @@ def _complete(like, heard, chan, due):
     left = due.clone(); left[chan[(chan >= 0) & (chan < len(due))]] = False
     return not left.any()
 
-# %% ../nbs/02a_probe.ipynb #follow
+# %% ../nbs/02a_probe.ipynb #parties
 def _parties(reach):
     "Lists of layers that reach no common place, first fit; `reach`: layer -> set of places."
     res = []
@@ -385,6 +385,7 @@ def _apart(by, start, chan, mix):
     own = {n:chan-start[n] for n in by}
     return {n:(torch.where((o >= 0) & (o < len(by[n])), o, -1), False) for n,o in own.items()}
 
+# %% ../nbs/02a_probe.ipynb #follow
 @patch
 def follow(self:Probe):
     "(layer -> {place: (channel of the layer that each slot follows or -1, mixed?)}, layer -> opaque places and '' that it reaches, place -> slots heard but unclaimed)."
