@@ -5,7 +5,7 @@
 """
 import argparse, os, statistics, time, warnings
 from functools import partial
-warnings.filterwarnings('ignore')
+warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
 import torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat

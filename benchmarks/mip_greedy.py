@@ -49,7 +49,7 @@ def one_per_class(dls):
 def main():
     a = options()
     for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[k] = str(a.threads)
-    warnings.filterwarnings('ignore')
+    warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
     import torch
     from neuronprune.data import get_dls
     from neuronprune.mip import score

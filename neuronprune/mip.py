@@ -26,7 +26,7 @@ from .mip_solve import Gate, NoIncumbentError, Program, SolverNotSuitableError, 
 _all_ = ['SolverNotSuitableError', 'NoIncumbentError']
 
 # %% ../nbs/11_mip.ipynb #refuse-2
-SUPPORTED = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d,
+SUPPORTED = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d,
              nn.Flatten, nn.Dropout, nn.Dropout2d, nn.Identity)
 
 def _refuse(name, what, why='is not supported'):
@@ -99,7 +99,7 @@ def chain(model:nn.Module # left as it is
         if isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)): continue
         if getattr(m, 'padding_mode', 'zeros') != 'zeros': raise _refuse(name, f'padding_mode={m.padding_mode!r}')
         if getattr(m, 'ceil_mode', False): raise _refuse(name, 'ceil_mode=True')
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
             k, b = _norm(m)
             if res and res[-1].kind in ('linear', 'conv'): res[-1].w, res[-1].b = _scaled(res[-1].w, k), res[-1].b*k + b
             else: res.append(Step('scale', name, k, b))
@@ -581,7 +581,6 @@ def score(model:nn.Module, # trained chain network; left as found
     "Scores in [0, 1], float32 [channels] per layer; `meta` has status, gap, bound, sizes, seconds, dead units; warns unless the status is 'optimal'. Raises `UnsupportedLayerError`, `ClassBalanceError`, `NoIncumbentError` (after Ctrl-C `KeyboardInterrupt`)."
     _check_options(model, variant, bounds, relaxed, backend, solver, select)
     if dls is None and batch is None: raise ValueError("dls=None: mip looks at images; pass the DataLoaders of get_dls, or batch=(xb, yb)")
-    if batch is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2): raise TypeError(f"batch: expected a pair (xb, yb), got {type(batch).__name__}")
     begin = time.perf_counter(); layers = [layers] if isinstance(layers, str) else layers
     xb, yb = choose(model, dls, _n_per_class(n_per_class), select, split=split, seed=seed) if batch is None else batch
     if not isinstance(xb, torch.Tensor): raise TypeError(f"dls: inputs are a {type(xb).__name__}; mip expects one tensor")
