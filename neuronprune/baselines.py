@@ -10,7 +10,7 @@ import math, time
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from .core import (Scores, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
+from .core import (BATCHNORM, Scores, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
                               digesting, feed, generator, layers as all_layers, method, tensors, twins, public)
 from fastprogress import progress_bar
 from .inputs import batch_for, slices, traced
@@ -341,14 +341,11 @@ def _gate_gradients(model, mods, xb, yb, loss_func=None, bs=256):
             for k,g in zip(mods, grads): res[k].append(_wide(g))
     return {k:torch.cat(v) for k,v in res.items()}
 
-# %% ../nbs/10_baselines.ipynb #batchnorms-nn-batchnorm1d-nn
-_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
 # %% ../nbs/10_baselines.ipynb #norms
 def _norms(model, graph):
     "Path -> batch norm with a scale that channels reach."
     mods = {k:model.get_submodule(k) for k in graph.norm_slots}
-    return {k:m for k,m in mods.items() if isinstance(m, _BATCHNORMS) and m.weight is not None}
+    return {k:m for k,m in mods.items() if isinstance(m, BATCHNORM) and m.weight is not None}
 
 # %% ../nbs/10_baselines.ipynb #to_producer
 def _to_producer(graph, k, values, reduce):

@@ -241,6 +241,8 @@ def _jobs(k, v):
     "Rule: a number of processes."
     if check_int(k, v) == 0: raise ValueError(f"{k}=0: expected a number of processes, or -1 for all cores")
 
+_WHOLE['n_jobs'] = _jobs
+
 # %% ../nbs/00a_door.ipynb #fastai-args
 def _callback(k, v):
     if not (_is(v, 'Callback') or isinstance(v, type) and any(c.__name__ == 'Callback' for c in v.__mro__)):
@@ -491,6 +493,8 @@ def _jointly(got, rules):
             said += _wrong(rule, *(every[k] for k in need.split()), **{k:every[k] for k in may.split() if k in rules})
     return said
 
+_ITSELF = ('trace',) # runs the model, and says what is wrong with the inputs
+
 def check_call(f,    # function
                args, # what it is called with: positions
                kw    # and names
@@ -506,5 +510,5 @@ def check_call(f,    # function
         elif more == 'labels': continue # columns of a table, which may have any name
         elif not more or _WORDS.get(k) in rules: said.append(_unknown(f, k, list(rules)))
         else: said += _wrong(_further, k, v)
-    if not said or 'initial' in got: said += _jointly(got, rules)
+    if not said and f.__name__ not in _ITSELF or 'initial' in got: said += _jointly(got, rules)
     if said: raise type(said[0])('\n'.join(dict.fromkeys(map(str, said)))) from None

@@ -6,7 +6,7 @@
 __all__ = ['Graph', 'spared', 'kept_slots', 'new_widths', 'probing', 'trace']
 
 # %% ../nbs/03_graph.ipynb #import-copy-math
-import math
+import copy, math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 import numpy as np, torch
@@ -15,7 +15,7 @@ from torch.nn.utils import prune as torch_prune
 from fastcore.basics import patch
 from .core import *
 from .core import Units
-from .probe import Probe
+from .probe import Probe, channel_dim
 
 # %% ../nbs/03_graph.ipynb #graph-2
 @public
@@ -115,12 +115,13 @@ def _mixer(probe, ends):
 def _reasons(probe, found, ends, lost, shared, layers):
     "Layer -> why its channels cannot be removed, from what `Probe.follow` found and the tensors that are shared."
     grouped = {n for n,l in layers.items() if l['groups'] > 1 and not _depthwise(l)}
-    loud, mixed = probe.loud(), _mixed(found); heard = {k:mixed.get(k, False) | v for k,v in lost.items()} | mixed
+    bends = {n:b for n,m in probe.layers.items() if n in layers and (b := _bends(m))}
+    loud, mixed = {k:v for k,v in probe.loud().items() if v.any()}, _mixed(found); heard = {k:mixed.get(k, False) | v for k,v in lost.items()} | mixed
     res = {n:f"used {c} times in the forward pass" for n in probe.layers if (c := probe.calls.get(n, 0)) != 1}
     res.update({n:"its output has no dimension for the examples of a batch" for n in probe.layers if n not in found and n not in res})
     for n,reach in found.items():
         to = [k for k in reach if k in layers]
-        at = lambda bad: next((k for k,(c,_) in reach.items() if (bad.get(k, torch.tensor(False)) & (c >= 0)).any()), None)
+        at = lambda bad: next((k for k,(c,_) in reach.items() if k in bad and (bad[k] & (c >= 0)).any()), None)
         again = [k for k in reach if k.rstrip('#')+'#' in probe.seen]
         if '' in ends[n]: res[n] = "its channels reach the network's output"
         elif n in shared: res[n] = f"it shares its weight with {shared[n]!r}"
@@ -130,6 +131,8 @@ def _reasons(probe, found, ends, lost, shared, layers):
         elif again: res[n] = f"{again[0].rstrip('#')!r}, on its way, is used more than once"
         elif (k := next((k for k in reach if k in shared), None)) is not None: res[n] = f"{k!r}, which reads it, shares its weight with {shared[k]!r}"
         elif (k := at({o:loud[o] for o in to if o in loud})) is not None: res[n] = f"a dropped channel would not be zero at {k!r}"
+        elif 'rows' in bends.get(n, ()): res[n] = "its forward is not that of a plain layer: an output depends on more than its own weights"
+        elif (k := next((k for k in to if 'columns' in bends.get(k, ())), None)) is not None: res[n] = f"{k!r}, which reads it, has a forward of its own, in which no input can be cut"
         elif n in grouped or grouped & set(to): res[n] = "grouped convolution: groups must stay equally wide"
         elif _depthwise(layers[n]) and _unfed(n, found, heard, layers[n]['n_in']): res[n] = "it reads, channel by channel, what cannot be cut"
     return res
@@ -170,6 +173,35 @@ def _info(m, positions):
     return dict(kind=type(m).__name__, n_out=len(m.weight), n_in=m.in_features if lin else m.in_channels, taps=1 if lin else math.prod(m.kernel_size),
                 groups=getattr(m, 'groups', 1), positions=positions, weights=m.weight.numel(), bias=m.bias is not None)
 
+# %% ../nbs/03_graph.ipynb #odd-layers
+def _halved(m, rows, columns):
+    "A copy of layer `m` without the first half of its outputs and inputs, as asked."
+    res, lin = copy.copy(m), isinstance(m, nn.Linear); res._parameters = dict(m._parameters)
+    n_out, n_in = (len(m.weight)+1)//2 if rows else 0, (m.weight.shape[1]+1)//2 if columns else 0
+    res.weight = nn.Parameter(m.weight[n_out:, n_in:])
+    if m.bias is not None: res.bias = nn.Parameter(m.bias[n_out:])
+    names = ('out_features', 'in_features') if lin else ('out_channels', 'in_channels')
+    setattr(res, names[0], len(res.weight)); setattr(res, names[1], res.weight.shape[1])
+    if rows and getattr(m, 'groups', 1) > 1: res.in_channels = res.groups = len(res.weight)
+    return res
+
+@torch.no_grad()
+def _bends(m):
+    "Which of 'rows' and 'columns' of layer `m` cannot be cut, because of a `forward` of its own."
+    if type(m).forward in [o.forward for o in PRUNABLE]: return set()
+    deep, lin = getattr(m, 'groups', 1) > 1, isinstance(m, nn.Linear)
+    m = copy.deepcopy(m).eval().float().cpu(); vars(m).pop('forward', None) # the probe's answer
+    for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=generator(0))+.5)
+    size = () if lin or channel_dim(m) == -1 else tuple(d*(k-1)+3 for k,d in zip(m.kernel_size, m.dilation))
+    x = torch.randn(2, m.in_features if lin else m.in_channels, *size, generator=generator(1)); half = (x.shape[1]+1)//2; bad = set()
+    for what in ('rows',) if deep else ('rows', 'columns'):
+        rows = what == 'rows'; x0 = x.clone(); x0[:, :half] = x0[:, :half] if rows else 0
+        try: y, z = m(x0), _halved(m, rows, not rows)(x0[:, half:] if deep or not rows else x0)
+        except Exception: bad.add(what); continue
+        y = y[:, (y.shape[1]+1)//2:] if rows else y
+        if y.shape != z.shape or not torch.allclose(y, z, rtol=1e-3, atol=1e-4): bad.add(what)
+    return bad
+
 # %% ../nbs/03_graph.ipynb #check-plain
 def _cure(m):
     "The call below `torch.nn.utils` that gives layer `m` a plain weight again."
@@ -204,8 +236,10 @@ def spared(g:Graph,         # wiring
            gone:torch.Tensor # bool [bundles], True = cut; changed in place
           )->torch.Tensor:
     "`gone` without those bundles whose loss would leave a layer without any output or any input."
-    for ids in (*g.out_slots.values(), *g.in_slots.values()):
-        if (ids >= 0).all() and gone[ids].all(): gone[ids[0]] = False
+    places = [*g.out_slots.values(), *g.in_slots.values()]
+    lost = (torch.cat([gone, gone.new_zeros(1)])[torch.cat(places)]).split([len(ids) for ids in places]) # -1 is never gone
+    for ids in [ids for ids,v in zip(places, lost) if v.all()]:
+        if gone[ids].all(): gone[ids[0]] = False
     return gone
 
 @public
@@ -213,9 +247,9 @@ def kept_slots(g:Graph,           # wiring
                gone:torch.Tensor  # bool [bundles], True = cut
               )->tuple:
     "(layer -> bool [n_out], layer or norm -> bool [slots]): what stays when the bundles `gone` are cut; only what loses something in the first."
-    stays = lambda ids: ~(gone[ids.clamp(min=0)] & (ids >= 0))
-    outs = {n:k for n,ids in g.out_slots.items() if not (k := stays(ids)).all()}
-    return outs, {n:stays(ids) for n,ids in {**g.in_slots, **g.norm_slots}.items()}
+    stays = torch.cat([~gone, gone.new_ones(1)]) # -1 always stays
+    def at(slots): return dict(zip(slots, stays[torch.cat([*slots.values()])].split([len(o) for o in slots.values()]))) if slots else {}
+    return {n:k for n,k in at(g.out_slots).items() if not k.all()}, at({**g.in_slots, **g.norm_slots})
 
 # %% ../nbs/03_graph.ipynb #try-cut
 def _faulty(probe, g, unions):
@@ -225,9 +259,9 @@ def _faulty(probe, g, unions):
         outs, ins = kept_slots(g, gone)
         if outs and (why := probe.rehearse(outs, ins, new_widths(g, outs, ins))): return why
 
-def _culprits(probe, g, unions):
-    "[(union, why)] of those that cannot be cut, by halving."
-    if (why := _faulty(probe, g, unions)) is None: return []
+def _culprits(probe, g, unions, why=None):
+    "[(union, why)] of those that cannot be cut, by halving; `why` is the fault of all, if it is known."
+    if (why := why or _faulty(probe, g, unions)) is None: return []
     if len(unions) == 1: return [] if _learn_widths(probe, g, unions[0]) else [(unions[0], why)]
     mid = len(unions)//2
     return _culprits(probe, g, unions[:mid]) + _culprits(probe, g, unions[mid:])
@@ -235,7 +269,8 @@ def _culprits(probe, g, unions):
 def _rehearse(probe, g):
     "Fix the layers that the rehearsal finds fault with, in place."
     while unions := _unions(g, g.removable):
-        bad = _culprits(probe, g, unions)
+        if (why := _faulty(probe, g, unions)) is None: break
+        bad = _culprits(probe, g, unions, why)
         if not bad and (why := _faulty(probe, g, unions)): bad = [(u, why) for u in unions] # each alone is right, together they are not
         for union,why in bad: g.fixed.update({n:why for n in union})
         if not bad: break
@@ -287,10 +322,12 @@ def probing(model:nn.Module, # any model; not changed
 
 def _sources(found):
     "Place -> {layer: (slots, channels)} of what arrives unmixed."
-    res = {}
+    res, done = {}, {} # producers of a sum may share one tensor
     for p,reach in found.items():
         for k,(chan,mixed) in reach.items():
-            if not mixed: s = (chan >= 0).nonzero()[:,0]; res.setdefault(k, {})[p] = (s, chan[s])
+            if mixed: continue
+            if id(chan) not in done: s = (chan >= 0).nonzero()[:,0]; done[id(chan)] = s, chan[s]
+            res.setdefault(k, {})[p] = done[id(chan)]
     return res
 
 def _with_ties(fixed, out_slots):

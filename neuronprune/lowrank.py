@@ -26,7 +26,8 @@ def folded(model:nn.Module # any model
     shared, res, skipped = _twins(model), {}, {}
     for n,m in layers(model).items():
         w = check_finite(f'{n}.weight', m.weight.detach()).cpu().double().flatten(1)
-        if getattr(m, 'groups', 1) > 1: skipped[n] = "grouped convolution: its weight is not one matrix"
+        if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear): skipped[n] = "attention reads its weight itself"
+        elif getattr(m, 'groups', 1) > 1: skipped[n] = "grouped convolution: its weight is not one matrix"
         elif n in shared: skipped[n] = f"it shares its weight with {shared[n]!r}"
         elif sum(w.shape) >= w.numel(): skipped[n] = "one rank has as many weights as the layer"
         else: res[n] = w

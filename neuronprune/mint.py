@@ -440,6 +440,7 @@ def score(model:nn.Module,  # trained network; left as found
     xb, yb = batch_for(model, dls, 'mint', n_per_class, split='train', seed=seed)
     graph = traced(model, dls, graph)
     names, skipped = block_layers(graph, layers)
+    if not names: raise UnsupportedLayerError(f"model={type(model).__name__}: no pair of layers to compare ({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
     acts = _acts_of(model, graph, names, xb, tap, estimator == 'contribution')
     groups = {n:block_labels(graph, n, n_groups, grouping, seed, *acts[n][:2]) for n in names}
     pairs = {n:_arrays(model.get_submodule(n), *acts[n], *groups[n]) for n in names}

@@ -26,7 +26,7 @@ from .mip_solve import Gate, NoIncumbentError, Program, SolverNotSuitableError, 
 _all_ = ['SolverNotSuitableError', 'NoIncumbentError']
 
 # %% ../nbs/11_mip.ipynb #refuse-2
-SUPPORTED = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d,
+SUPPORTED = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d,
              nn.Flatten, nn.Dropout, nn.Dropout2d, nn.Identity)
 
 def _refuse(name, what, why='is not supported'):
@@ -99,7 +99,7 @@ def chain(model:nn.Module # left as it is
         if isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)): continue
         if getattr(m, 'padding_mode', 'zeros') != 'zeros': raise _refuse(name, f'padding_mode={m.padding_mode!r}')
         if getattr(m, 'ceil_mode', False): raise _refuse(name, 'ceil_mode=True')
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
             k, b = _norm(m)
             if res and res[-1].kind in ('linear', 'conv'): res[-1].w, res[-1].b = _scaled(res[-1].w, k), res[-1].b*k + b
             else: res.append(Step('scale', name, k, b))

@@ -18,7 +18,7 @@ from .train import fit, learner
 
 # %% ../nbs/11c_mip_greedy.ipynb #end
 Block = namedtuple('Block', 'layer before body')
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 def _end(ms, i):
     "Place behind the batch norm and the ReLU of the convolution at `i`."
@@ -75,7 +75,7 @@ def build_heads(model:nn.Module,  # chain; left as found
     with torch.no_grad(), as_found(model, train=False):
         for b in blocks(model): x = run_block(b, x); shapes.append(tuple(x.shape))
     n_out = x.shape[1] if n_out is None else check_int('n_out', n_out, 1)
-    bn = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    bn = any(isinstance(m, NORMS) for m in model.modules())
     with seed_everything(seed): heads = [auxiliary_head(s[1], s[2:], n_out, bn) for s in shapes[:-1]]
     return nn.ModuleList(heads).to(xb.device)
 

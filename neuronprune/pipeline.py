@@ -279,19 +279,19 @@ def prune(learn,              # a trained `Learner` from `learner`; changed in p
     if {'rounds', 'sparsity'} <= _params(m.fn): own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1 # goes in rounds by itself
     steps = [None]*rounds if sparsity is None else ratios(sparsity, rounds, schedule)
     before, xb, keeps, host, meters = _tested(learn), _inputs(learn), held(learn), learn.model, []
-    graph, dense, mask = trace(learn.model, xb), _whole(learn.model, keeps), None
+    graph, dense, mask, few = trace(learn.model, xb), _whole(learn.model, keeps), None, take(xb, slice(0, 8)) # surgery is checked on few examples
     for s in steps:
         if learn.model is not host: _unfactor(learn, host)
         scores, meter = score_with(learn, m, at=at, unit=unit, graph=graph, seed=seed, progress=progress, **own)
         if mask is None: mask = old = _earlier(learn, scores)
         mask = _round(scores, mask, s, alloc, alloc_args, graph); meters.append(meter)
-        if shrink: surgery.shrink(learn.model, mask, xb) # a network that cannot be cut is found out now
-        pruned = _tune(learn, mask, keeps, rewind, xb, fine_tune_epochs, lr, progress=progress, **fit_args)
+        if shrink: surgery.shrink(learn.model, mask, few) # a network that cannot be cut is found out now
+        pruned = _tune(learn, mask, keeps, rewind, few, fine_tune_epochs, lr, progress=progress, **fit_args)
     known = dict(_known(scores, meters, mask, old, sparsity, rounds=own.get('rounds', rounds), at=at, rewind=rewind, fine_tune_epochs=fine_tune_epochs),
                  method=method, method_args=args, seed=seed, sparsity=sparsity, before=before, pruned=pruned,
                  tuned=_tested(learn) if fine_tune_epochs else None)
     measure = partial(Report.measure, dense, xb=xb, mask=mask, scores=scores, dls=learn.dls, latency=latency, **known)
-    report = _finish(learn, mask, xb, host, shrink, measure, known)
+    report = _finish(learn, mask, few, host, shrink, measure, known)
     return Result(learn.model, mask, scores, report)
 
 # %% ../nbs/20_pipeline.ipynb #channel-table

@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'OPAQUE', 'LEVELS', 'Table', 'is_norm', 'norm_width', 'chann
            'owner']
 
 # %% ../nbs/02a_probe.ipynb #imports
-import copy, math, zlib
+import copy, itertools, math, zlib
 from contextlib import contextmanager
 import torch
 from torch import nn
@@ -64,6 +64,7 @@ def _out_shape(m, x, n):
     "Shape of the output of layer `m` for the input `x`; `RuntimeError` if it does not fit."
     lin = channel_dim(m) == -1; n_in, n_out = (m.in_features if isinstance(m, nn.Linear) else m.in_channels), len(m.weight)
     have = x.shape[channel_dim(m)] if x.ndim > 1 or lin else 0
+    if not (x.is_floating_point() or x.is_complex()): raise RuntimeError(f"{n!r} expects floating-point numbers, got {x.dtype}")
     if have != n_in: raise RuntimeError(f"{n!r} expects {n_in} channels, got {have} in an input of shape {tuple(x.shape)}")
     if lin: return (*x.shape[:-1], n_out)
     if not _own_forward(m): return type(m).forward(m, x.detach().to(m.weight.dtype)).shape
@@ -167,10 +168,15 @@ def _widths(probe):
 @patch
 @torch.no_grad()
 def measure(self:Probe):
-    "Find the batch dimension of every layer's output and of every place; draw what the layers emit."
-    shapes, outs = [], []
+    "Find the batch dimension of every layer's output and of every place; draw what the layers emit. From here on noise stands beside the given example, if the network takes noise."
+    shapes, outs, self.say = [], [], self._first
+    if any(o.is_floating_point() for o in tensors(self.given)): self.inputs = _noise(self, self.given)
     for r in (2, 3):
-        self.say = self._first; self.run(r); outs.append(self.out)
+        try: self.run(r)
+        except Exception:
+            if self.inputs is self.given: raise
+            self.inputs = self.given; self.run(r)
+        outs.append(self.out)
         shapes.append({k:o.shape for k,o in self.seen.items() if isinstance(o, torch.Tensor)})
     self.batch = {k:_grown(s, shapes[1].get(k, ())) for k,s in shapes[0].items()}
     self.emits, self.base, self.rise = {n:_grown(s, outs[1].get(n, ())) for n,s in outs[0].items()}, {}, {}
@@ -209,7 +215,7 @@ def settle(self:Probe):
     "Run the network at full size, then choose the smallest input that it takes and that keeps the wiring; `positions` are those of the full size, `volume` the activations of the small one."
     try: self.run(1)
     except (RuntimeError, IndexError, ValueError): self.run(2)
-    full, calls, width, whole = self.out, self.calls, _widths(self), self.inputs
+    full, calls, width, whole, self.volume = self.out, self.calls, _widths(self), self.inputs, _volume(self)
     self.positions = {n:math.prod(s)//self.rows//len(self.layers[n].weight) for n,s in full.items()}
     least = _stride([o.shape[2:] for o in tensors(whole) if o.ndim > 3], full.values())
     sizes = [(s, d) for s in _SIDES if s > least for d in ((2,), (1,))] if sum(map(math.prod, full.values())) > _SMALL else []
@@ -219,18 +225,12 @@ def settle(self:Probe):
         try: self.run(2)
         except Exception: continue
         same = self.calls == calls and list(self.calls) == list(calls) and _widths(self) == width
-        if same and all(t >= min(s, 2) for n,o in full.items() for s,t in zip(o[1:], self.out[n][1:])): break
+        if same and all(t >= min(s, 2) for n,o in full.items() for s,t in zip(o[1:], self.out[n][1:])): self.volume = _volume(self); break
     else: self.inputs = whole
-    return self._with_noise()
-
-@patch
-def _with_noise(self:Probe):
-    "Keep the given example beside noise of its shape, if the network takes noise."
-    self.given, self.inputs = self.inputs, _noise(self, self.inputs)
-    try: self.run(1)
-    except Exception: self.inputs = self.given; self.run(1)
-    self.volume = sum(o.numel() for k,v in self.seen.items() for o in tensors(v))//self.rows
+    self.given = self.inputs
     return self
+
+def _volume(probe): return sum(o.numel() for v in probe.seen.values() for o in tensors(v))//probe.rows # numbers seen, per row
 
 # %% ../nbs/02a_probe.ipynb #emit
 @patch
@@ -270,21 +270,34 @@ def reach(self:Probe):
     "Place -> {layer: bool [channels]: does the channel arrive there?}; '' is the output."
     rows = max(2, min(16, _VOLUME//max(1, sum(b.numel() for b in self.base.values()))))
     leaf = {n:torch.stack([b] + [torch.where(self.table(b.shape, f'{n}{r}') > 1, b, -b) for r in range(1, rows)]).requires_grad_() for n,b in self.base.items()}
-    self.say = lambda n, m, x: self.laid(n, leaf[n]*1) if n in leaf else self._first(n, m, x)
-    self.run(rows)
-    names, res = list(leaf), {}
+    said = {}
+    def say(n, m, x):
+        if n not in leaf: return self._first(n, m, x)
+        y = self.laid(n, leaf[n]*1); said[id(y)] = n, y, y._version # kept, so that no other tensor gets its id
+        return y
+    self.say = say; self.run(rows)
+    done, res = {}, {} # a norm and the layer behind it may hold one tensor
     for k,o in self.seen.items():
-        y = sum((v*self.table(v.shape, k)).sum() for v in tensors(o) if v.requires_grad)
-        if not isinstance(y, torch.Tensor): res[k] = {}; continue
-        grads = torch.autograd.grad(y, [leaf[n] for n in names], retain_graph=True, allow_unused=True)
-        hit = {n:self.by_channel(n, g) for n,g in zip(names, grads) if g is not None}
-        res[k] = {n:h for n,h in hit.items() if h.any()}
+        n, y, fresh = said.get(id(o), (None, None, 0))
+        if y is not None and y._version == fresh: res[k] = {n:torch.ones(self.n_out[n], dtype=torch.bool)}; continue
+        key = tuple(id(v) for v in tensors(o))
+        if key not in done: done[key] = self.back(leaf, sum((v*self.table(v.shape, k)).sum() for v in tensors(o) if v.requires_grad))
+        res[k] = done[key]
     return res
+
+@patch
+def back(self:Probe, leaf, y):
+    "{layer: bool [channels]} of what the number `y` depends on, by one step back to the sources `leaf`."
+    if not isinstance(y, torch.Tensor): return {}
+    grads = torch.autograd.grad(y, list(leaf.values()), retain_graph=True, allow_unused=True)
+    hit = {n:self.by_channel(n, g) for n,g in zip(leaf, grads) if g is not None}
+    return {n:h for n,h in hit.items() if h.any()}
 
 @patch
 def by_channel(self:Probe, n, g):
     "Bool [channels] of layer `n`: is `g` [rows, size per row, …] anything but zero there?"
-    return (g.movedim(-1 if channel_dim(self.layers[n]) == -1 else 2, 0).flatten(1) != 0).any(1).cpu()
+    at = g.ndim-1 if channel_dim(self.layers[n]) == -1 else 2
+    return (g.abs().amax([d for d in range(g.ndim) if d != at]) != 0).cpu()
 
 # %% ../nbs/02a_probe.ipynb #code
 LEVELS = 3
@@ -310,19 +323,29 @@ def spelt(x:torch.Tensor, # what was seen [LEVELS+d, slots, rest]
 # %% ../nbs/02a_probe.ipynb #decode
 @patch
 @torch.no_grad()
-def decode(self:Probe, names, places, reach, tries=24):
-    "Place -> (channel that each slot follows or -1, bool: does it mix?) when only the layers `names` change."
-    d = max(1, math.ceil(math.log(max(self.n_out[n] for n in names), LEVELS)-1e-9))
-    lift, tol, found = {n:digits(self.n_out[n], d) for n in names}, 1e-10 if self.table.values.dtype == torch.float64 else 1e-5, {}
+def decode(self:Probe, names, places, reach, start={}, tries=24):
+    "Place -> (number of the channel that each slot follows or -1, bool: does it mix?) when only the layers `names` change; their numbers begin at `start`, else at 0."
+    first = {n:start.get(n, 0) for n in names}; total = max(first[n]+self.n_out[n] for n in names)
+    code = digits(total, max(1, math.ceil(math.log(total, LEVELS)-1e-9))); d = len(code)-LEVELS
+    lift = {n:code[:, i:i+self.n_out[n]] for n,i in first.items()}
+    found, told = {}, {}
+    due = {k:_due([(first[n], c) for n,c in reach.get(k, {}).items() if n in lift], total) for k in places}
     for t in range(tries):
         self.lifting(lift, sign=t or None).run(LEVELS+d, self.inputs if t % 2 == 0 else self.given)
         for k in places:
             if (x := self.rows_of(k)) is None: continue
-            like, heard = spelt(x, self.table((x.shape[-1],)), tol)
+            like, heard = spelt(x, self.table((x.shape[-1],)).to(x.dtype), 1e-10 if x.dtype == torch.float64 else 1e-5)
             if k in found: like, heard = like & found[k][0], heard | found[k][1]
-            found[k] = like, heard
-        if all(_complete(*o, [c for n,c in reach.get(k, {}).items() if n in lift]) for k,o in found.items()): break
-    return {k:_read(*o) for k,o in found.items()}
+            found[k] = like, heard; told[k] = _read(like, heard)
+        if all(_complete(*o, told[k][0], due[k]) for k,o in found.items()): break
+    return told
+
+# %% ../nbs/02a_probe.ipynb #read
+def _due(arrives, total):
+    "Bool [total]: the numbers of the channels that arrive, from pairs (first number, bool [channels])."
+    res = torch.zeros(total, dtype=torch.bool)
+    for i,c in arrives: res[i:i+len(c)] |= c
+    return res
 
 def _read(like, heard):
     "(channel [slots] or -1, bool [slots]: mixed?) from the levels that were possible in every digit."
@@ -330,15 +353,15 @@ def _read(like, heard):
     chan = ((like*torch.arange(LEVELS)[:, None]).sum(1)*LEVELS**torch.arange(len(like))[:, None]).sum(0) # if there is one level
     return torch.where(one, chan, -1), heard & ~one
 
-def _complete(like, heard, arrives):
-    "Has everything that arrives been heard and understood? Each of `arrives` is bool [channels]."
+def _complete(like, heard, chan, due):
+    "Has everything that arrives been heard and understood, the channels `due` among the read ones `chan`?"
     n = like.sum(1)
     if (n == 0).any(): return True # it mixes, and will not stop to
     if (heard & (n > 1).any(0)).any(): return False
-    got = set(_read(like, heard)[0].tolist())
-    return all(got.issuperset(c.nonzero()[:,0].tolist()) for c in arrives)
+    left = due.clone(); left[chan[(chan >= 0) & (chan < len(due))]] = False
+    return not left.any()
 
-# %% ../nbs/02a_probe.ipynb #follow
+# %% ../nbs/02a_probe.ipynb #parties
 def _parties(reach):
     "Lists of layers that reach no common place, first fit; `reach`: layer -> set of places."
     res = []
@@ -351,10 +374,18 @@ def _parties(reach):
 def _simple(by, chan, mix):
     "Layer -> (channel per slot or -1, mixed?) where that is clear, else None."
     if len(by) == 1: return {n:(torch.where(mix, 0, chan) if mix.any() else chan, bool(mix.any())) for n in by}
-    said = chan[chan >= 0]
+    said, whole = chan[chan >= 0], int(chan.max())+1
     if mix.any() or len(said.unique()) < len(said): return None
-    return {n:(torch.where(torch.isin(chan, c.nonzero()[:,0]), chan, -1), False) for n,c in by.items()}
+    held = lambda c: torch.where((chan >= 0) & (chan < len(c)) & c[chan.clamp(0, len(c)-1)], chan, -1)
+    return {n:(chan if len(c) >= whole and c.all() else held(c), False) for n,c in by.items()}
 
+def _apart(by, start, chan, mix):
+    "As `_simple` of numbers that no two layers share: each layer's begin at `start`."
+    if mix.any(): return None
+    own = {n:chan-start[n] for n in by}
+    return {n:(torch.where((o >= 0) & (o < len(by[n])), o, -1), False) for n,o in own.items()}
+
+# %% ../nbs/02a_probe.ipynb #follow
 @patch
 def follow(self:Probe):
     "(layer -> {place: (channel of the layer that each slot follows or -1, mixed?)}, layer -> opaque places and '' that it reaches, place -> slots heard but unclaimed)."
@@ -368,6 +399,11 @@ def follow(self:Probe):
         elif (told := _simple(by, chan, mix)) is None: hard[k] = by
         else:
             for n,o in told.items(): found[n][k] = o
+    if hard:
+        start = dict(zip(self.n_out, itertools.accumulate(self.n_out.values(), initial=0)))
+        for k,o in self.decode(list(self.base), list(hard), reach, start).items():
+            for n,c in (told := _apart(hard[k], start, *o) or {}).items(): found[n][k] = c
+            if told: hard.pop(k)
     for party in _parties({n:r for n in self.base if (r := {k for k,by in hard.items() if n in by})}):
         told = self.decode(party, [k for k in hard if set(party) & set(hard[k])], reach)
         for n in party: found[n].update({k:(torch.where(m, 0, c) if m.any() else c, bool(m.any())) for k,(c,m) in told.items() if n in hard[k]})
@@ -385,12 +421,8 @@ def is_end(self:Probe, k):
 def loud(self:Probe):
     "Place -> bool per slot: is it anything but zero although all layers emit zeros?"
     self.say = lambda n, m, x: torch.zeros_like(self._first(n, m, x)) if n in self.base else self._first(n, m, x)
-    res = {}
-    for x in [self.inputs] + ([self.given] if self.given is not self.inputs else []):
-        self.run(1, x)
-        for k in self.width:
-            if (v := self.rows_of(k)) is not None: res[k] = res.get(k, False) | ~(v.abs().amax((0, 2)) <= 1e-9).cpu()
-    return res
+    self.run(1, self.both())
+    return {k:~(v.abs().amax((0, 2)) <= 1e-9).cpu() for k in self.width if (v := self.rows_of(k)) is not None}
 
 # %% ../nbs/02a_probe.ipynb #attributes
 def owner(model:nn.Module, # any model
@@ -450,10 +482,10 @@ def rehearse(self:Probe, kept, slots, widths={}):
     if list(self.seen) != list(raw): return "a cut network calls other layers"
     for k,o in self.seen.items():
         if k in slots:
-            x, y = want[k], self.rows_of(k)
+            x, y, keep = want[k], self.rows_of(k), slots[k].to(o.device)
             if x is None: continue
             if y is None: return f"a cut network sends nothing to {k!r}"
-            if not _same(x[:, slots[k]], y) or k in self.layers and x[:, ~slots[k]].any(): return f"a cut network computes something else at {k!r}"
+            if not _same(x.index_select(1, keep.nonzero()[:,0]), y) or k in self.layers and x.index_select(1, (~keep).nonzero()[:,0]).any(): return f"a cut network computes something else at {k!r}"
         elif not all(map(_same, tensors(raw[k]), tensors(o))): return f"a cut network computes something else at {k.rstrip('#')!r}" if k else "a cut network's output differs"
 
 @patch

@@ -126,7 +126,7 @@ def latency_ms(model:nn.Module,  # any network
                xb,               # the batch to time
                n:int=30,         # timed runs
                warmup:int=5,     # runs before
-               secs:float=math.inf # stop after so many seconds, with one run before and two timed at least
+               secs:float=math.inf # stop after so many seconds, with one run before and one timed at least
               )->float:
     "Median milliseconds of a forward pass on `xb`; the model is left as it was found."
     check_int('n', n, 1); check_int('warmup', warmup, 0); check_batch(xb); dev = _device(model)
@@ -137,7 +137,7 @@ def latency_ms(model:nn.Module,  # any network
         for i in range(warmup):
             if i == 0 or not late(): feed(model, x)
         for i in range(n):
-            if i > 1 and late(): break
+            if i > 0 and late(): break
             wait(); t = time.perf_counter()
             feed(model, x); wait()
             ts.append(1000*(time.perf_counter()-t))

@@ -18,7 +18,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from .core import (as_found, check_choice, check_fraction, check_int, check_type, digesting, feed, layers, mapped,
+from .core import (BATCHNORM, as_found, check_choice, check_fraction, check_int, check_type, digesting, feed, layers, mapped,
                               seed_everything, tensors, Mask, Scores, public)
 from fastai.callback.core import Callback, CancelFitException, event
 from fastai.callback.progress import ProgressCallback
@@ -681,8 +681,7 @@ class SlimmingCallback(Callback):
             raise ValueError(f"lam={lam!r}: expected a finite number of at least 0, such as 1e-4")
         self.lam = float(lam)
     def before_fit(self):
-        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        self.gammas = [m.weight for m in self.model.modules() if isinstance(m, norms) and m.weight is not None]
+        self.gammas = [m.weight for m in self.model.modules() if isinstance(m, BATCHNORM) and m.weight is not None]
         if not self.gammas: raise ValueError(f"model={type(self.model).__name__}: no batch norm with a scale to penalise")
     def before_step(self):
         gs = [g for g in self.gammas if g.grad is not None]

@@ -467,3 +467,7 @@ def test_batches_and_outputs_of_several_tensors(form):
     bias, = torch.autograd.grad(F.cross_entropy(plain(x, shift), y), [f.bias])
     assert torch.allclose(gates, ((f.weight*want[names.index('net.fc1.weight')]).sum(1) + f.bias*bias).detach(), atol=1e-6)
     with pytest.raises(ValueError, match='loss_func=None: cross-entropy needs outputs'): _gradients(model, names, xb, y)
+
+def test_a_synchronised_batch_norm_is_a_batch_norm():
+    m = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SyncBatchNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 10))
+    assert list(methods()['slimming'](m, graph=trace(m, torch.rand(2, 1, 8, 8)))) == ['0']

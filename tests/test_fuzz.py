@@ -2,7 +2,7 @@
 import copy, random, warnings, pytest, torch, torch.nn.functional as F
 from torch import nn
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, feed, generator, tensors
+from neuronprune.core import Scores, feed, generator, layers, tensors
 from neuronprune.graph import trace
 from neuronprune.surgery import apply, load, save, shrink
 
@@ -47,6 +47,16 @@ class Block(nn.Module):
         if kind == 'transpose': self.a, self.u, self.c = conv(c, w), nn.ConvTranspose2d(w, w, 3, padding=1), w
         if kind == 'twin': self.a, self.b = conv(c, c), conv(c, c); self.b.weight = self.a.weight
         if kind == 'twice': self.r = conv(w, w)
+        if kind in ('permuted', 'written_to', 'detached', 'straight_through', 'sorted', 'fourier', 'interleaved', 'every_other', 'padded_copy', 'einsum', 'stacked'): self.a, self.c = conv(c, w, 3), w
+        if kind == 'permuted': self.register_buffer('order', torch.randperm(w))
+        if kind == 'direct': self.a, self.b, self.c = conv(c, w), conv(w, w), w
+        if kind == 'pieces': self.a, self.sizes, self.b, self.d, self.c = conv(c, 2*w+1), [w, w+1], conv(w, 3), conv(w+1, 2), 5
+        if kind == 'pixels': self.a, self.c = conv(c, 4*w), w
+        if kind == 'layer_norm': self.a, self.c = conv(c, w), w
+        if kind == 'siamese': self.a, self.c = conv(c, w), 2*w
+        if kind == 'mixed_weight': self.a, self.m, self.c = conv(c, w), nn.Parameter(torch.eye(w)), w
+        if kind == 'every_other': self.c = 2*((w+1)//2)
+        if kind == 'padded_copy': self.c = w
         self.norm = NORMS[norm](self.c)
 
     def forward(self, x):
@@ -80,11 +90,30 @@ class Block(nn.Module):
         elif k == 'view_written': x = self.a(x); h = x.shape[2]; x = x.flatten(2).transpose(1, 2).reshape(len(x), -1, self.a.bias.numel()).transpose(1, 2).reshape(len(x), -1, h, h)
         elif k == 'twin': x = self.b(self.act(self.a(x)))
         elif k == 'twice': x = self.a(x); x = self.r(self.act(self.r(self.act(x))))
+        elif k == 'permuted': x = self.a(x)[:, self.order]
+        elif k == 'written_to': x = self.a(x).clone(); x[:, 0] = 0
+        elif k == 'detached': y = self.a(x); x = y*(y.detach().mean((2, 3), keepdim=True) > 0)
+        elif k == 'straight_through': y = self.a(x); x = y+(y.round()-y).detach()
+        elif k == 'sorted': x = self.a(x).sort(1).values
+        elif k == 'fourier': x = torch.fft.rfft2(self.a(x)).abs(); x = F.interpolate(x, size=4)
+        elif k == 'interleaved': y = self.a(x); x = torch.stack([y, y], 2).flatten(1, 2)[:, ::2]
+        elif k == 'every_other': y = self.a(x)[:, ::2]; x = torch.cat([y, y], 1)
+        elif k == 'padded_copy': y = self.a(x); x = F.pad(y, (0, 0, 0, 0, 1, 0))[:, :-1]
+        elif k == 'einsum': x = torch.einsum('nchw,nchw->nchw', self.a(x), self.a.bias.view(1, -1, 1, 1).expand(len(x), -1, *x.shape[2:]))
+        elif k == 'stacked': y = self.a(x); x = torch.stack([y, -y]).amax(0)
+        elif k == 'direct': x = self.a(x); x = self.b(x)+F.conv2d(x, self.b.weight)
+        elif k == 'pieces': a, b = torch.split(self.a(x), self.sizes, 1); x = torch.cat([self.b(a), self.d(b)], 1)
+        elif k == 'pixels': x = F.avg_pool2d(F.pixel_shuffle(self.a(x), 2), 2)
+        elif k == 'layer_norm': x = F.layer_norm(self.a(x).movedim(1, -1), (self.c,)).movedim(-1, 1)
+        elif k == 'siamese': x = torch.cat([self.a(x), self.a(x.flip(3))], 1)
+        elif k == 'mixed_weight': x = torch.einsum('nchw,dc->ndhw', self.a(x), self.m)
         elif k == 'up': x = F.max_pool2d(F.interpolate(self.a(x), scale_factor=2), 2)
         return self.act(self.norm(x))
 
 KINDS = ['seq', 'minus_mean', 'scale', 'shift', 'table', 'slice', 'drop_first', 'reshape_attr', 'view_written', 'twice', 'up', 'dropout', 'res', 'rezero', 'rezero_table',
-         'fixup', 'split', 'split_attr', 'glu', 'glu_dw', 'dw', 'sep', 'grouped', 'multiplier', 'pad', 'pad_end', 'cat', 'se', 'gate', 'max', 'transpose', 'shuffle', 'twin']
+         'fixup', 'split', 'split_attr', 'glu', 'glu_dw', 'dw', 'sep', 'grouped', 'multiplier', 'pad', 'pad_end', 'cat', 'se', 'gate', 'max', 'transpose', 'shuffle', 'twin',
+         'permuted', 'written_to', 'detached', 'straight_through', 'sorted', 'fourier', 'interleaved', 'every_other', 'padded_copy', 'einsum', 'stacked',
+         'direct', 'pieces', 'pixels', 'layer_norm', 'siamese', 'mixed_weight']
 
 class Conv(nn.Module):
     "Blocks on an image; flattened, pooled, reshaped by an attribute, or with a second input and several outputs at the end."
@@ -161,6 +190,18 @@ def check(seed, tmp_path):
     save(small, tmp_path/'m.safetensors'); again = load(tmp_path/'m.safetensors', network(seed)[0]).eval()
     assert all(torch.equal(a, b) for a,b in zip(run(again, fresh), run(small, fresh)))
     return len(g.removable)
+
+def check_weights(seed):
+    "The same with masks of weights, under which whole channels die by accident."
+    m, x = network(seed); g, gen = trace(m, x), generator(seed); share = lambda l: torch.rand(len(l.weight), *[1]*(l.weight.ndim-1), generator=gen)**2
+    s = Scores({n:torch.rand(l.weight.shape, generator=gen)*share(l) for n,l in layers(m).items()}, 'weight', graph=g); mask = allocate(s, random.choice([.5, .9, .97]))
+    small, masked, fresh = shrink(m, mask, x), apply(copy.deepcopy(m), mask), like(x, seed)
+    for a,b in zip(run(masked, fresh), run(small, fresh), strict=True): assert (a-b).abs().max() <= 1e-4*max(1e-3, a.abs().max())
+    assert shared(small) == shared(m)
+
+@pytest.mark.parametrize('part', range(2))
+def test_masks_of_weights_can_be_cut(part):
+    for i in range(10): check_weights(10*part+i)
 
 @pytest.mark.parametrize('part', range(6))
 def test_what_trace_calls_removable_can_be_cut(part, tmp_path):

@@ -405,3 +405,21 @@ def test_attention_in_evaluation_is_heard():
 def test_an_embedding_that_shares_its_tensor_is_not_parted():
     m = nn.Sequential(nn.Embedding(7, 4), L(4, 6), nn.ReLU(), L(6, 4), nn.ReLU(), L(4, 7, bias=False)); m[5].weight = m[0].weight
     g = trace(m, torch.tensor([[1, 2, 3]])); assert g.removable == ['1'] and "shares its weight with '0'" in g.fixed['3']
+
+class Standardised(nn.Conv2d):
+    "Weights of mean zero in every row."
+    def __init__(self, *a, **k): super().__init__(*a, **k); self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+    def forward(self, x): return F.conv2d(x, (self.weight-self.weight.mean((1, 2, 3), keepdim=True))*self.gain, self.bias, self.stride, self.padding)
+
+class Padded(nn.Conv2d):
+    "Pads by itself."
+    def forward(self, x): return F.conv2d(F.pad(x, (1, 0, 1, 0)), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+def test_a_layer_with_a_forward_of_its_own_is_tried():
+    x = torch.rand(2, 2, 5, 5); g = trace(nn.Sequential(Padded(2, 4, 2), nn.ReLU(), Padded(4, 4, 2, groups=4), Padded(4, 6, 2), nn.ReLU(), C(6, 2, 1)), x)
+    assert g.removable == ['0', '2', '3']
+    g = trace(nn.Sequential(C(2, 4, 1), nn.ReLU(), Standardised(4, 6, 2), nn.ReLU(), C(6, 6, 1), nn.ReLU(), C(6, 2, 1)), x)
+    assert g.removable == ['4'] and 'no input can be cut' in g.fixed['0'] and 'not that of a plain layer' in g.fixed['2']
+
+def test_places_that_insist_on_single_precision_are_heard():
+    m = Net(lambda s, x: s.c(s.a(x).float().relu()), **two); g = trace(m, x3); assert g.removable == ['a'] and g.in_slots['c'].tolist() == g.out_slots['a'].tolist()
