@@ -697,7 +697,7 @@ def test_bad_studies():
                          (dict(spacing=[dict(kind='linear', hi=.5, lo=.1)]), ValueError, 'count=None'), (dict(mode='x'), ValueError, "mode='x'"),
                          (dict(level='x'), ValueError, "level='x'"), (dict(level=math.nan), ValueError, 'level=nan'), (dict(n_jobs=0), ValueError, 'n_jobs=0'),
                          (dict(batch_size=0), ValueError, 'batch_size=0'), (dict(valid_pct=2), ValueError, 'valid_pct=2'), (dict(augment='cropp'), ValueError, "did you mean 'crop'"),
-                         (dict(normalize='unity'), ValueError, "did you mean 'unit'"), (dict(n_train=0), ValueError, 'n_train=0'), (dict(seeds=[-1]), ValueError, 'seed=-1')]:
+                         (dict(normalize='unity'), ValueError, "did you mean 'unit'"), (dict(n_train=0), ValueError, 'n_train=0'), (dict(seeds=[-1]), ValueError, r'seeds\[0\]=-1')]:
         with pytest.raises(err, match=words): check_study(kw)
 
 def test_the_page_runs_twice_in_one_kernel(tmp_path, pages):
