@@ -87,6 +87,12 @@ def _mixed(found):
             if mixed: res[k] = res.get(k, False) | (chan >= 0)
     return res
 
+def _either(*parts):
+    "Place -> bool per slot: True in any of the dictionaries; places without any are left out."
+    res = {}
+    for k,v in [o for part in parts for o in part.items() if o[1].any()]: res[k] = res[k] | v if k in res else v
+    return res
+
 # %% ../nbs/03_graph.ipynb #twins
 def _twins(model):
     "Layer -> another layer that holds the same weight tensor."
@@ -354,7 +360,7 @@ def trace(model:nn.Module, # any model; left as it was found
     out_slots = _bundles(probe, sources); fixed = _with_ties(fixed, out_slots)
     in_slots = {n:_place(l['n_in'], sources.get(n, {}), out_slots) for n,l in live.items()}
     norm_slots = {n:_place(probe.width[n], sources.get(n, {}), out_slots) for n in probe.norms if n in probe.width}
-    mixed = {k:v.nonzero()[:,0] for k,v in (lost | _mixed(found)).items()}
+    mixed = {k:v.nonzero()[:,0] for k,v in _either(lost, _mixed(found), probe.fed()).items()}
     g = _rehearse(probe, Graph(live, sources, out_slots, in_slots, norm_slots, [n for n,e in ends.items() if '' in e], fixed, mixed, _twins(model)))
     g.fixed = {n:g.fixed[n] for n in probe.layers if n in g.fixed}
     return g

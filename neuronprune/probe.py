@@ -101,7 +101,7 @@ class Probe:
         self.norms = {n:m for n,m in named.items() if is_norm(m)}
         self.opaque = {n:m for n,m in named.items() if isinstance(m, OPAQUE)}
         self.inputs = mapped(lambda o: o[:1].detach().to(self.table.values.device, dtype if o.is_floating_point() else o.dtype), xb)
-        self.say, self.seen = self._first, {}
+        self.say, self.seen, self.shift = self._first, {}, 0.
         for n,m in self.layers.items(): self._watch(n, m, lambda n, m, x: self.say(n, m, x))
         for n,m in self.norms.items(): self._watch(n, m, (lambda n, m, x: x) if _plain(m) else self._norm)
         for n,m in self.opaque.items(): self._watch(n, m, None)
@@ -131,7 +131,7 @@ def run(self:Probe, rows=1, xb=None):
 def _first(self:Probe, n, m, x):
     "What a layer says in the first runs: count the calls, and emit something of the right shape."
     self.calls[n] = self.calls.get(n, 0)+1; self.out[n] = shape = torch.Size(_out_shape(m, x, n))
-    v = self.table((len(m.weight),), n)
+    v = self.table((len(m.weight),), n) + self.shift
     return (v if channel_dim(m) == -1 else v.view(-1, *[1]*(len(shape)-2))).expand(shape).clone()
 
 @patch
@@ -140,7 +140,7 @@ def _constant(self:Probe, n, m, own, x, *args, **kw):
     y = own(x, *args, **kw) if isinstance(m, nn.modules.conv._ConvTransposeNd) else x
     first = isinstance(m, (nn.GroupNorm, nn.LocalResponseNorm, nn.modules.conv._ConvTransposeNd)) and y.ndim > 1
     v = self.table((y.shape[1],), n).view(-1, *[1]*(y.ndim-2)) if first else self.table((y.shape[-1],), n)
-    res = v.expand(y.shape).clone()
+    res = v.expand(y.shape) + self.shift
     return (res, None) if isinstance(m, nn.MultiheadAttention) else res
 
 @patch
@@ -418,11 +418,25 @@ def is_end(self:Probe, k):
 # %% ../nbs/02a_probe.ipynb #loud
 @patch
 @torch.no_grad()
+def hushed(self:Probe, shift=0.):
+    "Place -> what is seen there, [rows, slots, rest], when all layers emit zeros and those who mix say something higher by `shift`."
+    self.say = lambda n, m, x: torch.zeros_like(self._first(n, m, x)) if n in self.base else self._first(n, m, x)
+    self.shift = shift
+    try: self.run(1, self.both())
+    finally: self.shift = 0.
+    return {k:v for k in self.width if (v := self.rows_of(k)) is not None}
+
+@patch
 def loud(self:Probe):
     "Place -> bool per slot: is it anything but zero although all layers emit zeros?"
-    self.say = lambda n, m, x: torch.zeros_like(self._first(n, m, x)) if n in self.base else self._first(n, m, x)
-    self.run(1, self.both())
-    return {k:~(v.abs().amax((0, 2)) <= 1e-9).cpu() for k in self.width if (v := self.rows_of(k)) is not None}
+    return {k:~(v.abs().amax((0, 2)) <= 1e-9).cpu() for k,v in self.hushed().items()}
+
+@patch
+def fed(self:Probe):
+    "Place -> bool per slot: does what an opaque module or a layer that is used more than once has made of its inputs arrive there?"
+    if not any(k and self.is_end(k) for k in self.seen): return {}
+    a, b = self.hushed(), self.hushed(.25)
+    return {k:(v != b[k]).any(2).any(0).cpu() for k,v in a.items()}
 
 # %% ../nbs/02a_probe.ipynb #attributes
 def owner(model:nn.Module, # any model

@@ -423,3 +423,8 @@ def test_a_layer_with_a_forward_of_its_own_is_tried():
 
 def test_places_that_insist_on_single_precision_are_heard():
     m = Net(lambda s, x: s.c(s.a(x).float().relu()), **two); g = trace(m, x3); assert g.removable == ['a'] and g.in_slots['c'].tolist() == g.out_slots['a'].tolist()
+
+def test_what_an_opaque_module_feeds_is_mixed_and_not_the_networks_own():
+    g = trace(nn.Sequential(L(3, 4), nn.LayerNorm(4), L(4, 5), nn.ReLU(), L(5, 2)), x3)
+    assert g.mixed['2'].tolist() == [0, 1, 2, 3] and set(g.mixed) == {'2'} and g.in_slots['2'].tolist() == [-1]*4
+    shared = L(4, 4); g = trace(nn.Sequential(L(3, 4), shared, nn.ReLU(), shared, L(4, 2)), x3); assert g.mixed['4'].tolist() == [0, 1, 2, 3]
