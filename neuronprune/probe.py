@@ -166,6 +166,12 @@ def _widths(probe):
     return {k:o.shape[channel_dim(m)] for k,o in probe.seen.items() if (m := mods.get(k.rstrip('#'))) is not None}
 
 @patch
+def is_end(self:Probe, k):
+    "A place where nothing can be followed further: the output, an opaque module, a layer that is used more than once."
+    n = k.rstrip('#')
+    return not k or n in self.opaque or n in self.layers and n not in self.base
+
+@patch
 @torch.no_grad()
 def measure(self:Probe):
     "Find the batch dimension of every layer's output and of every place; draw what the layers emit. From here on noise stands beside the given example, if the network takes noise."
@@ -408,12 +414,6 @@ def follow(self:Probe):
         told = self.decode(party, [k for k in hard if set(party) & set(hard[k])], reach)
         for n in party: found[n].update({k:(torch.where(m, 0, c) if m.any() else c, bool(m.any())) for k,(c,m) in told.items() if n in hard[k]})
     return {n:{k:o[k] for k in reach if k in o} for n,o in found.items()}, ends, {k:v for k,v in lost.items() if v.any()}
-
-@patch
-def is_end(self:Probe, k):
-    "A place where nothing can be followed further: the output, an opaque module, a layer that is used more than once."
-    n = k.rstrip('#')
-    return not k or n in self.opaque or n in self.layers and n not in self.base
 
 # %% ../nbs/02a_probe.ipynb #loud
 @patch
