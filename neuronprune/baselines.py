@@ -415,7 +415,8 @@ def __getattr__(name):
     return SlimmingCallback
 
 # %% ../nbs/10_baselines.ipynb #slimming
-@method('slimming', unit='channel', needs=('training',), allocate=dict(normalize=None), paper='Liu 2017')
+@method('slimming', unit='channel', needs=('training',), allocate=dict(normalize=None), paper='Liu 2017',
+        network='vgg7_bn')
 def slimming(model:nn.Module, # trained model with batch norms, at best with `SlimmingCallback`
              dls=None,        # used to trace the wiring if there is no `graph`
              *, graph=None,   # `Graph` of the model

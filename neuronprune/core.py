@@ -7,7 +7,7 @@ __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'CURE', 'check_fraction', 'check_in
            'feed', 'check_type', 'check_finite', 'check_batch', 'digesting', 'public', 'UnsupportedLayerError',
            'layers', 'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'Units',
            'Scores', 'Mask', 'replacing', 'DamagedFileError', 'reading', 'save_tensors', 'load_tensors', 'save_json',
-           'load_json', 'memory_size', 'check_room', 'Method', 'method', 'Methods', 'methods']
+           'load_json', 'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import difflib, importlib, inspect, json, linecache, math, os, random, re, sys, warnings
@@ -745,6 +745,9 @@ class Method:
     rewind:object  # 'none', 'init', 'sign' or an epoch: the weights training restarts from
     allocate:object # keyword defaults for `allocate`, or the method's own allocator
     paper:str      # the source
+    kind:str='score'   # 'score': answers with `Scores`; 'search': with a `Found`
+    network:str=None   # the zoo's network to take where none is named, None = any
+    bounds:object=None # 'module:function', which makes a table of error bounds from (dense model, scores, mask, dls)
     def __call__(self, *args, **kw): _check_call(self.fn, args, kw); return self.fn(*args, **kw)
 
 # %% ../nbs/00_core.ipynb #method-2
@@ -754,10 +757,13 @@ def method(name:str,        # registered name
            at='trained',    # weights the method looks at
            rewind='none',   # weights training restarts from
            allocate=None,   # dict of defaults for `allocate`, or a function (scores, sparsity, **kw) -> Mask
-           paper:str=''     # the source
+           paper:str='',    # the source
+           kind:str='score', # 'score' or 'search'
+           network:str=None, # the zoo's network to take where none is named
+           bounds:str=None  # 'module:function' of a table of error bounds
           ):
     "Decorator: register a score or search function under `name`; its scores list what holds weights and is no candidate (`untouched`)."
-    check_choice('unit', unit, UNITS)
+    check_choice('unit', unit, UNITS); check_choice('kind', kind, ('score', 'search'))
     for o in needs: check_choice('needs', o, ('data', 'labels', 'gradients', 'training'))
     def _inner(f):
         @wraps(f)
@@ -766,9 +772,31 @@ def method(name:str,        # registered name
             if isinstance(res, Scores): res.skipped = {**{k:v for k,v in untouched(model).items() if k not in res}, **res.skipped}
             return res
         scored = public(scored)
-        _registry[name] = Method(name, scored, unit, tuple(needs), at, rewind, {} if allocate is None else allocate, paper)
+        _registry[name] = Method(name, scored, unit, tuple(needs), at, rewind, {} if allocate is None else allocate, paper, kind, network, bounds)
         return scored
     return _inner
+
+# %% ../nbs/00_core.ipynb #task
+@dataclass
+class Task:
+    "What a search is asked for."
+    learn:object     # the `Learner`; a search that trains it owns its epochs until it answers
+    graph:object     # `Graph` of its model
+    candidates:object # `Scores` of zeros: keys and shapes of the units that may go; `candidates.gone` names those that have gone before
+    sparsity:float   # fraction of the candidate units that goes, counted as `allocate` counts
+    allocate:object  # function `Scores` like `candidates` -> `Mask` of the size asked for, without what has gone
+    test:object      # function `Mask` -> (fraction of right answers, or minus the loss; mean loss) on validation data, the model left as it was
+
+# %% ../nbs/00_core.ipynb #found
+@dataclass
+class Found:
+    "What a search hands out, at every stop and in the end."
+    mask:object       # `Mask`, the best so far
+    curve:list        # a dict of plain numbers for every entry, in time order
+    evaluations:int   # candidates evaluated so far
+    state:dict        # name -> tensor or plain value: where to go on from
+    status:str='optimal' # 'running' at a stop, 'optimal' where all was done that was asked for, else why it ended early
+    meta:object=None  # further plain values for the record, or None
 
 # %% ../nbs/00_core.ipynb #methods
 class Methods(Mapping):
@@ -791,6 +819,6 @@ def methods()->Methods: "All registered methods, a dictionary name -> `Method`."
 def frame(self:Methods):
     "pandas `DataFrame`, one row per method; this imports them all."
     import pandas as pd
-    rows = [dict(method=m.name, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,
+    rows = [dict(method=m.name, kind=m.kind, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,
                  module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()]
     return pd.DataFrame(rows)

@@ -205,7 +205,8 @@ def sipp_cut(scores:Scores,   # from `sipp`
     return sample_rows(scores, sparsity, min_keep=min_keep, seed=seed)
 
 # %% ../nbs/12_provable.ipynb #sipp
-@method('sipp', unit='weight', needs=('data',), allocate=sipp_cut, paper='Baykal 2022')
+@method('sipp', unit='weight', needs=('data',), allocate=sipp_cut, paper='Baykal 2022',
+        bounds='provable_bounds:bound_report')
 def sipp(model:nn.Module,     # trained network
          dls=None,            # where the images come from
          *, variant:str='det', # 'det' | 'rand' | 'hybrid'
@@ -237,7 +238,8 @@ def _input_scores(m, s):
     return s.amax(0).flatten(1).amax(1) if s.ndim > 2 else s.amax(0)
 
 # %% ../nbs/12_provable.ipynb #pfp
-@method('pfp', unit='channel', needs=('data',), allocate=equalise, paper='Liebenwein 2020')
+@method('pfp', unit='channel', needs=('data',), allocate=equalise, paper='Liebenwein 2020',
+        bounds='provable_bounds:bound_report')
 def pfp(model:nn.Module,     # trained network
         dls=None,            # where the images come from
         *, variant:str='det', # 'det' | 'rand' | 'top'
