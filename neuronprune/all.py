@@ -25,7 +25,8 @@ from .train import learner, fit, fine_tune, evaluate, Evaluation, wilson, curves
 from .surgery import apply, shrink, save, load, plan, difference, SurgeryError
 from .report import Report, compare, plot_compare, verdict, differs, published, accounting, count_params, nonzero_params, count_macs, memory, latency_ms
 from .blocks import dead_units
-from .pipeline import prune, dense, Result
+from .pipeline import prune, Result
+from .sources import dense
 from .analysis import one_shot, fine_tuned, plot_study, summary, paired, attack, robustness, plot_robustness, calibration, ece, plot_reliability
 from .batch import run_all, grid, load_grid, gather
 from .cascade import cascade, cascades, commensurate, densities, plot_budget, plot_tradeoff, save_results

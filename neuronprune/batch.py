@@ -15,7 +15,8 @@ from fastprogress.fastprogress import progress_bar
 from .core import *
 from .data import DATASETS
 from .models import min_size, models
-from .pipeline import FIT_ARGS, _digest, check_fit, split_args
+from .chain import split_args
+from .pipeline import FIT_ARGS, check_fit, digest as _digest
 from .train import OPTS
 from .report import Report
 

@@ -24,7 +24,9 @@ from .graph import trace
 from .data import DATASETS, augmentations, get_dls
 from .models import build, models
 from .batch import SCHEDULE_ARGS, input_size, parameters_in, tuning
-from .pipeline import _dense_file, _digest, _inputs, _params, _small, _tested, check_fit, dense, score_with, split_args
+from .chain import arguments as _params, first_inputs as _inputs, score_with, split_args, tested as _tested
+from .pipeline import check_fit, digest as _digest
+from .sources import dense, dense_path as _dense_file
 from .provable_allocate import equalise
 from .train import OPTS, _slice, fine_tune, learner, rebind, sink
 from .report import count_macs, count_params, metered, nonzero_params
@@ -347,7 +349,8 @@ def _sizes(run):
     small = model
     if run.keeps and all(k.endswith('.weight') and k.removesuffix('.weight') in ws for k in run.keeps):
         mask = Mask({k.removesuffix('.weight'):v for k,v in run.keeps.items()}, 'weight', graph=run.graph or trace(model, run.xb))
-        small = _small(model, mask, run.xb, False) or model
+        try: small = surgery.shrink(model, mask, run.xb)
+        except surgery.SurgeryError: pass
     return dict(params=nonzero_params(model), weights=sum(left.values()), macs=count_macs(model, run.xb, nonzero=True),
                 params_small=count_params(small), macs_small=count_macs(small, run.xb), layers=json.dumps(left))
 

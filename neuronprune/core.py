@@ -730,7 +730,7 @@ def check_room(what:str, # argument and value, for the message
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',
                 taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint',
                 sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling', sampling='sampling',
-                thinet='criteria')
+                thinet='criteria', bestof='search')
 _registry = {}
 
 # %% ../nbs/00_core.ipynb #method

@@ -269,6 +269,23 @@ def _augment(k, v):
         except ValueError: return
     elif not isinstance(v, str): _refuse(k, v, "names such as 'crop+flip', or functions f(x, g)")
 
+# %% ../nbs/00a_door.ipynb #study-rules
+def _plan_of_sizes(k, v):
+    "Rule: fractions, or arguments of `budget.sizes`; in studies of masks, a function."
+    if not callable(v): check_type(k, v, (list, tuple, Mapping, np.ndarray), 'fractions, or arguments of sizes(…)')
+
+def _leaving(k, v):
+    "Rule: do zeros leave, yes, no, or at each cut?"
+    v == 'each' or _flag(k, v)
+
+def _of_methods(k, v):
+    "Rule: names of methods, or label -> parameters."
+    if not isinstance(v, (list, tuple)): _table(_mapping, 'name -> arguments')(k, v)
+
+def _varied(k, v):
+    "Rule: parameter -> values of a study, or a list of parameters of runs."
+    if not isinstance(v, Mapping): _each(_job, 'a list of parameter dictionaries', fewest=1)(k, v)
+
 # %% ../nbs/00a_door.ipynb #study-args
 def _head(k, v):
     "Rule: a tuple of widths."
@@ -333,7 +350,7 @@ _OBJECTS = {
 
 _DICTS = {
     'masks': _table(_maybe(_own_mask), 'name -> Mask'), 'models': _table(_model, 'name -> model'),
-    'tables': _table(_a('DataFrame'), 'name -> DataFrame'), 'methods': _table(_mapping, 'name -> arguments'),
+    'tables': _table(_a('DataFrame'), 'name -> DataFrame'), 'methods': _of_methods,
     **_alike('cut_args fit_args method_args opt_args tune_args', _arguments)}
 _OPEN = {**_alike('args namespace p params', _parameters),
          'init': lambda k,v: check_type(k, v, dict, 'learn.rewind.init')}
@@ -342,17 +359,17 @@ _NAMED = {
     **_OBJECTS, **_DICTS, 'batch': _labelled, 'heads': _maybe(_a('ModuleList', 'as from fit_greedy or fit_heads')),
     'dataset': _dataset, 'weights': _weights, 'head': _head,
     **_alike('folder out path', _path), **_alike('cache data_root notebook root tensorboard', _maybe(_path)),
-    **_alike('amsgrad calibrate channel_form nesterov progress relaxed shrink tied', _flag),
+    **_alike('amsgrad calibrate channel_form nesterov progress relaxed tied', _flag),
     **_alike('confidence correct q target', _numbers), **_alike('eps hi lo step_size', _finite), 'n_jobs': _jobs,
-    **_alike('allocate loss_func sizes splitter', _function), 'opt': _optimiser, 'method': _text,
+    **_alike('allocate loss_func splitter', _function), 'opt': _optimiser, 'method': _text,
     'cbs': _each(_callback, 'a list of fastai callbacks', one=True), 'threshold': _threshold,
     'metrics': _each(_metric, 'a list of metrics', one=True), 'augment': _augment, 'normalize': _maybe(_normalize),
-    'widths': _each(_whole(1), 'a list of widths'), **_alike('at start', _moment('trained', 'init')),
-    **_alike('rewind to', _moment('none', 'init', 'sign')), 'milestones': _each(_real(0), 'a list of epochs'),
+    'widths': _each(_whole(1), 'a list of widths'), 'at': _moment('trained', 'init'), 'start': _moment('trained', 'init', 'previous', 'dense'), 'sizes': _plan_of_sizes, 'shrink': _leaving,
+    **_alike('rewind to', _moment('none', 'init', 'sign', 'redraw')), 'milestones': _each(_real(0), 'a list of epochs'),
     'seeds': _each(_WHOLE['seed'], 'a list of seeds', fewest=1), **_alike('densities values', _FRACTIONS),
     'levels': _each(_real(), 'a list of numbers', one=True), 'n_groups': _pair,
     **_alike('by kind layers', _names), 'ax': _a('Axes', 'of matplotlib'),
-    'grid': _each(_job, 'a list of parameter dictionaries', fewest=1)}
+    'grid': _varied}
 
 # %% ../nbs/00a_door.ipynb #classes-table
 _PLAIN = {'bool': _flag, 'str': _text,

@@ -16,7 +16,7 @@ from .allocate import allocate
 from .train import MaskCallback, keep_tensors
 from .report import count_params
 from .baselines import snip
-from .pipeline import weights_at
+from .chain import weights_at
 from .analysis import _inputs, _still, _test, fine_tuned, measured, removed
 from .mip import _positive, choose, cut, problem, reduce, score
 from .mip_solve import complete, sweep, terms

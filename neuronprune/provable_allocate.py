@@ -329,3 +329,5 @@ def equalise(scores:Scores,  # from `provable.pfp`
                 error=float(predicted_error(tau, 2*meta['c'])), layers={k:1-float(v.float().mean()) for k,v in units.items()})
     if scale: info['draws'] = {k:draws[a].tolist() for k,a in ch.ids.items()}
     return Mask(units, 'channel', graph=graph, scale=scale, meta=info)
+
+equalise.counts = 'network' # what its sparsity is a share of

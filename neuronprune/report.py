@@ -222,10 +222,8 @@ class Report:
     data:dict=field(default_factory=dict)
     unit:str=None
     seed:int=None; sparsity:float=None
-    units_removed:float=None
-    weights_removed:float=None
-    params_removed:float=None
-    macs_removed:float=None
+    units_removed:float=None; weights_removed:float=None
+    params_removed:float=None; macs_removed:float=None
     params_before:int=None
     params_after:int=None
     nonzero_after:int=None
@@ -234,9 +232,7 @@ class Report:
     macs_nonzero:int=None
     memory_before:dict=field(default_factory=dict)
     memory_after:dict=field(default_factory=dict)
-    latency_before:float=None
-    latency_after:float=None
-    latency_batch:int=None
+    latency_before:float=None; latency_after:float=None; latency_batch:int=None
     before:Evaluation=None
     pruned:Evaluation=None
     tuned:Evaluation=None
@@ -247,6 +243,10 @@ class Report:
     bounds:dict=field(default_factory=dict)
     extra:dict=field(default_factory=dict)
     status:str=None; gap:float=None
+    name:str=''; step:int=None; density:float=None; start:str=None
+    weights:int=None; nonzero_before:int=None; train_secs:float=None
+    layers:dict=field(default_factory=dict); dense_layers:dict=field(default_factory=dict)
+    curve:dict=field(default_factory=dict); dense_curve:dict=field(default_factory=dict)
     def __repr__(self):
         p = '?' if self.params_removed is None else f'{self.params_removed:.1%}'
         return f"Report({', '.join(filter(None, (self.method, self.model, self.dataset)))}: {p} of the parameters removed, {self.final})"
@@ -286,17 +286,18 @@ def _latencies(dense, after, xb, secs=.5):
         times.append([latency_ms(m, xb, 10, secs=secs/3) for m in (dense, after)])
     return map(min, zip(*times))
 
-def _costs(dense, after, xb, latency):
-    "Counts, memory and time of both networks, and the fractions removed."
+def _costs(dense, after, xb, latency, full):
+    "Counts, memory and time of both networks, and the fractions removed; not `full` = counts alone."
     (macs, alive), left = _all_macs(dense, xb), _all_macs(after, xb)
-    r = dict(macs_before=macs, macs_after=left[0], macs_nonzero=left[1], nonzero_after=nonzero_params(after))
+    r = dict(macs_before=macs, macs_after=left[0], macs_nonzero=left[1], nonzero_after=nonzero_params(after),
+             nonzero_before=nonzero_params(dense))
     for when,m in (('before', dense), ('after', after)):
         r[f'params_{when}'] = count_params(m)
-        r[f'memory_{when}'] = {how:memory(m, how, exact=False) for how in ('dense', 'csr', 'csr_npz')}
-    if latency:
+        if full: r[f'memory_{when}'] = {how:memory(m, how, exact=False) for how in ('dense', 'csr', 'csr_npz')}
+    if latency and full:
         r['latency_batch'] = len(tensors(xb)[0])
         r['latency_before'], r['latency_after'] = _latencies(dense, after, xb)
-    return dict(r, params_removed=_removed(nonzero_params(dense), r['nonzero_after']), macs_removed=_removed(alive, r['macs_nonzero']))
+    return dict(r, params_removed=_removed(r['nonzero_before'], r['nonzero_after']), macs_removed=_removed(alive, r['macs_nonzero']))
 
 # %% ../nbs/07_report.ipynb #measure
 @patch(cls_method=True)
@@ -313,6 +314,7 @@ def measure(cls:Report,
             pruned:Evaluation=None, # accuracy right after
             tuned:Evaluation=None,  # accuracy after fine-tuning
             latency:bool=True,     # measure it
+            full:bool=True,        # memory and latency too; False = counts alone
             **kw                   # any other field, such as seed=, sparsity=, method_args=
            )->Report:
     "A `Report` of the difference between `dense` and the pruned network; `kw` overrides what was found."
@@ -324,7 +326,7 @@ def measure(cls:Report,
     r = dict(model=getattr(dense, 'spec', {}).get('name', type(dense).__name__), method=getattr(scores, 'method', ''),
              data=rec, dataset=rec.get('name', ''), size=rec.get('size'),
              secs=None if secs is None or math.isnan(secs) else secs,
-             before=before, pruned=pruned, tuned=tuned, **_costs(dense, after, xb, latency))
+             before=before, pruned=pruned, tuned=tuned, **_costs(dense, after, xb, latency, full))
     r.update({k:getattr(scores, 'meta', {}).get(k) for k in ('status', 'gap')})
     if mask is not None:
         names = {k.removesuffix(':in') for k in mask}
@@ -344,18 +346,56 @@ def _plain(v):
     if isinstance(v, float) and not math.isfinite(v): return None
     return v if v is None or isinstance(v, (bool, int, float, str)) else str(v)
 
+# %% ../nbs/07_report.ipynb #row-names
+_ROW = dict(params_after='params_stored', nonzero_after='params_nonzero', macs_after='macs_stored', params_before='dense_params',
+            macs_before='dense_macs', nonzero_before='dense_nonzero') # field -> column, where they differ
+_WHEN = dict(before='dense', pruned='pruned', tuned='tuned')          # field of an `Evaluation` -> prefix of its columns
+
+def _answers(when, e):
+    "Columns `when_k`, `when_n`, … of an `Evaluation`; None where there is none."
+    own = ('k', 'n', 'accuracy', 'lo', 'hi', 'loss', 'k5', 'top5')
+    metrics = json.dumps(e.metrics) if e is not None and e.metrics else None
+    return {**{f'{when}_{k}':None if e is None else getattr(e, k) for k in own}, f'{when}_metrics':metrics}
+
 # %% ../nbs/07_report.ipynb #row
 @patch
 @public
 def row(self:Report)->dict:
-    "One flat dictionary of plain values; nested fields become prefix_name, and every accuracy comes with its interval."
+    "One flat dictionary of plain values, a row of every table; a dictionary becomes JSON text, an accuracy k, n and its interval."
     res = {}
     for f in fields(self):
         v = getattr(self, f.name)
-        if isinstance(v, Evaluation): v = dict(k=v.k, n=v.n, loss=v.loss, accuracy=v.accuracy, lo=v.lo, hi=v.hi)
-        if isinstance(v, dict): res.update({f'{f.name}_{k}':_plain(o) for k,o in v.items()})
-        else: res[f.name] = _plain(v)
-    return dict(res, compression=self.compression, speedup_macs=self.speedup_macs)
+        if f.name in _WHEN: res.update(_answers(_WHEN[f.name], v))
+        else: res[_ROW.get(f.name, f.name)] = json.dumps(_plain(v)) if isinstance(v, dict) else _plain(v)
+    dense = sum(self.dense_layers.values()) or None
+    share = lambda k: None if (v := getattr(self, f'{k}_removed')) is None else 1-v
+    return dict(res, params_density=share('params'), macs_density=share('macs'), dense_weights=dense,
+                weights_density=_ratio(self.weights, dense), compression=self.compression, speedup_macs=self.speedup_macs)
+
+# %% ../nbs/07_report.ipynb #from-row
+def _missing(v): return v is None or isinstance(v, float) and math.isnan(v)
+
+def _answered(row, when):
+    "The `Evaluation` in the columns `when_…`, or None."
+    got = {k:row.get(f'{when}_{k}') for k in ('k', 'n', 'loss', 'k5', 'metrics')}
+    if all(map(_missing, got.values())): return
+    whole = {k:int(got[k]) for k in ('k', 'n', 'k5') if not _missing(got[k])}
+    loss = None if _missing(got['loss']) else float(got['loss'])
+    return Evaluation(**{'k': None, 'n': None, **whole}, loss=loss, metrics={} if _missing(got['metrics']) else json.loads(got['metrics']))
+
+@patch(cls_method=True)
+@public
+def from_row(cls:Report, row # a mapping with the columns of `row`, such as a row of `Result.rows`
+            )->Report:
+    "The `Report` that a row was made of; the inverse of `row`."
+    res = {}
+    for f in fields(cls):
+        v = row.get(_ROW.get(f.name, f.name))
+        if f.name in _WHEN: res[f.name] = _answered(row, _WHEN[f.name])
+        elif f.type is dict: res[f.name] = {} if _missing(v) else json.loads(v)
+        elif _missing(v): res[f.name] = '' if f.type is str and f.default == '' else None
+        else: res[f.name] = int(v) if f.type is int and not isinstance(v, (list, str)) else v
+    return cls(**res)
 
 # %% ../nbs/07_report.ipynb #group-field-or-property-of-rep
 _pct = lambda v: f'{v:.2%}'.replace('%', ' %')
@@ -401,19 +441,36 @@ def _repr_html_(self:Report): return self.to_frame().to_html(header=False)
 # %% ../nbs/07_report.ipynb #save
 @patch
 @public
+def plain(self:Report)->dict: "The fields as JSON can hold them."; return _plain(vars(self))
+
+@patch
+@public
 def save(self:Report, path): # file to write, .json
     "Write to `path` as JSON."
-    save_json(path, _plain(vars(self)))
+    save_json(path, self.plain())
 
 # %% ../nbs/07_report.ipynb #load
 def _evaluation(d):
     "An `Evaluation` out of a file, or None; raises for counts that cannot be."
     if d is None: return
     e = Evaluation(**d)
-    if not 0 <= check_int('k', e.k) <= check_int('n', e.n, 1): raise ValueError(f"k={e.k} of n={e.n}: expected a count of right answers")
+    if e.k is None and not e.metrics: raise ValueError("an evaluation without counts and without metrics")
+    if e.k is not None and not 0 <= check_int('k', e.k) <= check_int('n', e.n, 1):
+        raise ValueError(f"k={e.k} of n={e.n}: expected a count of right answers")
     return e
 
 _HOLDS = {str: str, dict: dict, float: (int, float), int: (int, list)} # field's type -> what its JSON is; a size may be two numbers
+
+@patch(cls_method=True)
+@public
+def from_plain(cls:Report, d:dict # as from `plain`
+              )->Report:
+    "The `Report` of these fields; `ValueError` or `TypeError` for what is none."
+    for k in ('method', 'versions', 'hardware'):
+        if k not in d: raise ValueError(f"not a record, it holds no {k!r}")
+    for f in fields(cls):
+        if d.get(f.name) is not None: check_type(f.name, d[f.name], _HOLDS.get(f.type, object))
+    return cls(**{**d, **{k:_evaluation(d.get(k)) for k in ('before', 'pruned', 'tuned')}})
 
 @patch(cls_method=True)
 @public
@@ -421,12 +478,7 @@ def load(cls:Report, path): # file written by `save`
     "Read back what `save` wrote; `DamagedFileError`, a `ValueError`, for anything else."
     cure = 'expected a file written by Report.save; delete it, and the run is repeated'
     d = load_json(path, [f.name for f in fields(cls)], cure)
-    with reading(path, cure):
-        for k in ('method', 'versions', 'hardware'):
-            if k not in d: raise ValueError(f"not a record, it holds no {k!r}")
-        for f in fields(cls):
-            if d.get(f.name) is not None: check_type(f.name, d[f.name], _HOLDS.get(f.type, object))
-        return cls(**{**d, **{k:_evaluation(d.get(k)) for k in ('before', 'pruned', 'tuned')}})
+    with reading(path, cure): return cls.from_plain(d)
 
 # %% ../nbs/07_report.ipynb #differs
 @public

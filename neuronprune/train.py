@@ -11,7 +11,7 @@ __all__ = ['OPTS', 'SCHEDULES', 'split_batch', 'Rewind', 'learner', 'schedule_lr
 import inspect, math, random, warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import NormalDist
 import pandas as pd, torch, torch.nn.functional as F
@@ -372,23 +372,28 @@ def wilson(k:int,           # right answers
 @public
 @dataclass(frozen=True)
 class Evaluation:
-    "Right answers `k` of `n`, mean cross-entropy `loss`, labels `k5` among the five largest outputs; with a Wilson 95 % interval."
-    k:int
-    n:int
+    "Right answers `k` of `n`, mean `loss`, labels `k5` among the five largest outputs, with a Wilson 95 % interval; without a classification k is None and `metrics` has the learner's own."
+    k:int=None
+    n:int=None
     loss:float=None
     k5:int=None
+    metrics:dict=field(default_factory=dict, hash=False)
     @property
-    def accuracy(self): "In [0, 1]."; return self.k/self.n
+    def accuracy(self): "In [0, 1], or None."; return None if self.k is None else self.k/self.n
     @property
     def top5(self): "In [0, 1], or None."; return None if self.k5 is None else self.k5/self.n
     @property
-    def lo(self): "Lower end of the interval."; return wilson(self.k, self.n)[0]
+    def lo(self): "Lower end of the interval."; return None if self.k is None else wilson(self.k, self.n)[0]
     @property
-    def hi(self): "Upper end of the interval."; return wilson(self.k, self.n)[1]
+    def hi(self): "Upper end of the interval."; return None if self.k is None else wilson(self.k, self.n)[1]
+    @property
+    def score(self): "What selections go by, larger = better: the accuracy, or minus the loss."; return -self.loss if self.k is None else self.accuracy
     def __repr__(self):
+        if self.k is None: return ', '.join(f'{k} {v:.4g}' for k,v in dict(loss=self.loss, **self.metrics).items())
         interval = f"95 % interval {100*self.lo:.1f}–{100*self.hi:.1f}"
         return f"{self.k}/{self.n} = {100*self.accuracy:.2f} % ({interval})"
     def _repr_html_(self):
+        if self.k is None: return f'<p>{self!r}</p>'
         interval = f"95 % interval {100*self.lo:.1f} to {100*self.hi:.1f} %"
         loss = '' if self.loss is None else f", loss {self.loss:.4g}"
         return f"<p><b>{100*self.accuracy:.2f} %</b> right ({self.k} of {self.n}), {interval}{loss}</p>"

@@ -12,7 +12,7 @@ from neuronprune.analysis import (KINDS, attack, calibration, confidences, ece, 
 from neuronprune.core import Mask, Scores, layers
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
-from neuronprune.pipeline import dense
+from neuronprune.sources import dense
 from neuronprune.surgery import apply
 from neuronprune.train import MaskCallback, evaluate, fit, learner, wilson
 

@@ -6,14 +6,14 @@ import numpy as np, pandas as pd, pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 import neuronprune.core as core
-from neuronprune import cascade as C, pipeline as P, surgery
+from neuronprune import cascade as C, sources as P, surgery
 from neuronprune.allocate import allocate
 from neuronprune.batch import tuning
 from neuronprune.cascade import *
 from neuronprune.core import Mask, Scores, layers, load_tensors, method, save_tensors
 from neuronprune.data import get_dls
 from neuronprune.models import build
-from neuronprune.pipeline import dense
+from neuronprune.sources import dense
 from neuronprune.report import count_params
 from neuronprune.train import Rewind, evaluate, fit, learner
 from PIL import Image
@@ -312,8 +312,8 @@ def test_names_of_files_do_not_change(dls):
     args = dict(model='lenet300', method='magnitude', densities=[.5, .2], epochs=40, lr=.01, fit_args=dict(schedule='step', milestones=[30]), tune_args=dict(gamma=.2))
     assert cascade_folder(check_cascade(args, 1, 10, 8), dls).name == 'magnitude-9ba9a84e2a3f7a99'
     net = learner(build('lenet300', 1, 10, 8, seed=0), dls, lr=.01)
-    assert P._dense_file(net, 'x', weights=None, epochs=40, opt='sgd', opt_args={}, seed=0, fit=dict(schedule='step')).stem == '856799e20a2ae79b'
-    assert P._dense_file(net, 'x', init='kaiming', weights=None, epochs=40, opt='sgd', opt_args={}, seed=0, fit={}).stem == '497f722ad3462a35'
+    assert P.dense_path(net, 'x', weights=None, epochs=40, opt='sgd', opt_args={}, seed=0, fit=dict(schedule='step')).stem == '856799e20a2ae79b'
+    assert P.dense_path(net, 'x', init='kaiming', weights=None, epochs=40, opt='sgd', opt_args={}, seed=0, fit={}).stem == '497f722ad3462a35'
 
 def test_dying_while_writing(dls, tmp_path, monkeypatch):
     whole = chain(dls, tmp_path/'a')

@@ -11,7 +11,7 @@ from neuronprune.core import DamagedFileError, Mask, Scores, load_json, load_ten
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.models import ZOO, build
-from neuronprune.pipeline import dense
+from neuronprune.sources import dense
 from neuronprune.report import Report
 from neuronprune.train import Evaluation
 

@@ -12,7 +12,7 @@ from neuronprune.mip import cut, dead_on_batch, problem, score
 from neuronprune.mip_studies import (CONTROLS, ScoreCallback, compare_variants, controls, lambda_sweep, paper_pct, peaks, sizes, snip_comparison,
                                      threshold_sweep, transfer, verification)
 from neuronprune.models import build
-from neuronprune.pipeline import dense
+from neuronprune.sources import dense
 from neuronprune.surgery import apply, difference, shrink
 from neuronprune.train import MaskCallback, evaluate, fit, learner, wilson
 
