@@ -68,10 +68,16 @@ def _prune_args(p):
     return dict({k:p[k] for k in same}, shrink=shrink, **given, **p['method_args'])
 
 def _snapshots(job, learn, out):
-    "Give `learn` the weights of the epochs that the job goes back to."
-    for e in {job.params[k] for k in ('at', 'rewind')}:
-        if isinstance(e, int) and e not in learn.rewind.states:
-            learn.rewind.states[e] = {k:v.cpu() for k,v in job.source.make(job.params['seed'], out, stop=e).model.state_dict().items()}
+    "Give `learn` the weights of the epochs that the job goes back to; `ValueError` where a learner of your own has not kept them."
+    states = getattr(learn.__dict__.get('rewind'), 'states', {})
+    for k in ('at', 'rewind'):
+        e = job.params[k]
+        if not isinstance(e, int) or e in states: continue
+        if 'own' in job.source.key:
+            raise ValueError(f"{k}={e}: your learner has not kept the weights of that epoch; expected one from "
+                             f"learner(…, cbs=[Rewind(epochs=({e},))]), trained by make")
+        early = job.source.make(job.params['seed'], out, stop=e).model.state_dict()
+        learn.rewind.states[e] = {k:v.cpu() for k,v in early.items()}
 
 # %% ../nbs/22b_job.ipynb #rehearse
 @patch
@@ -136,7 +142,7 @@ def pruned(self:Job, folder, out, progress=False, **more):
         if dense is not None: _bounds(m, dense, res, learn.dls, folder)
         res.report.dense_curve = {k:[o[k] for o in curve] for k in (curve[0] if curve else ()) if k not in ('fit', 'epoch')}
         res.report.save(folder/'record.json')
-    elif (folder/'record.json').exists(): res.report.bounds = Report.load(folder/'record.json').bounds
+    else: res.report.bounds = Report.load(folder/'record.json').bounds
     return res
 
 # %% ../nbs/22b_job.ipynb #run

@@ -157,23 +157,29 @@ def study(jobs:list,      # of `Job`
     if not jobs: raise ValueError("jobs: empty; expected at least one")
     unique = {j.id:j for j in jobs} # one run under two labels is done once
     nets = {_net(j):(j.source, j.params['seed'], out) for j in unique.values() if j.source.raw is not None}
-    for j in _firsts(unique.values()): j.rehearse(out)
+    wrong = _rehearsed(unique.values(), out)
+    unique = {k:j for k,j in unique.items() if k not in wrong}
     bar = (lambda it: progress_bar(it, total=len(unique))) if progress else (lambda it: it)
     with _backend(backend, address):
         if nets: _spread(_train, list(nets.values()), n_jobs, lambda it: it)
         got = dict(zip(unique, _spread(_one, [(j, out, pages) for j in unique.values()], n_jobs, bar)))
-    return _table(jobs, got)
+    return _table(jobs, {**got, **wrong})
 
 # %% ../nbs/23_study.ipynb #table
 def _net(j):
     "What the dense network of a job is known by."
     return repr((sorted(j.source.key.items(), key=str), j.params['seed']))
 
-def _firsts(js):
-    "One job of every kind, whatever its seed."
-    kinds = {}
-    for j in js: kinds.setdefault(repr(sorted(({k:v for k,v in j.params.items() if k not in ('seed', 'name')}).items(), key=str)), j)
-    return list(kinds.values())
+def _rehearsed(js, out):
+    "id -> ([], error) of the jobs that cannot run, found out on the first of every kind, whatever its seed."
+    kinds, wrong = {}, {}
+    for j in js:
+        own = {k:v for k,v in j.params.items() if k not in ('seed', 'name')}
+        kinds.setdefault(repr(sorted({**own, 'source': j.source.key}.items(), key=str)), []).append(j)
+    for same in kinds.values():
+        try: same[0].rehearse(out)
+        except (ValueError, TypeError) as e: wrong.update({j.id:([], _text(e)) for j in same})
+    return wrong
 
 def _table(jobs, got):
     "The rows of all jobs, each under its own label; a warning says how many failed."
