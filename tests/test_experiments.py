@@ -78,14 +78,14 @@ def test_a_copied_run_counts_once(tmp_path):
 
 SPY = """
 import functools as _functools, json as _json, pathlib as _pathlib
-from neuronprune import pipeline as _pipeline, train as _train
+from neuronprune import chain as _chain, sources as _sources, train as _train
 _seen, _fit = [], getattr(_train.fit, '__wrapped__', _train.fit)
 @_functools.wraps(_fit)
 def _spy(learn, epochs, lr=None, **kw):
     r = _fit(learn, epochs, lr, **kw)
     _seen.append(dict(lr=learn.lr if lr is None else lr, wd=learn.opt.opt.param_groups[0]['weight_decay'], schedule=kw.get('schedule')))
     (_pathlib.Path(out)/'fits.json').write_text(_json.dumps(_seen)); return r
-_train.fit = _pipeline.fit = _spy
+_train.fit = _chain.fit = _sources.fit = _spy
 """
 
 def test_the_fine_tuning_has_its_own_schedule(tmp_path, pages):
