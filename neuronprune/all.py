@@ -6,37 +6,41 @@
 __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything', 'get_dls',
            'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate', 'ratios',
            'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback',
-           'PruneCallback', 'Rewind', 'rewind_to', 'rebind', 'apply', 'shrink', 'save', 'load', 'plan', 'difference',
-           'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published', 'accounting',
-           'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'dead_units', 'prune', 'dense',
-           'Result', 'one_shot', 'fine_tuned', 'plot_study', 'summary', 'paired', 'attack', 'robustness',
-           'plot_robustness', 'calibration', 'ece', 'plot_reliability', 'run_all', 'grid', 'load_grid', 'gather',
-           'cascade', 'cascades', 'commensurate', 'densities', 'plot_tradeoff', 'plot_budget', 'save_results',
-           'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']
+           'PruneCallback', 'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report',
+           'compare', 'plot_compare', 'verdict', 'differs', 'published', 'accounting', 'count_params', 'nonzero_params',
+           'count_macs', 'latency_ms', 'dead_units', 'prune', 'Result', 'one_shot', 'fine_tuned', 'plot_study',
+           'paired', 'robustness', 'plot_robustness', 'calibration', 'ece', 'plot_reliability', 'dense', 'own', 'zoo',
+           'Job', 'job', 'jobs', 'load_jobs', 'study', 'gather', 'commensurate', 'plot_tradeoff', 'plot_budget',
+           'save_results', 'surgery', 'analysis', 'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria',
+           'sampling']
 
 # %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
-from . import core, data, models, graph, allocate, train, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
+from . import surgery, analysis, baselines, mip, provable, mint, lowrank, criteria, sampling
 from .core import Scores, Mask, Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
 from .data import get_dls, calib_batch, datasets, preset
 from .models import build, models, min_size
 from .graph import Graph, trace
 from .allocate import allocate, ratios
-from .train import learner, fit, fine_tune, evaluate, Evaluation, wilson, curves, plot_curves, MaskCallback, PruneCallback, Rewind, rewind_to, rebind
-from .surgery import apply, shrink, save, load, plan, difference, SurgeryError
-from .report import Report, compare, plot_compare, verdict, differs, published, accounting, count_params, nonzero_params, count_macs, memory, latency_ms
+from .train import learner, fit, fine_tune, evaluate, Evaluation, wilson, curves, plot_curves
+from .train import MaskCallback, PruneCallback, Rewind, rewind_to, rebind
+from .surgery import shrink, difference, SurgeryError
+from .report import Report, compare, plot_compare, verdict, differs, published
+from .report import accounting, count_params, nonzero_params, count_macs, latency_ms
 from .blocks import dead_units
 from .pipeline import prune, Result
-from .sources import dense
-from .analysis import one_shot, fine_tuned, plot_study, summary, paired, attack, robustness, plot_robustness, calibration, ece, plot_reliability
-from .batch import run_all, grid, load_grid, gather
-from .cascade import cascade, cascades, commensurate, densities, plot_budget, plot_tradeoff, save_results
+from .analysis import one_shot, fine_tuned, plot_study, paired, robustness, plot_robustness
+from .analysis import calibration, ece, plot_reliability
+from .sources import dense, own, zoo
+from .job import Job, job
+from .study import jobs, load_jobs, study, gather
+from .tradeoff import commensurate, plot_budget, plot_tradeoff, save_results
 
 # %% ../nbs/24_all.ipynb #all-scores-mask-method-unsuppo
 _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',
          'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate', 'ratios',
-         'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback', 'PruneCallback', 'Rewind', 'rewind_to', 'rebind',
-         'apply', 'shrink', 'save', 'load', 'plan', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published', 'accounting',
-         'count_params', 'nonzero_params', 'count_macs', 'memory', 'latency_ms', 'dead_units', 'prune', 'dense', 'Result',
-         'one_shot', 'fine_tuned', 'plot_study', 'summary', 'paired', 'attack', 'robustness', 'plot_robustness', 'calibration', 'ece', 'plot_reliability',
-         'run_all', 'grid', 'load_grid', 'gather', 'cascade', 'cascades', 'commensurate', 'densities', 'plot_tradeoff', 'plot_budget', 'save_results',
-         'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']
+         'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback', 'PruneCallback',
+         'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs',
+         'published', 'accounting', 'count_params', 'nonzero_params', 'count_macs', 'latency_ms', 'dead_units', 'prune', 'Result',
+         'one_shot', 'fine_tuned', 'plot_study', 'paired', 'robustness', 'plot_robustness', 'calibration', 'ece', 'plot_reliability',
+         'dense', 'own', 'zoo', 'Job', 'job', 'jobs', 'load_jobs', 'study', 'gather', 'commensurate', 'plot_tradeoff', 'plot_budget', 'save_results',
+         'surgery', 'analysis', 'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']

@@ -122,6 +122,8 @@ class Ask:
     scores:object=None    # `Scores` given by the user, None = the method's
     progress:bool=False
     said:dict=field(default_factory=dict) # the user's arguments of method and allocator
+    def seed_of(self, i): # draws of one size are independent of those before
+        return 1000*self.seed + i if self.sizes[i][0] == 'size' else self.seed + 1000*i
 
 # %% ../nbs/19a_chain.ipynb #inputs
 @public
@@ -211,7 +213,7 @@ def score(self:Chain, i:int):
     elif self.scores is None or not once:
         self.unfactored()
         graph = self.graph if self.origin is None else trace(self.learn.model, self.xb)
-        seed = ask.seed if once else ask.seed + 1000*i # draws of one size are independent of those before
+        seed = ask.seed_of(0 if once else i)
         scores, meter = score_with(self.learn, ask.method, at=ask.at, unit=ask.unit, graph=graph, seed=seed,
                                    progress=ask.progress, **ask.args)
         self.scores = self.lifted(scores); self.meters.append(meter)
@@ -304,7 +306,7 @@ def rewound(self:Chain, i:int):
     "Put the weights where they are to be trained from; what is held at zero is no longer held."
     learn, to = self.learn, self.ask.rewind
     if to != 'redraw': rewind_to(learn, to); return
-    state = _fresh(self.dense, self.ask.seed + 1000*i + 1)
+    state = _fresh(self.dense, self.ask.seed_of(i) + 1)
     if self.origin is not None: state = {k:v.cpu().flatten()[self.origin[k]] for k,v in state.items()}
     learn.model.load_state_dict(state); learn.opt = None; hold(learn, None)
     if 'rewind' in learn.__dict__: learn.rewind.vouch()
@@ -527,7 +529,7 @@ def find(self:Chain, i:int, folder=None):
         last[:] = [found]
         if folder is not None: _save_found(found, i, folder)
     state, known = None if folder is None else _load_found(i, folder), arguments(ask.method.fn)
-    extra = {k:v for k,v in dict(seed=ask.seed + 1000*i, progress=ask.progress).items() if k in known}
+    extra = {k:v for k,v in dict(seed=ask.seed_of(i), progress=ask.progress).items() if k in known}
     with weights_at(self.learn, ask.at), metered(next(self.learn.model.parameters()).device) as meter:
         try: found = ask.method.fn(task, state=state, keep=keep, **extra, **ask.args)
         except KeyboardInterrupt:

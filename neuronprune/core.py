@@ -13,7 +13,7 @@ __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'CURE', 'check_fraction', 'check_in
 import difflib, importlib, inspect, json, linecache, math, os, random, re, sys, warnings
 from collections.abc import Mapping, ValuesView
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import wraps
 from numbers import Integral, Real
@@ -748,6 +748,7 @@ class Method:
     kind:str='score'   # 'score': answers with `Scores`; 'search': with a `Found`
     network:str=None   # the zoo's network to take where none is named, None = any
     bounds:object=None # 'module:function', which makes a table of error bounds from (dense model, scores, mask, dls)
+    quick:dict=field(default_factory=dict) # arguments with which scoring is short and its scores have the same shape
     def __call__(self, *args, **kw): _check_call(self.fn, args, kw); return self.fn(*args, **kw)
 
 # %% ../nbs/00_core.ipynb #method-2
@@ -760,7 +761,8 @@ def method(name:str,        # registered name
            paper:str='',    # the source
            kind:str='score', # 'score' or 'search'
            network:str=None, # the zoo's network to take where none is named
-           bounds:str=None  # 'module:function' of a table of error bounds
+           bounds:str=None, # 'module:function' of a table of error bounds
+           quick:dict=None  # arguments that make scoring short, for a rehearsal
           ):
     "Decorator: register a score or search function under `name`; its scores list what holds weights and is no candidate (`untouched`)."
     check_choice('unit', unit, UNITS); check_choice('kind', kind, ('score', 'search'))
@@ -772,7 +774,8 @@ def method(name:str,        # registered name
             if isinstance(res, Scores): res.skipped = {**{k:v for k,v in untouched(model).items() if k not in res}, **res.skipped}
             return res
         scored = public(scored)
-        _registry[name] = Method(name, scored, unit, tuple(needs), at, rewind, {} if allocate is None else allocate, paper, kind, network, bounds)
+        _registry[name] = Method(name, scored, unit, tuple(needs), at, rewind, {} if allocate is None else allocate, paper, kind, network,
+                                 bounds, quick or {})
         return scored
     return _inner
 

@@ -13,7 +13,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import *
 from .budget import size_list
-from .parameters import PARAMETERS, PRUNING, SOURCE, check_values, complete
+from .parameters import PARAMETERS, PRUNING, SOURCE, check_values, complete, settled
 from .pipeline import Result, digest, prune, rehearsed
 from .report import Report
 from .sources import Source, zoo
@@ -29,12 +29,12 @@ class Job:
     def id(self): return f"{self.params['method']}-{digest(self.key)}"
     @property
     def key(self):
-        own = {k:v for k,v in self.params.items() if k in PRUNING and k not in ('name', 'channel_form') and v != PARAMETERS[k]}
-        if own.get('sizes') is not None: own['sizes'] = size_list(own['sizes'])
-        return dict(own, source=self.source.key, seed=self.params['seed'])
+        p, default = settled({**PARAMETERS, **self.params}), settled({**PARAMETERS, 'method': self.params['method']})
+        own = {k:p[k] for k in PRUNING if k not in ('name', 'channel_form') and p[k] != default[k]}
+        return dict(own, method=p['method'], source=self.source.key, seed=p['seed'])
     @property
     def parameters(self): # flat, as for a page; None for a network that is no name
-        return None if 'own' in self.source.key else {**self.params, **self.source.key}
+        return None if 'own' in self.source.key else {**self.params, **self.source.params}
     @property
     def about(self): # one sentence for the head of a page
         p, m = self.params, methods()[self.params['method']]
@@ -64,8 +64,7 @@ def _prune_args(p):
     "Arguments of `prune`."
     given = {k:p[k] for k in ('scope', 'of', 'threshold') if p[k] is not None}
     same = ('sparsity', 'sizes', 'rounds', 'start', 'at', 'rewind', 'unit', 'fine_tune_epochs', 'fine_tunes', 'tune_args', 'seed')
-    shrink = True if p['shrink'] is None and p['sizes'] is None else p['shrink']
-    return dict({k:p[k] for k in same}, shrink=shrink, **given, **p['method_args'])
+    return dict({k:p[k] for k in same}, shrink=settled({**PARAMETERS, **p})['shrink'], **given, **p['method_args'])
 
 def _snapshots(job, learn, out):
     "Give `learn` the weights of the epochs that the job goes back to; `ValueError` where a learner of your own has not kept them."
@@ -92,7 +91,7 @@ def rehearse(self:Job, out='runs' # where the results will go
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning) # the run says the same
-            rehearsed(self.source.raw(p['seed']), p['method'], **{**_prune_args(p), 'at': 'trained', 'fit_args': {}})
+            rehearsed(self.source.raw(p['seed']), p['method'], **{**_prune_args(p), 'at': 'trained', 'fit_args': {}, **methods()[p['method']].quick})
     except (ValueError, TypeError) as e: raise type(e)(f"{self.params['name']}: {e}") from e
 
 # %% ../nbs/22b_job.ipynb #bounds
@@ -132,7 +131,7 @@ def twin(self:Job, out='runs' # where the runs live
 def pruned(self:Job, folder, out, progress=False, **more):
     "The `Result` in `folder`, and what comes with it."
     p, m = self.params, methods()[self.params['method']]
-    learn = self.source.make(p['seed'], out)
+    learn = self.source.make(p['seed'], out, progress=progress)
     _snapshots(self, learn, out)
     curve, done = learn.__dict__.get('history', []), (folder/'record.json').exists()
     dense = copy.deepcopy(learn.model) if m.bounds and not done else None

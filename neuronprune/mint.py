@@ -412,7 +412,8 @@ def cut(scores:Scores,       # from `score`
     return allocate(scores, sparsity, threshold=threshold, scope=scope, of=of, caps=caps, min_keep=min_keep_parents_per_child, keep=keep)
 
 # %% ../nbs/13_mint.ipynb #score
-@method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none', allocate=cut, paper='Ganesh, Corso & Sekeh, ICPR 2020')
+@method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none', allocate=cut, paper='Ganesh, Corso & Sekeh, ICPR 2020',
+        quick=dict(n_per_class=10, n_trials=1))
 def score(model:nn.Module,  # trained network; left as found
           dls=None,         # DataLoaders; the images come from the training part, un-augmented, as in the paper
           *, graph=None,    # `Graph` of the model, None = traced here

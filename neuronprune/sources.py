@@ -11,7 +11,7 @@ from pathlib import Path
 from .core import *
 from .data import get_dls
 from .models import build
-from .parameters import PARAMETERS, SOURCE, check_values, complete, input_size
+from .parameters import PARAMETERS, SOURCE, check_values, complete, input_size, settled
 from .pipeline import digest
 from .train import fit, learner
 from fastai.callback.core import Callback, CancelFitException
@@ -112,6 +112,7 @@ class Source:
     cached:object=None # function (seed, out) -> is it trained already?
     raw:object=None    # function seed -> the learner before its training, None = there is none
     fit_args:dict=field(default_factory=dict) # arguments of `fit` that the fine-tuning shares
+    params:dict=field(default_factory=dict)   # as they were said, for a page
 
 def _data(p, seed):
     "`DataLoaders` of the parameters, for one seed."
@@ -130,14 +131,15 @@ def zoo(dataset:str='digits', # a name of `datasets()`, or a folder
     for k in params: check_choice('parameter', k, SOURCE)
     p = check_values(complete(dict(params, dataset=dataset, model=model, epochs=epochs)))
     args = lambda s: dict({k:p[k] for k in ('opt', 'lr', 'weights', 'init', 'opt_args')}, seed=s)
-    def make(seed, out, stop=None):
-        return dense(_data(p, seed), p['model'], p['epochs'], out=out, stop=stop, **args(seed), **p['fit_args'])
+    def make(seed, out, stop=None, progress=False):
+        return dense(_data(p, seed), p['model'], p['epochs'], out=out, stop=stop, progress=progress, **args(seed), **p['fit_args'])
     def raw(seed): return dense(_data(p, seed), p['model'], p['epochs'], stop=0, **args(seed))
     def cached(seed, out):
         same = {k:p[k] for k in ('weights', 'epochs', 'opt', 'opt_args')}
         return dense_path(raw(seed), out, p['init'], None, seed=seed, fit=p['fit_args'], **same).exists()
-    key = {k:v for k,v in p.items() if k in SOURCE and k != 'data_root' and v != PARAMETERS[k]}
-    return Source(f"{p['dataset']}-{p['model']}", key, make, cached, raw if p['epochs'] else None, p['fit_args'])
+    said, default = {k:v for k,v in p.items() if k in SOURCE}, settled(PARAMETERS)
+    key = {k:v for k,v in settled(p).items() if k in SOURCE and k != 'data_root' and v != default[k]}
+    return Source(f"{p['dataset']}-{p['model']}", key, make, cached, raw if p['epochs'] else None, p['fit_args'], said)
 
 # %% ../nbs/22a_sources.ipynb #own
 @public
@@ -149,6 +151,7 @@ def own(make,            # function seed -> `Learner`
     "Your own networks. `TypeError` if `make` returns no learner."
     def raw(seed): return check_type('make', make(seed), Learner, 'returned by make(seed), as from learner(model, dls)')
     def path(seed, out): return Path(out)/'dense'/f"{digest(dict(own=name, version=version, seed=seed))}.safetensors"
-    def trained(seed, out, stop=None): return raw(seed) if train is None else stored(raw(seed), path(seed, out), train)
+    def trained(seed, out, stop=None, progress=False):
+        return raw(seed) if train is None else stored(raw(seed), path(seed, out), train)
     def cached(seed, out): return train is None or path(seed, out).exists()
     return Source(name, dict(own=name, version=version), trained, cached, None if train is None else raw)

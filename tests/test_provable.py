@@ -5,7 +5,7 @@ import numpy as np, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate, weights_left
-from neuronprune.cascade import densities
+from neuronprune.budget import sizes
 from neuronprune.core import Mask, Scores, kappa, layers
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.draws import expected_unique
@@ -445,7 +445,7 @@ def _draws(v, kept):
 def test_pfp_meets_the_budget_of_a_small_network(seed):
     "Half a per cent from above; no layer is cut further than where another, stopped, would have lost its second channel."
     sc, model, x = made_scores('lenet300', 28, seed); total = weights_left(sc.graph, {}); slack = []
-    for d in densities('harmonic', lo=.05, count=.8):
+    for d in sizes('harmonic', lo=.05, count=.8):
         m = equalise(sc, 1-d); goal = kappa(total, 1-d); left = weights_left(sc.graph, m)
         counts = {k:int(v.sum()) for k,v in m.items()}; tau, want = m.meta['tau'], {}
         for k,v in sc.items():

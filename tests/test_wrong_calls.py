@@ -9,12 +9,12 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.metrics import accuracy
-from neuronprune import (analysis, baselines, batch, blocks, cascade as cas, core, criteria, data, draws, graph as graph_, lowrank, mint as mint_, mip as mip_,
+from neuronprune import (analysis, baselines, blocks, core, criteria, data, draws, graph as graph_, lowrank, mint as mint_, mip as mip_,
                          models, pipeline, provable, provable_bounds, report as report_, sampling, surgery, train)
 from neuronprune.all import *
 from neuronprune.analysis import attack, calibration, ece, fine_tuned, one_shot, paired, plot_reliability, plot_robustness, plot_study, reliability, robustness, summary
-from neuronprune.batch import gather, grid, load_grid, run_all
-from neuronprune.cascade import cascade, cascades, commensurate, densities, plot_budget, plot_tradeoff, save_results
+from neuronprune.budget import sizes
+from neuronprune.parameters import check_values, complete
 from neuronprune.core import check_type, generator, seed_everything
 from neuronprune.door import check_call
 from neuronprune.provable import calib_size
@@ -85,12 +85,13 @@ def files(tmp_path_factory):
     for k,text in dict(tag='grid: !!python/object/apply:os.system [a]', bad='grid: [', empty='', base='base: 5').items(): (d/f'g_{k}.yml').write_text(text)
 
 def ca(**kw):
-    "A chain that ends at once."
-    return cascade(dls, **{**dict(model='lenet300', method='magnitude', densities=[.5], epochs=0, fine_tune_epochs=0, out=f'{T}/ca'), **kw})
+    "A run that ends at once."
+    p = {**dict(model='lenet300', sizes=[.5], epochs=0, fine_tune_epochs=0, out=f'{T}/ca'), **kw}
+    return job('magnitude', **p).run(p['out'])
 
 def fake_rows():
-    "Rows as `cascade` gives them."
-    same = dict(dataset='digits', model='lenet300', mode='cascade', method='magnitude', dense_k=300, dense_n=360, tuned_n=360, dense_accuracy=.9, dense_top5=1., dense_loss=.1, layers='{"fc1": 5}', dense_layers='{"fc1": 9}')
+    "Rows as `study` gives them."
+    same = dict(dataset='digits', model='lenet300', method='magnitude', dense_k=300, dense_n=360, tuned_n=360, dense_accuracy=.9, dense_top5=1., dense_loss=.1, layers='{"fc1": 5}', dense_layers='{"fc1": 9}')
     return pd.DataFrame([dict(same, name=n, seed=s, step=i, density=.5/(i+1), params_density=.5/(i+1), macs_density=.5/(i+1), tuned_k=290-i, tuned_accuracy=.8, tuned_top5=.9, tuned_loss=.2)
                          for n in ('a', 'b') for s in (0, 1) for i in range(2)])
 rows = fake_rows()
