@@ -280,7 +280,7 @@ def _leaving(k, v):
 
 def _of_methods(k, v):
     "Rule: names of methods, or label -> parameters."
-    if not isinstance(v, (list, tuple)): _table(_mapping, 'name -> arguments')(k, v)
+    if not isinstance(v, (list, tuple)): _table(_maybe(_mapping), 'name -> arguments')(k, v)
 
 def _varied(k, v):
     "Rule: parameter -> values of a study, or a list of parameters of runs."

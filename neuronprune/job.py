@@ -133,7 +133,7 @@ def pruned(self:Job, folder, out, progress=False, **more):
     p, m = self.params, methods()[self.params['method']]
     learn = self.source.make(p['seed'], out, progress=progress)
     _snapshots(self, learn, out)
-    curve, done = learn.__dict__.get('history', []), (folder/'record.json').exists()
+    curve, done = list(learn.__dict__.get('history', [])), (folder/'record.json').exists()
     dense = copy.deepcopy(learn.model) if m.bounds and not done else None
     res = prune(learn, p['method'], folder=folder, progress=progress, fit_args=self.source.fit_args, **_prune_args(p), **more)
     for r in res.reports: r.name, r.extra['run'] = p['name'], self.id
@@ -141,7 +141,7 @@ def pruned(self:Job, folder, out, progress=False, **more):
         if dense is not None: _bounds(m, dense, res, learn.dls, folder)
         res.report.dense_curve = {k:[o[k] for o in curve] for k in (curve[0] if curve else ()) if k not in ('fit', 'epoch')}
         res.report.save(folder/'record.json')
-    else: res.report.bounds = Report.load(folder/'record.json').bounds
+    else: kept = Report.load(folder/'record.json'); res.report.bounds, res.report.dense_curve = kept.bounds, kept.dense_curve
     return res
 
 # %% ../nbs/22b_job.ipynb #run

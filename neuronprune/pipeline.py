@@ -350,11 +350,11 @@ def rehearsed(learn:object, # a `Learner`; changed in place
 def channel_table(res:Result,         # from `prune`
                   model:torch.nn.Module # a network of the unpruned shape
                  )->pd.DataFrame:
-    "One row per layer with removable channels: channels, unread, without inputs, and left in the channel form of the scores. For ranks: the mask's rows."
+    "One row per layer with removable channels: channels, unread, without inputs, and left in the channel form of the scores, if there are any. For ranks: the mask's rows."
     if res.mask.unit == 'rank': return res.mask.frame()
     g, keep, as_channels = res.mask.graph, res.mask.expand(model), None
     dead = surgery.dead_channels(model, res.mask, g)
-    if res.mask.unit != 'channel':
+    if res.mask.unit != 'channel' and res.scores is not None:
         scores = res.scores.to_channels()
         as_channels = allocate(Scores(scores.units, 'channel', graph=g, method=scores.method), res.mask.sparsity)
     none = {n:int((~v.flatten(1).any(1)).sum()) for n in g.layers if (v := keep.get(f'{n}.weight')) is not None}
