@@ -12,7 +12,7 @@ from itertools import product
 import cvxpy as cp, numpy as np, pandas as pd, scipy.sparse as sp, torch
 from cvxpy.reductions.solvers.defines import SOLVER_MAP_CONIC
 from .core import check_choice, public
-from .mip import Problem, linear_part, _windows
+from .mip_program import Problem, linear_part, windows
 from .mip_solve import NoIncumbentError, Solution, SolverNotSuitableError, own_threads
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #matrix
@@ -54,7 +54,7 @@ def max_pool(h, pair, m, relaxed=False # expression [n, C*H*W], its bounds [n, C
     "(output [n, windows], constraints)"
     (l, u), n = _bounds(pair), len(pair[0])
     place = torch.arange(l.shape[1]).view(1, *pair[0].shape[1:]).double() + 1          # 0 is padding
-    place = _windows(place, m)[0].movedim(1, 2).flatten(0, 1).long().numpy() - 1       # [windows, positions]
+    place = windows(place, m)[0].movedim(1, 2).flatten(0, 1).long().numpy() - 1       # [windows, positions]
     uw = np.where(place >= 0, u[:,place], -np.inf)
     rest = np.stack([np.delete(uw, k, 2).max(2, initial=-np.inf) for k in range(place.shape[1])], 2)
     w, k = (place >= 0).nonzero(); at = place[w,k]
@@ -96,7 +96,7 @@ def _upper(p, t):
     return (mid + rad + o.b.view(-1, *[1]*(mid.ndim-2))).flatten(1).cpu().numpy()
 
 @public
-def model(p:Problem,          # from `mip.problem`
+def model(p:Problem,          # from `mip_program.problem`
           relaxed:bool=False, # gates in [0, 1]?
           pixels:bool=False   # a variable per pixel, as published?
          )->tuple:
@@ -185,7 +185,7 @@ def _run(prob, solver, options, late):
         raise RuntimeError(f"{solver} calls the program {prob.status}, but s = 1 satisfies it; its bounds do not contain the network's activations")
 
 @public
-def solve_cvxpy(p:Problem,           # from `mip.problem`
+def solve_cvxpy(p:Problem,           # from `mip_program.problem`
                 solver:str=None,     # one of `solvers()`; None = HIGHS for 'margin', CLARABEL for 'ce'
                 *, relaxed:bool=False, # gates in [0, 1]?
                 gap:float=1e-6,      # stop a mixed-integer search at this distance from its bound

@@ -13,7 +13,8 @@ from itertools import zip_longest
 import torch, torch.nn.functional as F
 from torch import nn
 from .core import as_found, check_int, check_type, seed_everything, public
-from .mip import Problem, _split, _summary, chain, f64, interval, modules_in_order, run
+from .mip_program import Problem, chain, f64, interval, modules_in_order, run
+from .mip_solve import summary
 from .train import fit, learner
 
 # %% ../nbs/11c_mip_greedy.ipynb #end
@@ -248,8 +249,8 @@ def solve_blocks(model:nn.Module, heads, xb, yb, # as for `block_problems`
     kw = {k:record[k] for k in ('lam', 'loss', 'bounds', 'eps', 'layers') if k in record}
     units, price, metas, ps = {}, {}, [], []
     for p,keep,t in bar(block_problems(model, heads, xb, yb, score_aux=score_aux, **kw), len(blocks(model))):
-        r, note = solved(p); s, ps = _split(p, r.s), [*ps, p]
+        r, note = solved(p); s, ps = p.split(r.s), [*ps, p]
         units.update({k:s[k] for k in keep}); metas.append(dict(note, layer=keep[0], shrunk=t))
         price.update({k:note['price'][k] for k in keep if 'price' in note})
         if r.status == 'interrupted': break
-    return units, dict(_summary(metas), **({'price':price} if len(price) == len(units) else {})), ps
+    return units, dict(summary(metas), **({'price':price} if len(price) == len(units) else {})), ps

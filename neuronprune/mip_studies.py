@@ -18,8 +18,10 @@ from .report import count_params
 from .baselines import snip
 from .chain import weights_at
 from .analysis import _inputs, _still, _test, fine_tuned, measured, removed
-from .mip import _positive, choose, cut, problem, reduce, score
-from .mip_solve import complete, sweep, terms
+from .mip import choose, cut, score
+from .mip_program import check_positive, problem, reduce
+from .mip_relax import complete, terms
+from .mip_solve import sweep
 
 # %% ../nbs/11d_mip_studies.ipynb #scored
 def _scored(*args, **kw):
@@ -114,7 +116,7 @@ def lambda_sweep(learn,    # a trained `Learner`; left as found
                  **args    # of `mip.problem`: loss, bounds, eps, …
                 )->pd.DataFrame:
     "One row per lambda, ascending: objective, sparsity_term, batch_loss, gap, status, then the columns of `one_shot`."
-    lams = sorted(_positive('lams', o) for o in lams)
+    lams = sorted(check_positive('lams', o) for o in lams)
     if not lams: raise ValueError("lams: empty; expected at least one number above 0")
     xb, dl = _inputs(learn.dls), _test(learn.dls) if dl is None else dl
     q, graph, rows = reduce(problem(learn.model, *batch, **args)), trace(learn.model, xb), []
