@@ -12,7 +12,7 @@ from itertools import product
 import cvxpy as cp, numpy as np, pandas as pd, scipy.sparse as sp, torch
 from cvxpy.reductions.solvers.defines import SOLVER_MAP_CONIC
 from .core import check_choice, public
-from .mip import Problem, linear_part, _windows
+from .mip_program import Problem, linear_part, windows
 from .mip_solve import NoIncumbentError, Solution, SolverNotSuitableError, own_threads
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #matrix
@@ -54,7 +54,7 @@ def max_pool(h, pair, m, relaxed=False # expression [n, C*H*W], its bounds [n, C
     "(output [n, windows], constraints)"
     (l, u), n = _bounds(pair), len(pair[0])
     place = torch.arange(l.shape[1]).view(1, *pair[0].shape[1:]).double() + 1          # 0 is padding
-    place = _windows(place, m)[0].movedim(1, 2).flatten(0, 1).long().numpy() - 1       # [windows, positions]
+    place = windows(place, m)[0].movedim(1, 2).flatten(0, 1).long().numpy() - 1       # [windows, positions]
     uw = np.where(place >= 0, u[:,place], -np.inf)
     rest = np.stack([np.delete(uw, k, 2).max(2, initial=-np.inf) for k in range(place.shape[1])], 2)
     w, k = (place >= 0).nonzero(); at = place[w,k]
@@ -63,7 +63,8 @@ def max_pool(h, pair, m, relaxed=False # expression [n, C*H*W], its bounds [n, C
     of_h, of_m = h@pick(at, l.shape[1]), pick(w, len(place))
     out = cp.Variable((n, len(place))); q, rows = _gate((n, len(w)), relaxed)
     low = np.where(place >= 0, l[:,place], -np.inf).max(2)
-    return out, rows + [out@of_m >= of_h, out@of_m <= of_h + cp.multiply(1-q, M), q@of_m.T == 1, out >= low, out <= uw.max(2)]
+    rows += [out@of_m >= of_h, out@of_m <= of_h + cp.multiply(1-q, M), q@of_m.T == 1, out >= low, out <= uw.max(2)]
+    return out, rows
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #sparsity-2
 def sparsity(s, layers # scores by layer, `Problem.layers`
@@ -96,7 +97,7 @@ def _upper(p, t):
     return (mid + rad + o.b.view(-1, *[1]*(mid.ndim-2))).flatten(1).cpu().numpy()
 
 @public
-def model(p:Problem,          # from `mip.problem`
+def model(p:Problem,          # from `mip_program.problem`
           relaxed:bool=False, # gates in [0, 1]?
           pixels:bool=False   # a variable per pixel, as published?
          )->tuple:
@@ -117,7 +118,8 @@ def model(p:Problem,          # from `mip.problem`
     return cp.Problem(cp.Minimize(q + p.lam*loss(z, p.y.cpu().numpy(), p.loss)), [*rows, *new, z == h]), s, z
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #can
-PACKAGE = dict(HIGHS='highspy', CLARABEL='clarabel', GLPK_MI='cvxopt', GLPK='cvxopt', ECOS='ecos', ECOS_BB='ecos', SCS='scs', SCIP='pyscipopt',
+PACKAGE = dict(HIGHS='highspy', CLARABEL='clarabel', GLPK_MI='cvxopt', GLPK='cvxopt', ECOS='ecos', ECOS_BB='ecos',
+               SCS='scs', SCIP='pyscipopt',
                CBC='cylp', MOSEK='Mosek', GUROBI='gurobipy')
 
 def _can(solver, loss, relaxed):
@@ -132,29 +134,38 @@ def solvers()->pd.DataFrame:
     "Is each solver installed, and which of the four programs can it take?"
     kinds = {f"{k}, {'relaxed' if r else 'binary'}":(k, r) for k,r in product(('margin', 'ce'), (False, True))}
     have = cp.installed_solvers()
-    return pd.DataFrame({k:dict(installed=k in have, **{name:_can(k, *o) for name,o in kinds.items()}) for k in PACKAGE}).T
+    return pd.DataFrame({k:dict(installed=k in have, **{name:_can(k, *o) for name,o in kinds.items()})
+                         for k in PACKAGE}).T
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #check_solver
 def _check_solver(solver, loss, relaxed):
     check_choice('solver', solver, PACKAGE)
     if not _can(solver, loss, relaxed):
         kind = f"{'' if relaxed else 'mixed-integer '}{'linear' if loss == 'margin' else 'exponential-cone'} programs"
-        raise SolverNotSuitableError(f"solver={solver!r} does not take {kind}, which loss={loss!r} with {'relaxed' if relaxed else 'binary'} gates "
-                                     f"needs; use backend='fast' (default), {'solver=None (HIGHS)' if loss == 'margin' else 'relaxed=True with CLARABEL, or loss=' + repr('margin')}")
+        gates = 'relaxed' if relaxed else 'binary'
+        other = 'solver=None (HIGHS)' if loss == 'margin' else "relaxed=True with CLARABEL, or loss='margin'"
+        raise SolverNotSuitableError(f"solver={solver!r} does not take {kind}, which loss={loss!r} with {gates} gates "
+                                     f"needs; use backend='fast' (default), {other}")
     if solver not in cp.installed_solvers():
-        raise ImportError(f"solver={solver!r} is not installed; pip install {PACKAGE[solver]}, or use one of {[k for k in PACKAGE if k in cp.installed_solvers()]}")
+        have = [k for k in PACKAGE if k in cp.installed_solvers()]
+        raise ImportError(f"solver={solver!r} is not installed; pip install {PACKAGE[solver]}, or use one of {have}")
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #options
 def _options(solver, relaxed, gap, secs, threads):
     "The solver's own settings."
     if secs is not None and (solver in ('ECOS', 'ECOS_BB') or solver == 'CBC' and relaxed):
-        raise ValueError(f"time_limit={secs}: solver={solver!r} cannot be stopped by time here; expected None or another solver")
+        raise ValueError(f"time_limit={secs}: solver={solver!r} cannot be stopped by time here; "
+                         "expected None or another solver")
     ms = None if secs is None else max(1, int(1000*secs))
-    tight = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance', 'mip_feasibility_tolerance'), 1e-9)
-    res = dict(GLPK_MI=dict(tm_lim=ms), GLPK=dict(glpk=dict(tm_lim=ms)), CLARABEL=dict(time_limit=secs, max_threads=threads),
-               HIGHS=dict(time_limit=secs, mip_abs_gap=gap, mip_rel_gap=0., threads=threads, **tight), SCS=dict(time_limit_secs=secs),
-               SCIP=dict(scip_params={'limits/time':secs, 'limits/absgap':gap}), CBC=dict(maximumSeconds=secs, allowableGap=gap),
-               MOSEK=dict(mosek_params=dict(MSK_DPAR_OPTIMIZER_MAX_TIME=secs, MSK_DPAR_MIO_TOL_ABS_GAP=gap, MSK_IPAR_NUM_THREADS=threads)),
+    tight = {f'{o}_feasibility_tolerance':1e-9 for o in ('primal', 'dual', 'mip')}
+    res = dict(GLPK_MI=dict(tm_lim=ms), GLPK=dict(glpk=dict(tm_lim=ms)),
+               CLARABEL=dict(time_limit=secs, max_threads=threads),
+               HIGHS=dict(time_limit=secs, mip_abs_gap=gap, mip_rel_gap=0., threads=threads, **tight),
+               SCS=dict(time_limit_secs=secs),
+               SCIP=dict(scip_params={'limits/time':secs, 'limits/absgap':gap}),
+               CBC=dict(maximumSeconds=secs, allowableGap=gap),
+               MOSEK=dict(mosek_params=dict(MSK_DPAR_OPTIMIZER_MAX_TIME=secs, MSK_DPAR_MIO_TOL_ABS_GAP=gap,
+                                            MSK_IPAR_NUM_THREADS=threads)),
                GUROBI=dict(TimeLimit=secs, MIPGapAbs=gap, Threads=threads)).get(solver, {})
     known = lambda o: {k:known(v) if isinstance(v, dict) else v for k,v in o.items() if v is not None}
     return known(res)
@@ -163,7 +174,8 @@ def _options(solver, relaxed, gap, secs, threads):
 def _bound(prob, solver, value, status, gap):
     "A lower bound of the optimum."
     info = prob.solver_stats.extra_stats
-    if solver == 'HIGHS' and prob.is_mixed_integer(): return min(value, value - info.objective_function_value + info.mip_dual_bound)
+    if solver == 'HIGHS' and prob.is_mixed_integer():
+        return min(value, value - info.objective_function_value + info.mip_dual_bound)
     if solver == 'SCIP': return min(value, value - info['model'].getPrimalbound() + info['model'].getDualbound())
     return value - gap if status == 'optimal' else -np.inf
 
@@ -171,7 +183,8 @@ def _off(prob):
     "Largest violation of a constraint or distance of a binary from 0 and 1; infinite without values."
     if any(v.value is None for v in prob.variables()): return np.inf
     rows = [np.max(c.violation(), initial=0) for c in prob.constraints]
-    return float(max(rows + [np.max(np.abs(v.value - v.value.round()), initial=0) for v in prob.variables() if v.attributes['boolean']]))
+    return float(max(rows + [np.max(np.abs(v.value - v.value.round()), initial=0) for v in prob.variables()
+                             if v.attributes['boolean']]))
 
 # %% ../nbs/11b_mip_cvxpy.ipynb #run-2
 def _run(prob, solver, options, late):
@@ -182,10 +195,11 @@ def _run(prob, solver, options, late):
         except cp.SolverError:
             if not late(): raise
     if any(o in str(prob.status) for o in ('infeasible', 'unbounded')):
-        raise RuntimeError(f"{solver} calls the program {prob.status}, but s = 1 satisfies it; its bounds do not contain the network's activations")
+        raise RuntimeError(f"{solver} calls the program {prob.status}, but s = 1 satisfies it; "
+                           "its bounds do not contain the network's activations")
 
 @public
-def solve_cvxpy(p:Problem,           # from `mip.problem`
+def solve_cvxpy(p:Problem,           # from `mip_program.problem`
                 solver:str=None,     # one of `solvers()`; None = HIGHS for 'margin', CLARABEL for 'ce'
                 *, relaxed:bool=False, # gates in [0, 1]?
                 gap:float=1e-6,      # stop a mixed-integer search at this distance from its bound
@@ -193,7 +207,8 @@ def solve_cvxpy(p:Problem,           # from `mip.problem`
                 threads:int=1,       # of the solver
                 pixels:bool=False    # a variable per pixel, as published?
                )->Solution:
-    "Solves the plain program; `SolverNotSuitableError`, `ImportError`, `NoIncumbentError`, or `cvxpy.SolverError` if the solver gives up."
+    """Solves the plain program; `SolverNotSuitableError`, `ImportError`, `NoIncumbentError`,
+    or `cvxpy.SolverError` if the solver gives up."""
     solver = solver or ('HIGHS' if p.loss == 'margin' else 'CLARABEL')
     _check_solver(solver, p.loss, relaxed); _options(solver, relaxed, gap, time_limit, threads)
     start = time.perf_counter(); passed = lambda: time.perf_counter()-start
@@ -201,10 +216,12 @@ def solve_cvxpy(p:Problem,           # from `mip.problem`
     prob, s, _ = model(p, relaxed, pixels); prob.get_problem_data(solver)
     left = None if time_limit is None else max(time_limit-passed(), 1e-3)
     _run(prob, solver, _options(solver, relaxed, gap, left, threads), late)
-    off = _off(prob); status = 'optimal' if prob.status == 'optimal' and off <= 1e-4 else 'time_limit' if late() else 'inexact'
+    off = _off(prob)
+    status = 'optimal' if prob.status == 'optimal' and off <= 1e-4 else 'time_limit' if late() else 'inexact'
     found = np.isfinite(off) and (off <= 1e-4 or status != 'time_limit')
     scores = np.clip(np.concatenate([o.value for o in s.values()]), 0, 1) if found else np.ones(1)
     if status != 'optimal' and (scores > 1-1e-6).all(): # nothing, or the network as it is
-        raise NoIncumbentError(f"{solver} found no feasible scores within time_limit={time_limit} s; give it more time, or use backend='fast'")
+        raise NoIncumbentError(f"{solver} found no feasible scores within time_limit={time_limit} s; "
+                               "give it more time, or use backend='fast'")
     value = float(prob.value)
     return Solution(scores, value, _bound(prob, solver, value, status, gap), status, 1)

@@ -13,7 +13,8 @@ from itertools import zip_longest
 import torch, torch.nn.functional as F
 from torch import nn
 from .core import as_found, check_int, check_type, seed_everything, public
-from .mip import Problem, _split, _summary, chain, f64, interval, modules_in_order, run
+from .mip_program import Problem, chain, f64, interval, modules_in_order, run
+from .mip_solve import summary
 from .train import fit, learner
 
 # %% ../nbs/11c_mip_greedy.ipynb #end
@@ -34,10 +35,13 @@ def _end(ms, i):
 @public
 def blocks(model:nn.Module # chain with at least one `nn.Conv2d`
           )->list:
-    "[`Block`] in running order: path of the convolution, (path, layer) lists `before` and `body`; raises `UnsupportedLayerError`, `ValueError`."
+    """[`Block`] in running order: path of the convolution, (path, layer) lists `before` and `body`.
+    Raises `UnsupportedLayerError`, `ValueError`."""
     ms = modules_in_order(model)
     at = [i for i,(_,m) in enumerate(ms) if isinstance(m, nn.Conv2d)]
-    if not at: raise ValueError("model: no nn.Conv2d, so there are no blocks; expected a convolutional chain, or use variant='joint'")
+    if not at:
+        raise ValueError("model: no nn.Conv2d, so there are no blocks; "
+                         "expected a convolutional chain, or use variant='joint'")
     ends = [*(_end(ms, i) for i in at[:-1]), len(ms)]
     return [Block(ms[i][0], ms[b:i], ms[i:e]) for b,i,e in zip([0, *ends], at, ends)]
 
@@ -59,8 +63,9 @@ def auxiliary_head(width:int, # channels F of the block's output
     h, w = (side, side) if isinstance(side, int) else side
     norm = dict(bn1=nn.BatchNorm2d(width, affine=False)) if bn else {}
     return nn.Sequential(OrderedDict(
-        pool1=nn.AdaptiveAvgPool2d((math.ceil(h/4), math.ceil(w/4))), conv=nn.Conv2d(width, width, 1, bias=False), **norm, relu1=nn.ReLU(),
-        pool2=nn.AdaptiveAvgPool2d(2), flatten=nn.Flatten(), fc1=nn.Linear(4*width, 4*width), bn2=nn.BatchNorm1d(4*width, affine=False),
+        pool1=nn.AdaptiveAvgPool2d((math.ceil(h/4), math.ceil(w/4))), conv=nn.Conv2d(width, width, 1, bias=False),
+        **norm, relu1=nn.ReLU(), pool2=nn.AdaptiveAvgPool2d(2), flatten=nn.Flatten(),
+        fc1=nn.Linear(4*width, 4*width), bn2=nn.BatchNorm1d(4*width, affine=False),
         relu2=nn.ReLU(), fc2=nn.Linear(4*width, n_out)))
 
 # %% ../nbs/11c_mip_greedy.ipynb #build_heads
@@ -81,7 +86,8 @@ def build_heads(model:nn.Module,  # chain; left as found
 
 # %% ../nbs/11c_mip_greedy.ipynb #greedy
 class Greedy(nn.Module):
-    "Logits of all blocks [n, blocks, classes]; no gradient leaves its block. `frozen`: gradients for the heads alone, the network in evaluation mode."
+    """Logits of all blocks [n, blocks, classes]; no gradient leaves its block.
+    `frozen`: gradients for the heads alone, the network in evaluation mode."""
     def __init__(self,
                  model:nn.Module, # chain
                  heads,           # `nn.ModuleList`, one for each block but the last
@@ -124,7 +130,9 @@ def _greedy_learner(model, heads, dls, lr, seed, frozen=False):
                    metrics=[_accuracy(i, n) for i,n in enumerate(names)], **SGD)
 
 def _some_heads(model, dls, heads, seed):
-    return build_heads(model, next(iter(dls.valid))[0].to(next(model.parameters()).device), seed=seed) if heads is None else heads
+    if heads is not None: return heads
+    xb = next(iter(dls.valid))[0].to(next(model.parameters()).device)
+    return build_heads(model, xb, seed=seed)
 
 # %% ../nbs/11c_mip_greedy.ipynb #fit_greedy
 @public
@@ -176,15 +184,19 @@ def _shrunk(steps, x, l, u, max_gates):
     return boxes, t
 
 # %% ../nbs/11c_mip_greedy.ipynb #head_steps
-HOW = "get them with `learn, heads = fit_greedy(model, dls, epochs)`, or with `fit_heads(model, dls, epochs)` for a trained network"
+HOW = ("get them with `learn, heads = fit_greedy(model, dls, epochs)`, "
+       "or with `fit_heads(model, dls, epochs)` for a trained network")
 
 def _head_steps(heads, m, layer, h, n_out):
     "Steps of the head of block m, tried on the block's output h."
     steps = chain(heads[m])
     for o in steps: o.name = f'{layer}/{o.name}'
     try: out = run(steps, h)
-    except RuntimeError: raise ValueError(f"heads[{m}]: cannot read what {layer!r} gives, {h.shape[1]} channels of {h.shape[2]}x{h.shape[3]}; {HOW}") from None
-    if out.ndim != 2 or out.shape[1] != n_out: raise ValueError(f"heads[{m}]: outputs of shape {tuple(out.shape[1:])} for {n_out} classes; {HOW}")
+    except RuntimeError:
+        given = f"{h.shape[1]} channels of {h.shape[2]}x{h.shape[3]}"
+        raise ValueError(f"heads[{m}]: cannot read what {layer!r} gives, {given}; {HOW}") from None
+    if out.ndim != 2 or out.shape[1] != n_out:
+        raise ValueError(f"heads[{m}]: outputs of shape {tuple(out.shape[1:])} for {n_out} classes; {HOW}")
     return steps
 
 # %% ../nbs/11c_mip_greedy.ipynb #block_steps
@@ -197,7 +209,9 @@ def block_steps(model:nn.Module, heads, # left as found
     bs = blocks(model)
     if heads is None: raise ValueError(f"heads=None: variant='greedy' needs a head for every block but the last; {HOW}")
     check_type('heads', heads, nn.ModuleList, HOW)
-    if len(heads) != len(bs)-1: raise ValueError(f"heads: {len(heads)} for {len(bs)} blocks; expected {len(bs)-1}, the last block needs none; {HOW}")
+    if len(heads) != len(bs)-1:
+        raise ValueError(f"heads: {len(heads)} for {len(bs)} blocks; expected {len(bs)-1}, "
+                         f"the last block needs none; {HOW}")
     with as_found(model, train=False): steps = chain(model)
     at = [i for i,o in enumerate(steps) if o.kind == 'conv']
     x, res = f64(xb[:1]), []
@@ -212,7 +226,8 @@ def _with_scores(own, head, chosen, score_aux):
     "(scored layer -> (units, D), those whose scores are kept)"
     affine = [o for o in own+head if o.kind in ('linear', 'conv')][:-1]
     keep = [o.name for o in affine if any(o is p for p in own) and (chosen is None or o.name in chosen)]
-    return {o.name:(len(o.w), len(o.w)*math.prod(o.w.shape[2:])) for o in affine if o.name in keep or (score_aux and any(o is p for p in head))}, keep
+    scored = [o for o in affine if o.name in keep or (score_aux and any(o is p for p in head))]
+    return {o.name:(len(o.w), len(o.w)*math.prod(o.w.shape[2:])) for o in scored}, keep
 
 # %% ../nbs/11c_mip_greedy.ipynb #block_problems-2
 @public
@@ -244,12 +259,14 @@ def solve_blocks(model:nn.Module, heads, xb, yb, # as for `block_problems`
                  bar=lambda o, n: o # progress bar over n things
                 )->tuple:
     "(layer -> scores [channels], notes, `Problem`s) of all blocks, in running order."
-    if record.get('start') is not None: raise ValueError(f"start={record['start']!r}: variant='greedy' starts at every convolution; choose layers with layers=")
+    if record.get('start') is not None:
+        raise ValueError(f"start={record['start']!r}: variant='greedy' starts at every convolution; "
+                         "choose layers with layers=")
     kw = {k:record[k] for k in ('lam', 'loss', 'bounds', 'eps', 'layers') if k in record}
     units, price, metas, ps = {}, {}, [], []
     for p,keep,t in bar(block_problems(model, heads, xb, yb, score_aux=score_aux, **kw), len(blocks(model))):
-        r, note = solved(p); s, ps = _split(p, r.s), [*ps, p]
+        r, note = solved(p); s, ps = p.split(r.s), [*ps, p]
         units.update({k:s[k] for k in keep}); metas.append(dict(note, layer=keep[0], shrunk=t))
         price.update({k:note['price'][k] for k in keep if 'price' in note})
         if r.status == 'interrupted': break
-    return units, dict(_summary(metas), **({'price':price} if len(price) == len(units) else {})), ps
+    return units, dict(summary(metas), **({'price':price} if len(price) == len(units) else {})), ps

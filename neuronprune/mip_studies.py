@@ -9,7 +9,8 @@ __all__ = ['CONTROLS', 'peaks', 'controls', 'paper_pct', 'sizes', 'threshold_swe
 # %% ../nbs/11d_mip_studies.ipynb #import-pandas-as-pd-torch-from
 import pandas as pd, torch
 from fastcore.basics import patch
-from .core import Mask, Scores, check_choice, check_fraction, check_int, generator, layers, seed_everything, public
+from .core import (Mask, Scores, check_choice, check_fraction, check_int, generator, layers, seed_everything,
+                              public)
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
@@ -18,8 +19,10 @@ from .report import count_params
 from .baselines import snip
 from .chain import weights_at
 from .analysis import _inputs, _still, _test, fine_tuned, measured, removed
-from .mip import _positive, choose, cut, problem, reduce, score
-from .mip_solve import complete, sweep, terms
+from .mip import choose, cut, score
+from .mip_program import check_positive, problem, reduce
+from .mip_relax import complete, terms
+from .mip_solve import sweep
 
 # %% ../nbs/11d_mip_studies.ipynb #scored
 def _scored(*args, **kw):
@@ -34,7 +37,7 @@ CONTROLS = ('random', 'critical', 'magnitude', 'activity', 'dead+random', 'dead'
 @public
 def peaks(p # `Problem`, from `mip.problem`
          )->dict:
-    "Layer -> largest pre-activation of each unit over all images and positions, float64 [units]; at or below 0 the unit is dead on the batch."
+    "Layer -> largest pre-activation of each unit over all images and positions, float64 [units]; dead if not above 0."
     up = {o.name:p.bounds[t+1][1] for t,o in enumerate(p.steps) if o.name in p.layers}
     return {k:u.reshape(*u.shape[:2], -1).amax((0, 2)).cpu() for k,u in up.items()}
 
@@ -52,11 +55,14 @@ def controls(model,         # the dense network the scores belong to
              *, seed:int=0, # of the random draws
              **cut_args     # sparsity= or threshold=, and the rest of `mip.cut`
             )->dict:
-    "Name -> `Mask`: 'mip' and `CONTROLS`, equal counts per layer (but 'dead'), no layer emptied; `ValueError` for a problem without the scored layers."
-    if p.sound: raise ValueError("p: has sound bounds, which do not tell who is dead; expected problem(…, bounds='dense')")
+    """Name -> `Mask`: 'mip' and `CONTROLS`, equal counts per layer (but 'dead'), no layer emptied.
+    `ValueError` for a problem without the scored layers."""
+    if p.sound:
+        raise ValueError("p: has sound bounds, which do not tell who is dead; expected problem(…, bounds='dense')")
     for k in scores:
         if k not in p.layers or p.layers[k][0] != len(scores[k]):
-            raise ValueError(f"p: has no {len(scores[k])} scores for layer {k!r}; expected problem(model, xb, yb) of the model that was scored")
+            raise ValueError(f"p: has no {len(scores[k])} scores for layer {k!r}; "
+                             "expected problem(model, xb, yb) of the model that was scored")
     mask, g, ws, graph = cut(scores, **cut_args), generator(seed), layers(model), scores.graph
     peak = {k:v for k,v in peaks(p).items() if k in scores}
     n, dead = {k:int((~v).sum()) for k,v in mask.items()}, {k:int((v <= 0).sum()) for k,v in peak.items()}
@@ -65,7 +71,8 @@ def controls(model,         # the dense network the scores belong to
              'magnitude': {k:ws[k].weight.detach().flatten(1).norm(dim=1).cpu() for k in scores},
              'activity': peak, 'dead+random': {k:draw[k] - 2.*(v <= 0) for k,v in peak.items()}}
     few = {k:min(dead[k], len(v)-1) for k,v in peak.items()}
-    return {'mip': mask, **{k:_lowest(r, n, k, graph) for k,r in ranks.items()}, 'dead': _lowest(peak, few, 'dead', graph)}
+    return {'mip': mask, **{k:_lowest(r, n, k, graph) for k,r in ranks.items()},
+            'dead': _lowest(peak, few, 'dead', graph)}
 
 # %% ../nbs/11d_mip_studies.ipynb #paper_pct-2
 @public
@@ -83,9 +90,11 @@ def sizes(model,    # dense or masked
           mask,     # `Mask`, or None for the dense network
           xb        # inputs, for the check of the cut network
          )->dict:
-    "Units pruned, published percentage, and percentage of all parameters physically gone; `SurgeryError` if cutting changes the output."
+    """Units pruned, published percentage, and percentage of all parameters physically gone.
+    `SurgeryError` if cutting changes the output."""
     r = removed(model, mask, xb)
-    return dict(units_pruned=r['units_pruned'], paper_pct=0. if mask is None else paper_pct(mask, model), params_pct=r['params_pct'])
+    return dict(units_pruned=r['units_pruned'], paper_pct=0. if mask is None else paper_pct(mask, model),
+                params_pct=r['params_pct'])
 
 def _row(*args, **labels): return measured(*args, sizes=sizes, **labels)
 
@@ -100,7 +109,8 @@ def threshold_sweep(learn,         # a trained `Learner`; left as found
                    )->pd.DataFrame:
     "Rows as of `one_shot` with the threshold in front; the dense network has threshold 0."
     xb, dl = _inputs(learn.dls), _test(learn.dls) if dl is None else dl
-    make = lambda t: {'mip': cut(scores, threshold=t)} if p is None else controls(learn.model, scores, p, threshold=t, seed=seed)
+    alone = lambda t: {'mip': cut(scores, threshold=t)}
+    make = alone if p is None else lambda t: controls(learn.model, scores, p, threshold=t, seed=seed)
     todo = [(0., 'dense', None)] + [(float(t), k, m) for t in thresholds for k,m in make(t).items()]
     return pd.DataFrame([_row(learn.model, m, dl, xb, threshold=t, rule=k) for t,k,m in todo])
 
@@ -114,7 +124,7 @@ def lambda_sweep(learn,    # a trained `Learner`; left as found
                  **args    # of `mip.problem`: loss, bounds, eps, …
                 )->pd.DataFrame:
     "One row per lambda, ascending: objective, sparsity_term, batch_loss, gap, status, then the columns of `one_shot`."
-    lams = sorted(_positive('lams', o) for o in lams)
+    lams = sorted(check_positive('lams', o) for o in lams)
     if not lams: raise ValueError("lams: empty; expected at least one number above 0")
     xb, dl = _inputs(learn.dls), _test(learn.dls) if dl is None else dl
     q, graph, rows = reduce(problem(learn.model, *batch, **args)), trace(learn.model, xb), []
@@ -144,9 +154,12 @@ def verification(learn,    # a trained `Learner`; left as found
         batch = choose(model, learn.dls, n_per_class, split=split, seed=seed+i)
         sc = _scored(model, batch=batch, graph=graph, **args)
         masks = {'mip': cut(sc, threshold=threshold)}
-        if with_controls: masks = controls(model, sc, problem(model, *batch, allow_imbalance=True), threshold=threshold, seed=seed+i)
-        rows += [dict(batch=i, rule='dense', part=k, **o) for k,o in {'batch': _row(model, None, [batch], xi), **whole}.items()]
-        rows += [_row(model, m, dl, xi, batch=i, rule=k, part=part) for k,m in masks.items() for part,dl in {'batch': [batch], **parts}.items()]
+        if with_controls:
+            masks = controls(model, sc, problem(model, *batch, allow_imbalance=True), threshold=threshold, seed=seed+i)
+        dense = {'batch': _row(model, None, [batch], xi), **whole}
+        rows += [dict(batch=i, rule='dense', part=k, **o) for k,o in dense.items()]
+        rows += [_row(model, m, dl, xi, batch=i, rule=k, part=part)
+                 for k,m in masks.items() for part,dl in {'batch': [batch], **parts}.items()]
     return pd.DataFrame(rows)
 
 # %% ../nbs/11d_mip_studies.ipynb #compare_variants
@@ -159,13 +172,15 @@ def compare_variants(learn,    # a trained `Learner`; left as found
                      dl=None,  # images to count on, None = test
                      **args    # of `mip.score`
                     )->pd.DataFrame:
-    "One row per repeat and variant ('joint', 'sequential', 'random counts', 'confident', 'confusing'), columns as of `one_shot`."
+    """One row per repeat and variant ('joint', 'sequential', 'random counts', 'confident', 'confusing').
+    Columns as of `one_shot`."""
     xi, dl, rows, model = _inputs(learn.dls), _test(learn.dls) if dl is None else dl, [], learn.model
     graph = trace(model, xi)
     for i in range(check_int('n_repeats', n_repeats, 1)):
         pick = lambda select='random': choose(model, learn.dls, n_per_class, select, split=split, seed=seed+i)
         even = pick(); loose = calib_batch(learn.dls, n=len(even[0]), split=split, seed=seed+i)
-        todo = {'joint': (even, {}), 'sequential': (even, dict(variant='sequential')), 'random counts': (loose, dict(allow_imbalance=True)),
+        todo = {'joint': (even, {}), 'sequential': (even, dict(variant='sequential')),
+                'random counts': (loose, dict(allow_imbalance=True)),
                 **{o:(pick(o), {}) for o in ('confident', 'confusing')}}
         for k,(batch,more) in todo.items():
             mask = cut(_scored(model, batch=batch, graph=graph, **{**args, **more}), threshold=threshold)
@@ -194,20 +209,25 @@ def snip_comparison(learn,    # a trained `Learner`; left as found
                     seed:int=0, # of the images
                     **fit_args # of `fine_tuned`: lr, schedule, …
                    )->pd.DataFrame:
-    "Rows as of `one_shot` for 'dense', 'mip', 'snip channel', 'snip weight', after 0 and `epochs` epochs, with secs of scoring."
+    """Rows as of `one_shot` for 'dense', 'mip', 'snip channel', 'snip weight', after 0 and `epochs` epochs,
+    with secs of scoring."""
     sparsity = round(1-check_fraction('density', density), 12); graph = trace(learn.model, _inputs(learn.dls))
     look = dict(n_per_class=n_per_class, split=split) if same_images else dict(n=128, split='train')
-    with weights_at(learn, start): found = {f'snip {u}':snip(learn.model, learn.dls, unit=u, graph=graph, seed=seed, **look) for u in ('channel', 'weight')}
+    with weights_at(learn, start):
+        found = {f'snip {u}':snip(learn.model, learn.dls, unit=u, graph=graph, seed=seed, **look)
+                 for u in ('channel', 'weight')}
     ours = _scored(learn.model, learn.dls, graph=graph, n_per_class=n_per_class, split=split, seed=seed)
     masks = {'mip': cut(ours, sparsity), **{k:allocate(v, sparsity, normalize=None) for k,v in found.items()}}
     stages = [0, epochs] if start == 'trained' and epochs else [epochs]
-    df = pd.concat([fine_tuned(learn, masks, e, start=start, sizes=sizes, **fit_args) for e in stages], ignore_index=True)
+    df = pd.concat([fine_tuned(learn, masks, e, start=start, sizes=sizes, **fit_args) for e in stages],
+                   ignore_index=True)
     return df.assign(secs=df.rule.map({'mip': ours.secs, **{k:v.secs for k,v in found.items()}}))
 
 # %% ../nbs/11d_mip_studies.ipynb #scorecallback
 @public
 class ScoreCallback(MaskCallback):
-    "Score every few epochs; `rows` holds the counts, `scores` and `masks` what was found, by epoch. Observes, or prunes as it goes."
+    """Score every few epochs; `rows` holds the counts, `scores` and `masks` what was found, by epoch.
+    Observes, or prunes as it goes."""
     def __init__(self,
                  every:int=1,        # epochs between scorings
                  threshold:float=.1, # units with lower scores are in the mask
@@ -217,7 +237,8 @@ class ScoreCallback(MaskCallback):
                  **args              # of `mip.score`
                 ):
         super().__init__(None)
-        self.every,self.threshold,self.incremental,self.batch,self.seed,self.args = check_int('every', every, 1),threshold,incremental,batch,seed,args
+        self.every, self.threshold, self.incremental = check_int('every', every, 1), threshold, incremental
+        self.batch, self.seed, self.args = batch, seed, args
         self.done,self.rows,self.scores,self.masks = 0,[],{},{}
 
     def before_fit(self):
@@ -240,6 +261,7 @@ def look(self:ScoreCallback):
     if self.incremental and self.mask is not None: mask = mask & self.mask
     self.scores[self.done], self.masks[self.done] = sc, mask
     dead = sum(sc.meta['n_dead_on_batch'].values())
-    self.rows += [_row(model, m, dls.valid, xi, epoch=self.done, rule=k, n_dead=dead) for k,m in {'dense': None, 'mip': mask}.items()]
+    self.rows += [_row(model, m, dls.valid, xi, epoch=self.done, rule=k, n_dead=dead)
+                  for k,m in {'dense': None, 'mip': mask}.items()]
     if not self.incremental: return
     self.mask = mask; self.params,self.keeps = keep_tensors(model, mask); self.zero()

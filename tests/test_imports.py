@@ -1,7 +1,7 @@
 """What an import loads: scoring needs torch and little else, whatever is heavy comes with the function that uses it.
 
 One fresh interpreter imports the modules one after the other, the lightest first, and says after each what is there."""
-import importlib, inspect, json, subprocess, sys
+import importlib, inspect, json, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -53,6 +53,16 @@ def test_signatures_can_be_read(name):
     for o in map(vars(mod).get, mod.__all__):
         for f in (vars(o).values() if inspect.isclass(o) else [o]):
             if inspect.isfunction(f): inspect.signature(f, eval_str=True)
+
+def test_mip_offers_the_names_of_its_chapters():
+    "What is typed from `mip` is where it always was, and the chapters stand on each other in one direction."
+    mip, program, relax, solve = (importlib.import_module(f'neuronprune.{o}') for o in
+                                  ('mip', 'mip_program', 'mip_relax', 'mip_solve'))
+    for o in ('ClassBalanceError', 'Problem', 'chain', 'interval', 'modules_in_order', 'problem', 'reduce', 'run'):
+        assert o in mip.__all__ and getattr(mip, o) is getattr(program, o)
+    for o in ('NoIncumbentError', 'SolverNotSuitableError'): assert o in mip.__all__ and getattr(mip, o) is getattr(solve, o)
+    own = lambda m: {o for o in re.findall(r'^ *from \.(mip\w*) import', inspect.getsource(m), re.M)}
+    assert (own(relax), own(program), own(solve)) == (set(), {'mip_relax'}, {'mip_relax'})
 
 def test_the_callback_of_slimming_comes_when_asked_for():
     from neuronprune import baselines, train

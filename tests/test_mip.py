@@ -1,4 +1,4 @@
-"MIP neuron importance: the reduced program against the network, the plain model and brute force; its errors by their messages."
+"MIP neuron importance: the reduced program against the network, the plain model and brute force; errors."
 import copy, math, signal, threading, time, warnings
 from dataclasses import replace
 from itertools import product
@@ -10,10 +10,12 @@ from neuronprune.core import Scores, UnsupportedLayerError, layers
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune import mip, mip_solve as ms
-from neuronprune.mip import ClassBalanceError, chain, choose, cut, dead_on_batch, problem, reduce, run, score
+from neuronprune.mip import choose, cut, dead_on_batch, score
+from neuronprune.mip_program import ClassBalanceError, chain, problem, reduce, run
 from neuronprune.mip_cvxpy import model, solve_cvxpy, solvers, sparsity
 from neuronprune.mip_greedy import fit_heads
-from neuronprune.mip_solve import NoIncumbentError, Search, SolverNotSuitableError, complete, objective, solve, sweep, terms, violation
+from neuronprune.mip_relax import complete, objective, terms, violation
+from neuronprune.mip_solve import NoIncumbentError, Search, SolverNotSuitableError, solve, sweep
 from neuronprune.models import build, mlp
 from neuronprune.surgery import apply, difference, shrink
 from neuronprune.train import MaskCallback, fit, learner
@@ -27,7 +29,8 @@ def seeded(f):
     return res
 
 @seeded
-def fc(*widths): return nn.Sequential(*[o for a,b in zip(widths, widths[1:]) for o in (nn.Linear(a, b), nn.ReLU())][:-1]).double()
+def fc(*widths):
+    return nn.Sequential(*[o for a,b in zip(widths, widths[1:]) for o in (nn.Linear(a, b), nn.ReLU())][:-1]).double()
 
 def normed(net):
     "Batch norms with statistics of their own, negative factors included."
@@ -41,20 +44,30 @@ NETS = dict(
     fc=((5,), lambda: [nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)]),
     no_bias=((5,), lambda: [nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(4, 3, bias=False)]),
     linear_linear=((5,), lambda: [nn.Linear(5, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3), nn.Linear(3, 3)]),
-    bn_folded=((5,), lambda: [nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), nn.ReLU(), nn.Linear(4, 3)]),
-    bn_behind=((1, 6, 6), lambda: [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)]),
-    bn_first=((2, 5, 5), lambda: [nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)]),
-    conv=((2, 7, 6), lambda: [nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), groups=2), nn.ReLU(), nn.Conv2d(4, 3, 2, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)]),
-    max_pool=((1, 7, 7), lambda: [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1), nn.Conv2d(2, 2, 2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, 3)]),
-    pool_relu=((1, 6, 5), lambda: [nn.Conv2d(1, 2, 3), nn.MaxPool2d((2, 1)), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3), nn.ReLU(), nn.Linear(3, 3)]),
-    overlap=((1, 6, 6), lambda: [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 3)]),
-    avg_pool=((1, 7, 7), lambda: [nn.Conv2d(1, 3, 2), nn.ReLU(), nn.AvgPool2d(3, 2, padding=1), nn.Flatten(), nn.Linear(27, 4), nn.ReLU(), nn.Linear(4, 3)]),
-    adaptive=((2, 7, 6), lambda: [nn.Conv2d(2, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d((4, 2)), nn.Flatten(), nn.Linear(24, 3), nn.ReLU(), nn.Linear(3, 3)]))
+    bn_folded=((5,), lambda: [nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4),
+                              nn.BatchNorm1d(4, affine=False), nn.ReLU(), nn.Linear(4, 3)]),
+    bn_behind=((1, 6, 6), lambda: [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 2), nn.ReLU(),
+                                   nn.Flatten(), nn.Linear(18, 3)]),
+    bn_first=((2, 5, 5), lambda: [nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
+                                  nn.Linear(27, 3)]),
+    conv=((2, 7, 6), lambda: [nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), groups=2), nn.ReLU(),
+                              nn.Conv2d(4, 3, 2, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)]),
+    max_pool=((1, 7, 7), lambda: [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
+                                  nn.Conv2d(2, 2, 2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, 3)]),
+    pool_relu=((1, 6, 5), lambda: [nn.Conv2d(1, 2, 3), nn.MaxPool2d((2, 1)), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3),
+                                   nn.ReLU(), nn.Linear(3, 3)]),
+    overlap=((1, 6, 6), lambda: [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten(),
+                                 nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 3)]),
+    avg_pool=((1, 7, 7), lambda: [nn.Conv2d(1, 3, 2), nn.ReLU(), nn.AvgPool2d(3, 2, padding=1), nn.Flatten(),
+                                  nn.Linear(27, 4), nn.ReLU(), nn.Linear(4, 3)]),
+    adaptive=((2, 7, 6), lambda: [nn.Conv2d(2, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d((4, 2)), nn.Flatten(),
+                                  nn.Linear(24, 3), nn.ReLU(), nn.Linear(3, 3)]))
 
 @seeded
 def net_of(name): return normed(nn.Sequential(*NETS[name][1]()))
 
-def images(seed, shape, n=3): return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def images(seed, shape, n=3):
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 def case(name, seed=0, n=3, **kw):
     "(net, images, problem)"
@@ -87,8 +100,10 @@ def test_any_convolution(data):
     groups = data.draw(st.integers(1, 2)); k, dil, hw = d(1, 3), d(1, 2), d(5, 8)
     with torch.random.fork_rng():
         torch.manual_seed(data.draw(st.integers(0, 99)))
-        conv = nn.Conv2d(2, 2*groups, k, stride=d(1, 3), padding=d(0, 2), dilation=dil, groups=groups, bias=data.draw(st.booleans()))
-        pool = data.draw(st.sampled_from([nn.Identity(), nn.MaxPool2d(2, 1), nn.AvgPool2d((1, 2), 1), nn.AdaptiveAvgPool2d((2, 3)), nn.MaxPool2d(3, 2, padding=1)]))
+        conv = nn.Conv2d(2, 2*groups, k, stride=d(1, 3), padding=d(0, 2), dilation=dil, groups=groups,
+                         bias=data.draw(st.booleans()))
+        pool = data.draw(st.sampled_from([nn.Identity(), nn.MaxPool2d(2, 1), nn.AvgPool2d((1, 2), 1),
+                                          nn.AdaptiveAvgPool2d((2, 3)), nn.MaxPool2d(3, 2, padding=1)]))
         body = nn.Sequential(conv, nn.ReLU(), pool, nn.Flatten()); x = torch.rand(2, 2, *hw)
         try: width = body(x).shape[1]
         except RuntimeError: return # the map is smaller than the window
@@ -99,7 +114,8 @@ def test_any_convolution(data):
 def test_float32_and_training_mode_are_handled():
     net = net_of(0, 'bn_folded').float().train(); x = images(0, (5,)).float(); before = copy.deepcopy(net.state_dict())
     q = reduce(problem(net, x, torch.arange(3)))
-    assert net.training and all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and next(net.parameters()).dtype == torch.float32
+    assert net.training and all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+    assert next(net.parameters()).dtype == torch.float32
     assert np.abs(logits(q, np.ones(q.n_s)) - net.eval()(x).detach().numpy()).max() < 1e-5
 
 # ---- (2) other scores, sound bounds: the network with shifted pre-activations
@@ -129,9 +145,11 @@ def test_fixed_scores_shift_the_network(name):
 
 @pytest.mark.parametrize('name', ['fc', 'max_pool', 'pool_relu', 'linear_linear'])
 def test_fixed_scores_in_the_plain_model(name):
-    _, _, p = case(name, 1, n=2, bounds='sound', loss='margin'); s = np.random.default_rng(0).random(sum(n for n,_ in p.layers.values()))
+    _, _, p = case(name, 1, n=2, bounds='sound', loss='margin')
+    s = np.random.default_rng(0).random(sum(n for n,_ in p.layers.values()))
     prob, scores, z = model(p); parts = np.split(s, np.cumsum([n for n,_ in p.layers.values()])[:-1])
-    cp.Problem(cp.Minimize(0), prob.constraints + [scores[k] == v for k,v in zip(p.layers, parts)]).solve(solver='HIGHS')
+    fixed = [scores[k] == v for k,v in zip(p.layers, parts)]
+    cp.Problem(cp.Minimize(0), prob.constraints + fixed).solve(solver='HIGHS')
     assert np.abs(z.value - shifted(p, s)).max() < 1e-6
 
 def masked(net, p, s):
@@ -146,10 +164,12 @@ def masked(net, p, s):
                 if o is not None: o.data[off] = 0
     return net
 
-@pytest.mark.parametrize('name', ['fc', 'no_bias', 'bn_folded', 'bn_behind', 'conv', 'max_pool', 'avg_pool', 'adaptive'])
+@pytest.mark.parametrize('name',
+                         ['fc', 'no_bias', 'bn_folded', 'bn_behind', 'conv', 'max_pool', 'avg_pool', 'adaptive'])
 def test_dials_at_zero_are_a_mask(name):
     for seed in range(3):
-        net, x, p = case(name, seed, bounds='sound'); q = reduce(p); s = np.random.default_rng(seed).integers(0, 2, q.n_s).astype(float)
+        net, x, p = case(name, seed, bounds='sound'); q = reduce(p)
+        s = np.random.default_rng(seed).integers(0, 2, q.n_s).astype(float)
         assert np.abs(logits(q, s) - masked(net, p, s)(x).detach().numpy()).max() < 1e-6
 
 def test_a_first_layer_without_relu_can_be_switched_off():
@@ -162,8 +182,9 @@ def test_a_first_layer_without_relu_can_be_switched_off():
 # ---- (3) brute force over the gates, written without chain, interval, reduce
 
 def brute(net, x, y, eps, lam, kind):
-    "(least objective over all gate patterns, number of open gates) by linear programs on the full formulation; cross-entropy by tangents."
-    W = [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in net if isinstance(m, nn.Linear)]; x = x.numpy(); n, K = len(x), len(W[-1][0])
+    "(least objective over all patterns, number of open gates) by linear programs in full; cross-entropy by tangents."
+    W = [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in net if isinstance(m, nn.Linear)]; x = x.numpy()
+    n, K = len(x), len(W[-1][0])
     N = [len(b) for _,b in W[:-1]]; S = sum(N); P = S + n*S + 1 + len(N) + n # s, h, tau, w, t
     first = np.cumsum([0]+N); col = lambda i, k: S + i*S + first[k] + np.arange(N[k]); tau = S + n*S
     rows, rhs, gates = [], [], []
@@ -177,12 +198,14 @@ def brute(net, x, y, eps, lam, kind):
             l, u = w@c+b - np.abs(w)@r, w@c+b + np.abs(w)@r; U = np.maximum(u, 0)
             for j in range(N[k]):
                 h, s = col(i, k)[j], first[k]+j
-                a = [(o, w[j,m]) for m,o in enumerate(col(i, k-1))] if k else []; b0 = b[j] + (0 if k else w[j]@x[i]) # a = sum + b0
+                # a = sum + b0
+                a = [(o, w[j,m]) for m,o in enumerate(col(i, k-1))] if k else []; b0 = b[j] + (0 if k else w[j]@x[i])
                 le([*a, (h, -1), (s, U[j])], U[j]-b0)                         # h >= a - (1-s)U
                 le([(h, 1)], U[j])                                            # h <= vU, v <= 1
                 up = np.zeros(P)
                 for o,v in [(h, 1), (s, -U[j]), *[(o, -v) for o,v in a]]: up[o] += v
-                gates.append((h, U[j], up, b0-U[j], l[j], [v for v in (0, 1) if (v or l[j] <= 0 or u[j] <= 0) and (not v or u[j] > 0)]))
+                gates.append((h, U[j], up, b0-U[j], l[j],
+                              [v for v in (0, 1) if (v or l[j] <= 0 or u[j] <= 0) and (not v or u[j] > 0)]))
             lo, hi = np.maximum(l, 0), U; c, r = (lo+hi)/2, (hi-lo)/2
     w, b = W[-1]; cost = np.zeros(P); const = 0.
     if len(N) == 1: cost[:S] = 1/N[0]; const = -2.
@@ -203,12 +226,15 @@ def brute(net, x, y, eps, lam, kind):
             r = np.zeros(P); r[h] = 1; A.append(r); B.append(v*U)             # h <= vU
             A.append(up); B.append(d - (1-v)*l)                               # h <= a - (1-v)l - (1-s)U
         while True:
-            o = linprog(cost, np.array(A+cuts[0]), np.array(B+cuts[1]), bounds=lim, method='highs', options=dict(primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9))
+            o = linprog(cost, np.array(A+cuts[0]), np.array(B+cuts[1]), bounds=lim, method='highs',
+                        options=dict(primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9))
             if o.status == 2 or o.fun + const > best + 1e-9: break
-            z = Z@o.x + b; m = z.max(1, keepdims=True); e = np.exp(z-m); lse = np.log(e.sum(1)) + m[:,0]; f = lse - z[np.arange(n), y]
+            z = Z@o.x + b; m = z.max(1, keepdims=True); e = np.exp(z-m); lse = np.log(e.sum(1)) + m[:,0]
+            f = lse - z[np.arange(n), y]
             if kind == 'margin' or (f - o.x[t]).max() < 2e-7: best = min(best, o.fun+const); break
             for i in range(n): # t >= f + grad (x - x0)
-                g = (e[i]/e[i].sum())@Z[i] - Z[i,y[i]]; r = g.copy(); r[t[i]] -= 1; cuts[0].append(r); cuts[1].append(g@o.x - f[i])
+                g = (e[i]/e[i].sum())@Z[i] - Z[i,y[i]]; r = g.copy(); r[t[i]] -= 1; cuts[0].append(r)
+                cuts[1].append(g@o.x - f[i])
     return best, sum(len(g[5]) == 2 for g in gates)
 
 @pytest.mark.parametrize('kind', ['margin', 'ce'])
@@ -268,7 +294,8 @@ def test_pixels_as_variables_change_nothing():
 # ---- (5) to (8) values every solution obeys
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 10**6), eps=st.sampled_from(EPS), kind=st.sampled_from(['ce', 'margin']), lam=st.floats(.1, 30))
+@given(seed=st.integers(0, 10**6), eps=st.sampled_from(EPS), kind=st.sampled_from(['ce', 'margin']),
+       lam=st.floats(.1, 30))
 def test_solution(seed, eps, kind, lam):
     net, x, p = toy(seed, loss=kind, eps=eps, lam=lam); q = reduce(p); r = solve(q); full = complete(q, r.s)
     assert r.status == 'optimal' and ((0 <= r.s) & (r.s <= 1)).all()
@@ -297,7 +324,8 @@ def test_more_images_leave_less_room():
     "With the loss at (nearly) no weight the optimum is the feasible set's: images only shrink it."
     for seed in range(4):
         net, x = fc(seed, 4, 6, 5, 3), images(seed, (4,), 6)
-        f = [solve(reduce(problem(net, x[:n], torch.arange(n) % 3, lam=1e-9, eps=.02, allow_imbalance=True))).objective for n in range(1, 7)]
+        f = [solve(reduce(problem(net, x[:n], torch.arange(n) % 3, lam=1e-9, eps=.02, allow_imbalance=True))).objective
+             for n in range(1, 7)]
         assert (np.diff(f) >= -3e-6).all()
 
 @pytest.mark.parametrize('kind', ['margin', 'ce'])
@@ -322,7 +350,8 @@ def test_mixed_integer_solvers_agree(solver):
 @pytest.mark.parametrize('kind', ['margin', 'ce'])
 def test_permutations_and_duplicates(kind):
     for seed in range(4):
-        net, x, p = toy(seed, loss=kind, eps=.02); q = reduce(p); r = solve(q); order = np.random.default_rng(seed).permutation(6)
+        net, x, p = toy(seed, loss=kind, eps=.02); q = reduce(p); r = solve(q)
+        order = np.random.default_rng(seed).permutation(6)
         other = copy.deepcopy(net)
         for o in (other[0].weight, other[0].bias): o.data = o.data[order]
         other[2].weight.data = other[2].weight.data[:,order]
@@ -331,7 +360,8 @@ def test_permutations_and_duplicates(kind):
         moved = r.s.copy(); moved[:6] = moved[:6][order]
         close(objective(qp, complete(qp, moved)), r.objective, 1e-9); assert violation(qp, complete(qp, moved)) <= 1e-6
         same = lambda i: problem(net, x[i], torch.arange(3)[i], loss=kind, eps=.02)
-        close(r.objective, solve(reduce(same([2, 0, 1]))).objective); close(r.objective, solve(reduce(same([0, 1, 2, 0, 1, 2]))).objective)
+        close(r.objective, solve(reduce(same([2, 0, 1]))).objective)
+        close(r.objective, solve(reduce(same([0, 1, 2, 0, 1, 2]))).objective)
 
 @pytest.mark.parametrize('kind', ['margin', 'ce'])
 @pytest.mark.parametrize('backend', ['fast', 'cvxpy'])
@@ -341,13 +371,15 @@ def test_planted_units(kind, backend):
         net = fc(seed, 4, 6, 5, 3); net[2].weight.data[:,0] = 0; net[0].bias.data[1] = -100; net[2].bias.data[2] = -100
         p = problem(net, images(seed, (4,)), torch.arange(3), loss=kind)
         s = solve(reduce(p)).s if backend == 'fast' else solve_cvxpy(p, relaxed=True).s
-        free = np.argmin([s[:6].mean(), s[6:].mean()]) if backend == 'cvxpy' else None # only the fast back-end breaks ties
+        # only the fast back-end breaks ties
+        free = np.argmin([s[:6].mean(), s[6:].mean()]) if backend == 'cvxpy' else None
         for layer,j in ((0, 0), (0, 1), (1, 6+2)): assert s[j] < 1e-3 or layer == free
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 4))
 def test_sum_of_all_but_the_smallest(seed, n):
-    rng = np.random.default_rng(seed); sizes = {str(k):(int(a), int(a*b)) for k,(a,b) in enumerate(zip(rng.integers(1, 5, n), rng.choice([1, 9, 25], n)))}
+    rng = np.random.default_rng(seed)
+    sizes = {str(k):(int(a), int(a*b)) for k,(a,b) in enumerate(zip(rng.integers(1, 5, n), rng.choice([1, 9, 25], n)))}
     s = {k:rng.random(a) for k,(a,_) in sizes.items()}; q = sorted((s[k].sum()-2*a)/d for k,(a,d) in sizes.items())
     expr, rows = sparsity({k:cp.Constant(v) for k,v in s.items()}, sizes)
     assert np.isclose(cp.Problem(cp.Minimize(expr), rows).solve(solver='HIGHS'), sum(q[1:]) if n > 1 else q[0])
@@ -356,7 +388,8 @@ def test_sparsity_term_is_a_sort():
     _, _, p = case('max_pool'); q = reduce(p); s = np.random.default_rng(0).random(q.n_s)
     k = sorted([(s[:2].sum()-4)/18, (s[2:].sum()-4)/8]); assert np.isclose(terms(q, complete(q, s))[0], k[1])
     _, _, p = toy(0, (4, 3, 4, 5, 3)); q = reduce(p); r = solve(q)
-    k = sorted((v.sum()-2*len(v))/len(v) for v in np.split(r.s, [3, 7])); assert np.isclose(terms(q, r.s)[0], sum(k[1:]))
+    k = sorted((v.sum()-2*len(v))/len(v) for v in np.split(r.s, [3, 7]))
+    assert np.isclose(terms(q, r.s)[0], sum(k[1:]))
 
 @pytest.mark.parametrize('name', NETS)
 def test_bounds_hold(name):
@@ -408,15 +441,18 @@ def test_score_and_cut(net, digits):
     before = copy.deepcopy(net.state_dict()); s = score(net, digits)
     assert {k:len(v) for k,v in s.items()} == dict(fc1=24, fc2=16) and 'fc3' in s.skipped
     assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
-    assert all(v.dtype == torch.float32 and v.min() >= 0 and v.max() <= 1 for v in s.values()) and s.meta['status'] == 'optimal'
+    assert all(v.dtype == torch.float32 and v.min() >= 0 and v.max() <= 1 for v in s.values())
+    assert s.meta['status'] == 'optimal'
     assert all(torch.equal(a, b) for a,b in zip(score(net, digits).values(), s.values()))
     m = cut(s, threshold=.1); assert all(torch.equal(m[k], v >= .1) for k,v in s.items())
     for f in (.25, .5): assert abs(cut(s, f).sparsity - f) < .02
     mean = cut(s, threshold='mean'); assert all(torch.equal(mean[k], v >= v.mean()) for k,v in s.items())
 
 def test_dead_on_batch_is_masked(net, digits):
-    xb, yb = choose(net, digits); s = score(net, batch=(xb, yb)); h = nn.Sequential(*list(net)[:3])(xb), nn.Sequential(*list(net)[:5])(xb)
-    for k,a in zip(s, h): assert (s[k][a.amax(0) == 0] < .01).all() and s.meta['n_dead_on_batch'][k] == int((a.amax(0) == 0).sum())
+    xb, yb = choose(net, digits); s = score(net, batch=(xb, yb))
+    h = nn.Sequential(*list(net)[:3])(xb), nn.Sequential(*list(net)[:5])(xb)
+    for k,a in zip(s, h):
+        assert (s[k][a.amax(0) == 0] < .01).all() and s.meta['n_dead_on_batch'][k] == int((a.amax(0) == 0).sum())
 
 @pytest.mark.parametrize('variant', ['sequential', 'backward'])
 def test_variants(net, digits, variant):
@@ -439,23 +475,33 @@ def test_mask_callback_with_momentum_and_decay(net, digits):
 
 TWO = lambda *o: nn.Sequential(nn.Linear(4, 3), *o, nn.Linear(3, 2))
 
-@pytest.mark.parametrize('bad, name, what', [(TWO(nn.GELU()), "'1'", 'GELU'), (TWO(nn.Sigmoid()), "'1'", 'Sigmoid'), (TWO(nn.LayerNorm(3)), "'1'", 'LayerNorm')])
+@pytest.mark.parametrize('bad, name, what', [(TWO(nn.GELU()), "'1'", 'GELU'), (TWO(nn.Sigmoid()), "'1'", 'Sigmoid'),
+                                             (TWO(nn.LayerNorm(3)), "'1'", 'LayerNorm')])
 def test_unsupported_layers_are_named_with_the_list(bad, name, what):
     with pytest.raises(UnsupportedLayerError) as e: problem(bad, torch.rand(2, 4), torch.tensor([0, 1]))
-    assert name in str(e.value) and what in str(e.value) and all(o in str(e.value) for o in ('Linear', 'Conv2d', 'MaxPool2d', 'BatchNorm2d'))
+    assert name in str(e.value) and what in str(e.value)
+    assert all(o in str(e.value) for o in ('Linear', 'Conv2d', 'MaxPool2d', 'BatchNorm2d'))
 
 def test_branches_and_unflattened_maps():
-    with pytest.raises(UnsupportedLayerError, match='branches and sums'): problem(build('resnet18', 1, 10, 32), torch.rand(2, 1, 32, 32), torch.tensor([0, 1]))
+    with pytest.raises(UnsupportedLayerError, match='branches and sums'):
+        problem(build('resnet18', 1, 10, 32), torch.rand(2, 1, 32, 32), torch.tensor([0, 1]))
     flat = lambda *end: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(4, 3), *end)
-    with pytest.raises(UnsupportedLayerError, match="'2'.*Flatten"): problem(flat(nn.Flatten(), nn.Linear(24, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
-    with pytest.raises(TypeError, match=r'model: outputs \(2, 2, 4, 3\)'): problem(flat(), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
-    with pytest.raises(UnsupportedLayerError, match='reflect'): problem(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode='reflect'), nn.Flatten(), nn.Linear(72, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
-    with pytest.raises(UnsupportedLayerError, match='ceil_mode'): problem(nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Flatten(), nn.Linear(8, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
+    with pytest.raises(UnsupportedLayerError, match="'2'.*Flatten"):
+        problem(flat(nn.Flatten(), nn.Linear(24, 2)), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r'model: outputs \(2, 2, 4, 3\)'):
+        problem(flat(), torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
+    with pytest.raises(UnsupportedLayerError, match='reflect'):
+        problem(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode='reflect'), nn.Flatten(), nn.Linear(72, 2)),
+                torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
+    with pytest.raises(UnsupportedLayerError, match='ceil_mode'):
+        problem(nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Flatten(), nn.Linear(8, 2)),
+                torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
 
 def test_wrong_solver_and_missing_solver():
     p = toy(0)[2]
     for solver in ('GLPK_MI', 'HIGHS', 'CLARABEL', None):
-        with pytest.raises(SolverNotSuitableError, match="backend='fast'.*relaxed=True with CLARABEL.*loss='margin'"): solve_cvxpy(p, solver)
+        with pytest.raises(SolverNotSuitableError, match="backend='fast'.*relaxed=True with CLARABEL.*loss='margin'"):
+            solve_cvxpy(p, solver)
     with pytest.raises(SolverNotSuitableError): solve_cvxpy(p, 'HIGHS', relaxed=True)
     with pytest.raises(ValueError, match='LINGO'): solve_cvxpy(p, 'LINGO')
     gone = [k for k,v in solvers().iterrows() if not v.installed and v['margin, binary']]
@@ -463,20 +509,25 @@ def test_wrong_solver_and_missing_solver():
         with pytest.raises(ImportError, match='pip install'): solve_cvxpy(replace(p, loss='margin'), gone[0])
 
 def test_wrong_solver_through_score(net, digits):
-    with pytest.raises(SolverNotSuitableError, match='relaxed=True'): score(net, digits, backend='cvxpy', solver='GLPK_MI')
+    with pytest.raises(SolverNotSuitableError, match='relaxed=True'):
+        score(net, digits, backend='cvxpy', solver='GLPK_MI')
     with pytest.raises(ValueError, match="backend='cvxpy'"): score(net, digits, solver='HIGHS')
     with pytest.raises(ValueError, match='all zero'): score(net, digits, bounds='sound', relaxed=True)
 
 def test_solver_classes():
     t = solvers()
-    assert t.loc['GLPK_MI', 'margin, binary'] and not t.loc['GLPK_MI', 'ce, binary'] and not t.loc['GLPK', 'margin, binary']
-    assert t.loc['CLARABEL', 'ce, relaxed'] and not t.loc['CLARABEL', 'margin, binary'] and t.loc['ECOS_BB', 'ce, binary'] and not t.loc['SCIP', 'ce, binary']
-    assert {'GLPK_MI', 'GLPK', 'HIGHS', 'CLARABEL', 'ECOS', 'SCS', 'SCIP', 'ECOS_BB', 'CBC', 'MOSEK', 'GUROBI'} <= set(t.index)
+    assert t.loc['GLPK_MI', 'margin, binary'] and not t.loc['GLPK_MI', 'ce, binary']
+    assert not t.loc['GLPK', 'margin, binary']
+    assert t.loc['CLARABEL', 'ce, relaxed'] and not t.loc['CLARABEL', 'margin, binary']
+    assert t.loc['ECOS_BB', 'ce, binary'] and not t.loc['SCIP', 'ce, binary']
+    assert {'GLPK_MI', 'GLPK', 'HIGHS', 'CLARABEL', 'ECOS', 'SCS', 'SCIP', 'ECOS_BB', 'CBC', 'MOSEK',
+            'GUROBI'} <= set(t.index)
 
 def test_training_mode_and_dropout(digits):
     m = mlp((8, 6), size=8, dropout=.5).train(); xb, yb = choose(m, digits)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore'); a = score(m, batch=(xb, yb)); assert m.training; b = score(m.eval(), batch=(xb, yb))
+        warnings.simplefilter('ignore'); a = score(m, batch=(xb, yb)); assert m.training
+        b = score(m.eval(), batch=(xb, yb))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
@@ -501,9 +552,11 @@ def test_poor_model_warns(digits):
     with torch.random.fork_rng(): torch.manual_seed(0); m = mlp((8, 6), size=8)
     with pytest.warns(UserWarning, match='of the 10 chosen images'): score(m, digits)
 
-@pytest.mark.parametrize('kw, word', [(dict(lam=0), 'lam=0'), (dict(lam=-1.), 'lam=-1'), (dict(eps=0), 'eps=0'), (dict(eps=math.nan), 'eps=nan'), (dict(loss='mse'), 'loss'),
-    (dict(bounds='tight'), 'bounds'), (dict(variant='all'), 'variant'), (dict(backend='gurobi'), 'backend'), (dict(select='best'), 'select'), (dict(layers=['fc3']), 'logits'),
-    (dict(layers=['fc9']), 'fc9'), (dict(start='fc9'), 'start'), (dict(start='fc2', layers=['fc1']), 'come before'), (dict(engine='magic'), 'engine'), (dict(threads=0), 'threads'),
+@pytest.mark.parametrize('kw, word', [(dict(lam=0), 'lam=0'), (dict(lam=-1.), 'lam=-1'), (dict(eps=0), 'eps=0'),
+    (dict(eps=math.nan), 'eps=nan'), (dict(loss='mse'), 'loss'), (dict(bounds='tight'), 'bounds'),
+    (dict(variant='all'), 'variant'), (dict(backend='gurobi'), 'backend'), (dict(select='best'), 'select'),
+    (dict(layers=['fc3']), 'logits'), (dict(layers=['fc9']), 'fc9'), (dict(start='fc9'), 'start'),
+    (dict(start='fc2', layers=['fc1']), 'come before'), (dict(engine='magic'), 'engine'), (dict(threads=0), 'threads'),
     (dict(time_limit=-1), 'time_limit'), (dict(gap=-1), 'gap')])
 def test_options_out_of_range(net, digits, kw, word):
     with pytest.raises(ValueError, match=word): score(net, digits, **kw)
@@ -513,7 +566,8 @@ def test_threshold_out_of_range(net, digits, t):
     with pytest.raises(ValueError, match='threshold'): cut(score(net, digits), threshold=t)
 
 def test_no_layer_is_emptied(net, digits):
-    g = trace(net, next(iter(digits.valid))[0][:2]); s = Scores(dict(fc1=torch.linspace(0, .05, 24), fc2=torch.linspace(0, 1, 16)), 'channel', graph=g)
+    g = trace(net, next(iter(digits.valid))[0][:2])
+    s = Scores(dict(fc1=torch.linspace(0, .05, 24), fc2=torch.linspace(0, 1, 16)), 'channel', graph=g)
     with pytest.warns(UserWarning, match='fc1.*below 0.1'): m = cut(s, threshold=.1)
     assert m['fc1'].tolist() == [False]*23 + [True]
 
@@ -537,7 +591,8 @@ def test_time_limit():
 def test_time_limit_without_scores(net, digits):
     p = problem(net, *choose(net, digits), loss='margin')
     for solver,relaxed in (('HIGHS', False), ('GLPK_MI', False), ('GLPK', True), ('CLARABEL', True), ('SCS', True)):
-        with pytest.raises(NoIncumbentError, match=f'{solver} found no feasible scores'): solve_cvxpy(p, solver, relaxed=relaxed, time_limit=.005)
+        with pytest.raises(NoIncumbentError, match=f'{solver} found no feasible scores'):
+            solve_cvxpy(p, solver, relaxed=relaxed, time_limit=.005)
     for solver in ('ECOS', 'ECOS_BB'):
         with pytest.raises((ValueError, ImportError), match=solver): solve_cvxpy(p, solver, relaxed=True, time_limit=1)
 
@@ -546,11 +601,13 @@ def test_interrupt():
     timer = threading.Timer(1., signal.raise_signal, [signal.SIGINT]); timer.start()
     try: r = solve(q, time_limit=15)
     finally: timer.cancel()
-    assert r.status == 'interrupted' and time.perf_counter()-begin < 8 and r.bound <= r.objective and violation(q, complete(q, r.s)) < 1e-6
+    assert r.status == 'interrupted' and time.perf_counter()-begin < 8 and r.bound <= r.objective
+    assert violation(q, complete(q, r.s)) < 1e-6
 
 def test_a_wrong_program_is_named():
     "Bounds that exclude the network: an error with a row, never an empty answer."
-    q = reduce(toy(0, eps=.02)[2]); bad = replace(q, lx=q.lx.copy(), ux=q.ux.copy()); bad.ux[:] = 0; bad = replace(bad, G=np.r_[bad.G, np.ones((1, len(bad.lx)))], lo=np.r_[bad.lo, 1.], hi=np.r_[bad.hi, 2.])
+    q = reduce(toy(0, eps=.02)[2]); bad = replace(q, lx=q.lx.copy(), ux=q.ux.copy()); bad.ux[:] = 0
+    bad = replace(bad, G=np.r_[bad.G, np.ones((1, len(bad.lx)))], lo=np.r_[bad.lo, 1.], hi=np.r_[bad.hi, 2.])
     with pytest.raises(NoIncumbentError, match='row'): solve(bad)
 
 def test_masks_of_another_architecture(net, digits):
@@ -564,54 +621,65 @@ def test_masks_of_another_architecture(net, digits):
 
 @pytest.mark.parametrize('theirs', [None, 1, 2, 3])
 def test_scores_beside_another_user_of_highs(net, digits, theirs):
-    "Whatever HiGHS did before in this process, the simplex gives the scores of the interior point, and no other solve is disturbed."
+    "Whatever HiGHS did before, the simplex has the interior point's scores, and no other solve is disturbed."
     def other():
         h = highspy.Highs(); h.setOptionValue('output_flag', False)
         if theirs is not None: h.setOptionValue('threads', theirs)
         h.addVars(1, [1.], [2.]); h.changeColsCost(1, [0], [1.]); assert h.run() == highspy.HighsStatus.kOk
         assert h.getInfo().objective_function_value == 1
-    want, kw = score(net, digits, n_per_class=1), dict(n_per_class=1, loss='margin'); linear = score(net, digits, **kw); other()
-    for got, best in ((score(net, digits, n_per_class=1, engine='simplex'), want), (score(net, digits, engine='simplex', **kw), linear),
-                      (score(net, digits, backend='cvxpy', **kw), linear), (score(net, digits, backend='cvxpy', threads=2, **kw), linear)):
+    want, kw = score(net, digits, n_per_class=1), dict(n_per_class=1, loss='margin'); linear = score(net, digits, **kw)
+    other()
+    for got, best in ((score(net, digits, n_per_class=1, engine='simplex'), want),
+                      (score(net, digits, engine='simplex', **kw), linear),
+                      (score(net, digits, backend='cvxpy', **kw), linear),
+                      (score(net, digits, backend='cvxpy', threads=2, **kw), linear)):
         other(); assert got.meta['status'] == 'optimal'; close(got.meta['objective'], best.meta['objective'], 1e-5)
     highspy.Highs.resetGlobalScheduler(True)
 
 def test_mean_threshold_keeps_a_plateau():
     for v in (.1, .2, .9):
-        s = Scores({'fc1': torch.full((50,), v) + 1e-9*torch.randn(50, generator=torch.Generator().manual_seed(0)), 'fc2': torch.tensor([0., 1, 1, 1])}, 'channel')
+        s = Scores({'fc1': torch.full((50,), v) + 1e-9*torch.randn(50, generator=torch.Generator().manual_seed(0)),
+                    'fc2': torch.tensor([0., 1, 1, 1])}, 'channel')
         m = cut(s, threshold='mean'); assert m['fc1'].all() and m['fc2'].tolist() == [False, True, True, True]
 
 def test_dead_units_do_not_depend_on_the_bounds():
     "Unit 0 of the second layer reads 1 - 2 < 0; sound bounds let its second input be turned down."
     net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2))
     net[0].weight.data, net[2].weight.data = torch.eye(2), torch.tensor([[1., -1], [1, 1]])
-    ps = [problem(net, torch.tensor([[1., 2]]), torch.tensor([0]), bounds=b, allow_imbalance=True) for b in ('dense', 'sound')]
+    ps = [problem(net, torch.tensor([[1., 2]]), torch.tensor([0]), bounds=b, allow_imbalance=True)
+          for b in ('dense', 'sound')]
     assert ps[1].bounds[3][1][0,0] > 0
     for p in ps: assert {k:v.tolist() for k,v in dead_on_batch(p).items()} == {'0': [False, False], '2': [True, False]}
 
 @pytest.fixture(scope='module')
-def deep(digits): torch.manual_seed(0); return fit(learner(mlp((24, 16, 16), size=8), digits, opt='adam', lr=1e-2), 5).model
+def deep(digits):
+    torch.manual_seed(0); return fit(learner(mlp((24, 16, 16), size=8), digits, opt='adam', lr=1e-2), 5).model
 @pytest.fixture(scope='module')
 def convs(digits):
-    torch.manual_seed(0); net = fit(learner(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10)), digits, opt='adam', lr=1e-2), 2).model
+    torch.manual_seed(0)
+    net = fit(learner(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(),
+                                    nn.Linear(96, 10)), digits, opt='adam', lr=1e-2), 2).model
     return net, fit_heads(net, digits, 1)
 
 def in_variant(variant, deep, convs):
     "Network, arguments of `score` and the number of programs."
-    return (convs[0], dict(variant=variant, heads=convs[1]), 2) if variant == 'greedy' else (deep, dict(variant=variant), dict(joint=1, sequential=10, backward=2)[variant])
+    if variant == 'greedy': return convs[0], dict(variant=variant, heads=convs[1]), 2
+    return deep, dict(variant=variant), dict(joint=1, sequential=10, backward=2)[variant]
 
 @pytest.mark.parametrize('k', [0, 1])
 @pytest.mark.parametrize('variant', ['joint', 'sequential', 'backward', 'greedy'])
 def test_interrupt_ends_a_run_of_programs(deep, convs, digits, variant, k, monkeypatch):
-    "With scores in work they come back, with a warning, and no program is begun after them; without any, the interrupt is the caller's."
+    "Scores found come back with a warning, no program is begun after them; without any, the interrupt is the caller's."
     net, args, n = in_variant(variant, deep, convs); calls, own = [], mip.solve
     if k >= n: pytest.skip('one program')
-    def interrupted(*a, **kw): r = own(*a, **kw); r.status = 'interrupted' if len(calls) == k else r.status; calls.append(1); return r
+    def interrupted(*a, **kw):
+        r = own(*a, **kw); r.status = 'interrupted' if len(calls) == k else r.status; calls.append(1); return r
     monkeypatch.setattr(mip, 'solve', interrupted)
     with pytest.warns(UserWarning, match='mip: the search was interrupted') as said: s = score(net, digits, **args)
     assert len(calls) == k+1 == s.meta['programs'] and s.meta['status'] == 'interrupted' and s.meta['gap'] >= 0
     missing = set(layers(net)) - set(s) - set(s.graph.fixed)
-    assert (missing != set()) == (variant in ('backward', 'greedy') and k+1 < n) and all('interrupted' in s.skipped[o] for o in missing)
+    assert (missing != set()) == (variant in ('backward', 'greedy') and k+1 < n)
+    assert all('interrupted' in s.skipped[o] for o in missing)
     assert all(o in str(said[-1].message) for o in missing) and not all((v == 1).all() for v in s.values())
     def at_once(*a, **kw): calls.append(1); raise KeyboardInterrupt
     calls.clear(); monkeypatch.setattr(mip, 'solve', own); monkeypatch.setattr(ms, 'active_set', at_once)
@@ -624,27 +692,35 @@ def test_interrupt_ends_a_run_of_programs(deep, convs, digits, variant, k, monke
 def test_no_time_no_scores(deep, convs, digits, variant, engine, relaxed):
     "A time limit that is over before the first relaxation: an error, never scores of 1."
     net, args, _ = in_variant(variant, deep, convs)
-    with pytest.raises(NoIncumbentError, match='no feasible scores'): score(net, digits, time_limit=1e-6, engine=engine, relaxed=relaxed, **args)
-    with pytest.raises(NoIncumbentError, match='no feasible scores'): score(net, digits, time_limit=1e-6, backend='cvxpy', loss='margin', relaxed=relaxed, **args)
+    with pytest.raises(NoIncumbentError, match='no feasible scores'):
+        score(net, digits, time_limit=1e-6, engine=engine, relaxed=relaxed, **args)
+    with pytest.raises(NoIncumbentError, match='no feasible scores'):
+        score(net, digits, time_limit=1e-6, backend='cvxpy', loss='margin', relaxed=relaxed, **args)
 
 @pytest.mark.parametrize('variant', ['joint', 'sequential', 'backward', 'greedy'])
 def test_an_unfinished_search_says_so(deep, convs, digits, variant, monkeypatch):
     "Late or inexact: all layers have scores, the worst status and the gap are kept, and a warning names both."
     net, args, n = in_variant(variant, deep, convs); own = mip.solve
-    for ends,worst,word in ((['time_limit'], 'time_limit', 'stopped by time_limit'), (['time_limit', 'inexact'], 'inexact', 'numerical trouble')):
+    for ends,worst,word in ((['time_limit'], 'time_limit', 'stopped by time_limit'),
+                            (['time_limit', 'inexact'], 'inexact', 'numerical trouble')):
         left = list(ends[-n:])
-        def ended(*a, **kw): r = own(*a, **kw); r.status, r.bound = (left.pop(0), r.objective-.25) if left else (r.status, r.bound); return r
+        def ended(*a, **kw):
+            r = own(*a, **kw); r.status, r.bound = (left.pop(0), r.objective-.25) if left else (r.status, r.bound)
+            return r
         monkeypatch.setattr(mip, 'solve', ended)
         with pytest.warns(UserWarning, match=f'{word}.*at most 0.25 above the optimum'): s = score(net, digits, **args)
-        assert s.meta['status'] == worst and abs(s.meta['gap']-.25) < 1e-9 and s.meta['programs'] == n and set(layers(net)) == set(s) | set(s.graph.fixed)
+        assert s.meta['status'] == worst and abs(s.meta['gap']-.25) < 1e-9 and s.meta['programs'] == n
+        assert set(layers(net)) == set(s) | set(s.graph.fixed)
     monkeypatch.setattr(mip, 'solve', own)
-    with warnings.catch_warnings(): warnings.simplefilter('error'); assert score(net, digits, **args).meta['status'] == 'optimal'
+    with warnings.catch_warnings():
+        warnings.simplefilter('error'); assert score(net, digits, **args).meta['status'] == 'optimal'
 
 def test_sound_search_starts_from_the_network_as_it_is(monkeypatch):
     "The gates of s = 1 are tried, and alone give better scores than s = 1."
     tried, polish = [], Search.polish
     monkeypatch.setattr(Search, 'tree', lambda self: None)
-    monkeypatch.setattr(Search, 'polish', lambda self, x, point=None: (tried.append(x), polish(self, x))[1] if point is None else None)
+    again = lambda self, x, point=None: (tried.append(x), polish(self, x))[1] if point is None else None
+    monkeypatch.setattr(Search, 'polish', again)
     q = reduce(hard()); one = complete(q, np.ones(q.n_s)); r = solve(q, time_limit=60)
     assert len(tried) == 1 and np.array_equal(tried[0], one) and r.objective < objective(q, one) - 1e-3
 
@@ -653,9 +729,13 @@ def test_slips_of_type(net, digits):
     with pytest.raises(ValueError, match=r'layers=\[\]: no layer chosen'): score(net, digits, layers=[])
     assert list(score(net, digits, layers='fc1')) == ['fc1']
     with pytest.raises(TypeError, match=r'batch: expected a pair \(xb, yb\), got Tensor'): score(net, batch=xb)
-    with pytest.raises(ValueError, match=r'yb: shape \(10, 10\); expected one integer class label'): score(net, batch=(xb, F.one_hot(yb)))
+    with pytest.raises(ValueError, match=r'yb: shape \(10, 10\); expected one integer class label'):
+        score(net, batch=(xb, F.one_hot(yb)))
     with pytest.raises(TypeError, match='relaxed='): score(net, digits, relaxed='yes')
-    a, b = (score(net, batch=(o, yb)) for o in (xb, xb.double())); assert all(torch.allclose(v, b[k], atol=1e-4) for k,v in a.items())
+    a, b = (score(net, batch=(o, yb)) for o in (xb, xb.double()))
+    assert all(torch.allclose(v, b[k], atol=1e-4) for k,v in a.items())
     twice = nn.Linear(4, 4)
-    with pytest.raises(UnsupportedLayerError, match='runs twice'): chain(nn.Sequential(twice, nn.ReLU(), twice, nn.ReLU(), nn.Linear(4, 2)))
-    with pytest.raises(UnsupportedLayerError, match='return_indices'): chain(nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, return_indices=True), nn.Flatten(), nn.Linear(8, 2)))
+    with pytest.raises(UnsupportedLayerError, match='runs twice'):
+        chain(nn.Sequential(twice, nn.ReLU(), twice, nn.ReLU(), nn.Linear(4, 2)))
+    with pytest.raises(UnsupportedLayerError, match='return_indices'):
+        chain(nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, return_indices=True), nn.Flatten(), nn.Linear(8, 2)))

@@ -1,4 +1,4 @@
-"Greedy scoring: gradients stay in their block, the programs are the blocks, scores belong to the layers of the network."
+"Greedy scoring: gradients stay in their block, the programs are the blocks, scores belong to the network's layers."
 import copy
 from collections import OrderedDict
 import numpy as np, pytest, torch
@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from neuronprune.core import UnsupportedLayerError
 from neuronprune.data import get_dls
-from neuronprune.mip import interval, chain, reduce, run, score
+from neuronprune.mip import score
+from neuronprune.mip_program import interval, chain, reduce, run
 from neuronprune.mip_greedy import (Greedy, auxiliary_head, block_problems, blocks, build_heads, fit_greedy, fit_heads,
                                     greedy_loss, run_block, solve_blocks)
-from neuronprune.mip_solve import complete, solve
+from neuronprune.mip_relax import complete
+from neuronprune.mip_solve import solve
 from neuronprune.models import build
 from neuronprune.pipeline import prune
 
@@ -39,7 +41,8 @@ def case(seed=0, n=4, **kw):
 
 def solved(p): r = solve(reduce(p)); return r, dict(status=r.status, gap=r.gap, n_solved=r.n_solved)
 
-def run_blocks(m, heads, xb, yb, score_aux=True, **kw): return solve_blocks(m, heads, xb, yb, dict(loss='margin', **kw), solved, score_aux)
+def run_blocks(m, heads, xb, yb, score_aux=True, **kw):
+    return solve_blocks(m, heads, xb, yb, dict(loss='margin', **kw), solved, score_aux)
 
 @pytest.fixture(scope='module')
 def dls(): return get_dls('digits', bs=64, valid_pct=.2)
@@ -47,16 +50,20 @@ def dls(): return get_dls('digits', bs=64, valid_pct=.2)
 # Blocks and heads
 
 def test_blocks_cover_the_chain():
-    for m in (net(), net(bn=False, pool=nn.MaxPool2d), build('vgg16_dgl', 3, 10, 32), build('vgg7', 3, 10, 32), build('lenet5')):
+    for m in (net(), net(bn=False, pool=nn.MaxPool2d), build('vgg16_dgl', 3, 10, 32), build('vgg7', 3, 10, 32),
+              build('lenet5')):
         bs = blocks(m)
         assert [p for b in bs for p,_ in b.before+b.body] == [p for p,_ in m.named_children()]
         assert [b.layer for b in bs] == [k for k,o in m.named_modules() if isinstance(o, nn.Conv2d)]
         assert all(isinstance(b.body[0][1], nn.Conv2d) for b in bs)
 
-@pytest.mark.parametrize('tail,n', [((nn.BatchNorm2d(3), nn.Dropout(), nn.ReLU(), nn.Dropout()), 4), ((nn.ReLU(), nn.BatchNorm2d(3)), 2),
-                                    ((nn.Dropout(), nn.AvgPool2d(2)), 1), ((nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.ReLU()), 2)])
+@pytest.mark.parametrize('tail,n', [((nn.BatchNorm2d(3), nn.Dropout(), nn.ReLU(), nn.Dropout()), 4),
+                                    ((nn.ReLU(), nn.BatchNorm2d(3)), 2),
+                                    ((nn.Dropout(), nn.AvgPool2d(2)), 1),
+                                    ((nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.ReLU()), 2)])
 def test_where_a_block_ends(tail, n):
-    m = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), *tail, nn.Conv2d(3, 2, 3, padding=1), nn.Flatten(), nn.LazyLinear(2))
+    m = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), *tail, nn.Conv2d(3, 2, 3, padding=1), nn.Flatten(),
+                      nn.LazyLinear(2))
     m.eval()(torch.rand(1, 1, 8, 8)); a, b = blocks(m)
     assert len(a.body) == n and len(b.before) == len(tail)+1-n
     x = torch.rand(2, 1, 8, 8); assert torch.equal(run_block(b, run_block(a, x)), m(x))
@@ -76,7 +83,8 @@ def test_head_of_the_paper():
     assert h.eval()(torch.rand(2, 6, 9, 5)).shape == (2, 3) and not hasattr(auxiliary_head(6, 9, 3, bn=False), 'bn1')
     m, xb, rng = net(), torch.rand(1, 1, 8, 8), torch.get_rng_state()
     a, b = (build_heads(m, xb, seed=3) for _ in range(2))
-    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters())) and torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
+    assert torch.equal(rng, torch.get_rng_state())
     assert len(a) == 2 and len(build_heads(m, xb, n_out=7)[0].fc2.bias) == 7
 
 # Training
@@ -87,7 +95,8 @@ def test_gradients_stay_in_their_block(bn):
     for i in range(len(bs)):
         g.zero_grad(set_to_none=True); F.cross_entropy(g(xb)[:,i], yb).backward()
         for k,b in enumerate(bs):
-            ps = [p for _,o in b.before+b.body for p in o.parameters()] + (list(heads[k].parameters()) if k < len(heads) else [])
+            ps = [p for _,o in b.before+b.body for p in o.parameters()]
+            if k < len(heads): ps += heads[k].parameters()
             if k == i: assert all(p.grad is not None for p in ps) and any(p.grad.abs().max() > 0 for p in ps)
             else: assert all(p.grad is None or not p.grad.any() for p in ps)
 
@@ -95,8 +104,9 @@ def test_one_sgd_on_the_sum_is_one_sgd_per_loss():
     (m, heads, xb, yb), kw = case(bn=False), dict(lr=.1, momentum=.9, nesterov=True, weight_decay=5e-4)
     a, b = (Greedy(*copy.deepcopy((m, heads))) for _ in range(2))
     one = torch.optim.SGD(a.parameters(), **kw)
-    many = [torch.optim.SGD([p for _,o in k.before+k.body for p in o.parameters()] + (list(b.heads[i].parameters()) if i < len(b.heads) else []), **kw)
-            for i,k in enumerate(b.parts)]
+    heads = [*map(list, (o.parameters() for o in b.heads)), []] # the last block has none
+    many = [torch.optim.SGD([p for _,o in k.before+k.body for p in o.parameters()] + h, **kw)
+            for k,h in zip(b.parts, heads)]
     for _ in range(4):
         one.zero_grad(); greedy_loss(a.eval()(xb), yb).backward(); one.step()
         b.zero_grad(); out = b.eval()(xb)
@@ -114,8 +124,10 @@ def test_fit_greedy_and_prune(dls):
 
 def build_small():
     torch.manual_seed(0)
-    return nn.Sequential(OrderedDict(c1=nn.Conv2d(1, 6, 3, padding=1), b1=nn.BatchNorm2d(6), r1=nn.ReLU(), p1=nn.AvgPool2d(2), c2=nn.Conv2d(6, 8, 3, padding=1),
-                                     b2=nn.BatchNorm2d(8), r2=nn.ReLU(), p2=nn.AvgPool2d(2), flat=nn.Flatten(), f1=nn.Linear(32, 16), r3=nn.ReLU(), f2=nn.Linear(16, 10)))
+    return nn.Sequential(OrderedDict(c1=nn.Conv2d(1, 6, 3, padding=1), b1=nn.BatchNorm2d(6), r1=nn.ReLU(),
+                                     p1=nn.AvgPool2d(2), c2=nn.Conv2d(6, 8, 3, padding=1),
+                                     b2=nn.BatchNorm2d(8), r2=nn.ReLU(), p2=nn.AvgPool2d(2), flat=nn.Flatten(),
+                                     f1=nn.Linear(32, 16), r3=nn.ReLU(), f2=nn.Linear(16, 10)))
 
 def test_fit_heads_leaves_the_network(dls):
     m = shake(build_small()).train(); m.c1.weight.requires_grad_(False)
@@ -148,15 +160,19 @@ def test_bounds_start_from_the_network():
         assert t == 1 and all(torch.allclose(a, b, atol=1e-12, rtol=0) for a,b in zip(p.bounds[0], full[i]))
     for p,_,t in block_problems(m, heads, xb, yb, eps=.1, max_gates=2):
         x = p.x
-        assert t < 1 and sum(int(((l < 0) & (u > 0)).sum()) for o,(l,u) in zip(p.steps, p.bounds) if o.kind == 'relu') <= 2
-        for k,o in enumerate(p.steps): assert (p.bounds[k][0] <= x+1e-12).all() and (x <= p.bounds[k][1]+1e-12).all(); x = run([o], x)
+        assert t < 1
+        assert sum(int(((l < 0) & (u > 0)).sum()) for o,(l,u) in zip(p.steps, p.bounds) if o.kind == 'relu') <= 2
+        for k,o in enumerate(p.steps):
+            assert (p.bounds[k][0] <= x+1e-12).all() and (x <= p.bounds[k][1]+1e-12).all(); x = run([o], x)
 
 @pytest.mark.parametrize('score_aux', [True, False])
 def test_only_the_networks_layers(score_aux):
     m, heads, xb, yb = case(2); units, meta, ps = run_blocks(m, heads, xb, yb, score_aux)
-    assert {k:len(v) for k,v in units.items()} == dict(conv1=5, conv2=6, conv3=7, fc1=9) and list(units) == ['conv1', 'conv2', 'conv3', 'fc1']
+    assert {k:len(v) for k,v in units.items()} == dict(conv1=5, conv2=6, conv3=7, fc1=9)
+    assert list(units) == ['conv1', 'conv2', 'conv3', 'fc1']
     assert all((0 <= v.min()) and (v.max() <= 1) for v in units.values())
-    assert len(ps) == 3 and [o['layer'] for o in meta['parts']] == ['conv1', 'conv2', 'conv3'] and meta['status'] == 'optimal'
+    assert len(ps) == 3 and [o['layer'] for o in meta['parts']] == ['conv1', 'conv2', 'conv3']
+    assert meta['status'] == 'optimal'
 
 def test_chosen_layers():
     m, heads, xb, yb = case(2); units, _, ps = run_blocks(m, heads, xb, yb, layers=['conv2', 'fc1'])
@@ -186,9 +202,12 @@ def test_left_as_found(dls):
     state, hooks = copy.deepcopy((m.state_dict(), heads.state_dict())), [len(o._forward_hooks) for o in m.modules()]
     rng = torch.get_rng_state()
     s = score(m, batch=(xb, yb), variant='greedy', heads=heads, allow_imbalance=True, progress=False)
-    assert m.training and heads.training and all(o.training for o in m.modules()) and torch.equal(rng, torch.get_rng_state())
-    assert all(torch.equal(v, state[0][k]) for k,v in m.state_dict().items()) and all(torch.equal(v, state[1][k]) for k,v in heads.state_dict().items())
-    assert not m.conv1.weight.requires_grad and [len(o._forward_hooks) for o in m.modules()] == hooks and s.meta['programs'] == 3
+    assert m.training and heads.training and all(o.training for o in m.modules())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, state[0][k]) for k,v in m.state_dict().items())
+    assert all(torch.equal(v, state[1][k]) for k,v in heads.state_dict().items())
+    assert not m.conv1.weight.requires_grad and [len(o._forward_hooks) for o in m.modules()] == hooks
+    assert s.meta['programs'] == 3
 
 def test_whole_flow_by_name():
     m, heads, xb, yb = case(8); s = score(m, batch=(xb, yb), variant='greedy', heads=heads, score_aux=False)
@@ -203,8 +222,10 @@ def test_wrong_heads():
     with pytest.raises(ValueError, match='fit_greedy.*fit_heads'): go(None)
     with pytest.raises(ValueError, match='1 for 3 blocks; expected 2'): go(heads[:1])
     with pytest.raises(TypeError, match='heads'): go(7)
-    with pytest.raises(ValueError, match=r"heads\[0\]: cannot read what 'conv1' gives, 5 channels"): go(nn.ModuleList([heads[1], heads[1]]))
-    with pytest.raises(ValueError, match=r"heads\[0\]: outputs of shape \(9,\) for 4 classes"): go(build_heads(m, xb, n_out=9))
+    with pytest.raises(ValueError, match=r"heads\[0\]: cannot read what 'conv1' gives, 5 channels"):
+        go(nn.ModuleList([heads[1], heads[1]]))
+    with pytest.raises(ValueError, match=r"heads\[0\]: outputs of shape \(9,\) for 4 classes"):
+        go(build_heads(m, xb, n_out=9))
     with pytest.raises(ValueError, match='heads=None'): score(m, batch=(xb, yb), variant='greedy')
 
 def test_wrong_networks():

@@ -8,9 +8,10 @@ from neuronprune.analysis import fine_tuned, one_shot, plot_study, summary
 from neuronprune.core import Mask, Scores
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.graph import trace
-from neuronprune.mip import cut, dead_on_batch, problem, score
-from neuronprune.mip_studies import (CONTROLS, ScoreCallback, compare_variants, controls, lambda_sweep, paper_pct, peaks, sizes, snip_comparison,
-                                     threshold_sweep, transfer, verification)
+from neuronprune.mip import cut, dead_on_batch, score
+from neuronprune.mip_program import problem
+from neuronprune.mip_studies import (CONTROLS, ScoreCallback, compare_variants, controls, lambda_sweep, paper_pct,
+                                     peaks, sizes, snip_comparison, threshold_sweep, transfer, verification)
 from neuronprune.models import build
 from neuronprune.sources import dense
 from neuronprune.surgery import apply, difference, shrink
@@ -37,14 +38,15 @@ def same(a, b): return all(torch.equal(a[k], b[k]) for k in b)
 @pytest.fixture
 def untouched(learn):
     "The study leaves weights, mode, optimiser and histories of the learner alone."
-    old = copy.deepcopy(learn.model.state_dict()), learn.model.training, learn.opt, learn.n_fits, len(learn.history), torch.get_rng_state()
+    noted = lambda: (learn.model.training, learn.opt, learn.n_fits, len(learn.history))
+    state, old, rng = copy.deepcopy(learn.model.state_dict()), noted(), torch.get_rng_state()
     yield
-    now = learn.model.state_dict(), learn.model.training, learn.opt, learn.n_fits, len(learn.history), torch.get_rng_state()
-    assert same(now[0], old[0]) and now[1:5] == old[1:5] and torch.equal(now[5], old[5])
+    assert same(learn.model.state_dict(), state) and noted() == old and torch.equal(torch.get_rng_state(), rng)
 
 # Controls
 
-CONV = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(54, 7), nn.ReLU(), nn.Linear(7, 3))
+CONV = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(54, 7),
+                     nn.ReLU(), nn.Linear(7, 3))
 FC = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3))
 
 @settings(max_examples=60)
@@ -60,7 +62,8 @@ def test_counts_are_equal(net, seed, t, ties):
     want, dead = dropped(ms['mip']), dead_on_batch(p)
     assert set(ms) == {'mip', *CONTROLS} and same(cut(sc, threshold=t), ms['mip'])
     for k,m in ms.items():
-        assert set(m) == set(sc) and all(len(m[o]) == len(sc[o]) and m[o].any() for o in sc) # no unit twice, none invented, none emptied
+        # no unit twice, none invented, none emptied
+        assert set(m) == set(sc) and all(len(m[o]) == len(sc[o]) and m[o].any() for o in sc)
         if k != 'dead': assert dropped(m) == want
     for k,v in sc.items():
         gone, n = ~ms['critical'][k], want[k]
@@ -69,25 +72,30 @@ def test_counts_are_equal(net, seed, t, ties):
         assert (~ms['dead+random'][k] & dead[k]).sum() == min(n, int(dead[k].sum()))
         assert torch.equal(peaks(p)[k] <= 0, dead[k])
         up, w = peaks(p)[k], dict(net.named_modules())[k].weight.detach().flatten(1).norm(dim=1)
-        for rank,o in ((up, 'activity'), (w, 'magnitude')): assert not n or rank[~ms[o][k]].max() <= rank[ms[o][k]].min()
+        for rank,o in ((up, 'activity'), (w, 'magnitude')):
+            assert not n or rank[~ms[o][k]].max() <= rank[ms[o][k]].min()
     again = controls(net, sc, p, threshold=t, seed=seed)
     assert all(same(again[k], ms[k]) for k in ms)
 
 def test_random_depends_on_the_seed_alone(learn, found):
     (b, sc, p), state = found, torch.get_rng_state()
     a, c = (controls(learn.model, sc, p, threshold=.5, seed=s) for s in (0, 1))
-    assert not same(a['random'], c['random']) and all(same(a[k], c[k]) for k in ('mip', 'critical', 'magnitude', 'activity', 'dead'))
+    assert not same(a['random'], c['random'])
+    assert all(same(a[k], c[k]) for k in ('mip', 'critical', 'magnitude', 'activity', 'dead'))
     assert torch.equal(state, torch.get_rng_state())
 
 def test_critical_breaks_ties_by_index(learn, found):
     _, sc, p = found
-    flat = Scores({k:torch.ones_like(v) for k,v in sc.items()}, 'channel', graph=sc.graph); flat['fc1'][5] = 0.; flat['fc1'][7] = 0.
+    flat = Scores({k:torch.ones_like(v) for k,v in sc.items()}, 'channel', graph=sc.graph); flat['fc1'][5] = 0.
+    flat['fc1'][7] = 0.
     assert (~controls(learn.model, flat, p, threshold=.5)['critical']['fc1']).nonzero().flatten().tolist() == [0, 1]
 
 def test_controls_refuse_another_problem(learn, found):
     (xb, yb), sc, p = found; net = build('fc3', 1, 10, 8, seed=0)
-    with pytest.raises(ValueError, match="no 50 scores for layer 'fc1'"): controls(learn.model, sc, problem(net, xb, yb), threshold=.5)
-    with pytest.raises(ValueError, match='sound bounds'): controls(learn.model, sc, problem(learn.model, xb, yb, bounds='sound'), threshold=.5)
+    with pytest.raises(ValueError, match="no 50 scores for layer 'fc1'"):
+        controls(learn.model, sc, problem(net, xb, yb), threshold=.5)
+    with pytest.raises(ValueError, match='sound bounds'):
+        controls(learn.model, sc, problem(learn.model, xb, yb, bounds='sound'), threshold=.5)
     with pytest.raises(ValueError, match='exactly one'): controls(learn.model, sc, p)
 
 # Masks and sizes
@@ -104,24 +112,35 @@ def test_masks_zero_weights_and_biases(learn, found):
 
 @pytest.mark.parametrize('opt, kw', [('sgd', dict(momentum=.9)), ('adam', {}), ('rmsprop', {})])
 def test_zeros_survive_fifty_steps(dls, found, opt, kw):
-    net = build('fc_baseline', 1, 10, 8, seed=3); m = cut(found[1], threshold=.5); new = learner(net, dls, opt=opt, lr=1e-2, wd=1e-2, **kw)
+    net = build('fc_baseline', 1, 10, 8, seed=3); m = cut(found[1], threshold=.5)
+    new = learner(net, dls, opt=opt, lr=1e-2, wd=1e-2, **kw)
     fit(new, 1); before = copy.deepcopy(net.state_dict())  # the momentum of dense training is there
     steps = math.ceil(50/len(dls.train)); fit(new, steps, cbs=MaskCallback(m))
     assert steps*len(dls.train) >= 50
     for k,v in m.items():
-        o = net.get_submodule(k); assert not o.weight[~v].any() and not o.bias[~v].any() and not torch.equal(o.weight[v], before[f'{k}.weight'][v])
+        o = net.get_submodule(k)
+        assert not o.weight[~v].any() and not o.bias[~v].any()
+        assert not torch.equal(o.weight[v], before[f'{k}.weight'][v])
     xb = torch.rand(16, 1, 8, 8); assert difference(net, shrink(net, m, xb), xb) <= 1e-6
 
 def test_sizes_by_hand():
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5), nn.ReLU(), nn.Linear(5, 2)); xb = torch.rand(4, 2, 4, 4)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5), nn.ReLU(),
+                        nn.Linear(5, 2))
+    xb = torch.rand(4, 2, 4, 4)
     n = 3*18+3 + 48*5+5 + 5*2+2
-    m = Mask({'0': torch.tensor([True, False, True]), '3': torch.tensor([False, True, True, False, True])}, 'channel', graph=trace(net, xb))
+    m = Mask({'0': torch.tensor([True, False, True]), '3': torch.tensor([False, True, True, False, True])}, 'channel',
+             graph=trace(net, xb))
     s = sizes(net, m, xb)
-    assert s['units_pruned'] == 3 and s['paper_pct'] == pytest.approx(100*(18 + 2*48)/n) == pytest.approx(paper_pct(m, net))
+    assert s['units_pruned'] == 3
+    assert s['paper_pct'] == pytest.approx(100*(18 + 2*48)/n) == pytest.approx(paper_pct(m, net))
     left = 2*18+2 + 32*3+3 + 3*2+2
-    assert s['params_pct'] == pytest.approx(100*(1-left/n)) and sizes(net, None, xb) == dict(units_pruned=0, paper_pct=0., params_pct=0.)
-    w = Mask({'5': torch.rand(2, 5) < .5}, 'weight'); assert paper_pct(w, net) == pytest.approx(100*int((~w['5']).sum())/n)
-    with pytest.raises(ValueError, match='mask.unit'): paper_pct(Mask({'5': torch.ones(1, 1, dtype=bool)}, 'group', labels={'5': (torch.zeros(2).long(), torch.zeros(5).long())}), net)
+    assert s['params_pct'] == pytest.approx(100*(1-left/n))
+    assert sizes(net, None, xb) == dict(units_pruned=0, paper_pct=0., params_pct=0.)
+    w = Mask({'5': torch.rand(2, 5) < .5}, 'weight')
+    assert paper_pct(w, net) == pytest.approx(100*int((~w['5']).sum())/n)
+    with pytest.raises(ValueError, match='mask.unit'):
+        paper_pct(Mask({'5': torch.ones(1, 1, dtype=bool)}, 'group',
+                       labels={'5': (torch.zeros(2).long(), torch.zeros(5).long())}), net)
 
 # Studies
 
@@ -135,11 +154,13 @@ def test_rows_count_as_the_paper_does(learn, dls, found, untouched):
     for df in (one_shot(learn, ms), fine_tuned(learn, ms, 1, lr=1e-3)):
         check_rows(df); assert list(df.rule) == ['dense', *ms] and (df.n == 359).all()
         assert df.paper_pct.tolist()[1:] == [paper_pct(m, learn.model) for m in ms.values()] and df.paper_pct[0] == 0
-        assert df.params_pct.tolist() == [sizes(learn.model, m, dls.one_batch()[0])['params_pct'] for m in (None, *ms.values())]
+        assert df.params_pct.tolist() == [sizes(learn.model, m, dls.one_batch()[0])['params_pct']
+                                          for m in (None, *ms.values())]
 
 def test_threshold_sweep(learn, found, untouched):
     _, sc, p = found; df = threshold_sweep(learn, sc, (.1, .5, 1.)); check_rows(df)
-    assert df.threshold.tolist() == [0, .1, .5, 1.] and df.units_pruned.is_monotonic_increasing and df.rule.tolist() == ['dense']+['mip']*3
+    assert df.threshold.tolist() == [0, .1, .5, 1.] and df.units_pruned.is_monotonic_increasing
+    assert df.rule.tolist() == ['dense']+['mip']*3
     full = threshold_sweep(learn, sc, (.5,), p); assert full.rule.tolist() == ['dense', 'mip', *CONTROLS]
     assert plot_study(df, 'threshold').axes[0].get_xlabel() == 'threshold'
     with pytest.raises(ValueError, match='threshold=1.5'): threshold_sweep(learn, sc, (1.5,))
@@ -158,7 +179,8 @@ def test_lambda_sweep_is_monotone(learn, found, untouched, loss):
 
 def test_verification(learn, dls, untouched):
     df = verification(learn, 3, .3, with_controls=True); check_rows(df)
-    assert len(df) == 3*3*(2+len(CONTROLS)) and df.groupby('part').n.first().to_dict() == dict(batch=10, train=1150, test=359)
+    assert len(df) == 3*3*(2+len(CONTROLS))
+    assert df.groupby('part').n.first().to_dict() == dict(batch=10, train=1150, test=359)
     one = df[(df.rule == 'mip') & (df.part == 'test')]
     for i in range(3):
         b = calib_batch(dls, n_per_class=1, seed=i); m = cut(score(learn.model, batch=b), threshold=.3)
@@ -168,18 +190,22 @@ def test_verification(learn, dls, untouched):
 
 def test_compare_variants(learn, untouched):
     df = compare_variants(learn, 2, .3); check_rows(df)
-    assert df.groupby('repeat').variant.apply(list).tolist() == [['joint', 'sequential', 'random counts', 'confident', 'confusing']]*2
+    want = ['joint', 'sequential', 'random counts', 'confident', 'confusing']
+    assert df.groupby('repeat').variant.apply(list).tolist() == [want]*2
 
 def test_transfer(learn, found, untouched):
     _, sc, p = found; ms = {'mip': cut(sc, threshold=.5)}; other = get_dls('digits', bs=64, valid_pct=.2)
     for o in other.loaders: o.dataset.x = o.dataset.x.flip(-1)
-    df = transfer(learn, other, ms, 4); check_rows(df); assert df.rule.tolist() == ['dense', 'mip'] and (df.accuracy > .3).all()
+    df = transfer(learn, other, ms, 4); check_rows(df)
+    assert df.rule.tolist() == ['dense', 'mip'] and (df.accuracy > .3).all()
     new = learner(copy.deepcopy(learn.model), other, opt='adam', lr=5e-3); new.model.load_state_dict(learn.rewind.init)
-    fit(new, 4, seed=learn.n_fits); assert evaluate(new, other.test).k == df.k[0] # the dense network, trained on B from A's start
+    # the dense network, trained on B from A's start
+    fit(new, 4, seed=learn.n_fits); assert evaluate(new, other.test).k == df.k[0]
     with pytest.raises(ValueError, match='size=16.*size=8'): transfer(learn, get_dls('digits', size=16), ms, 1)
     with pytest.raises(ValueError, match='c_in=3'): transfer(learn, get_dls('digits', c_in=3), ms, 1)
     bad = Mask({'fc1': torch.ones(300, dtype=bool)}, 'channel')
-    with pytest.raises(ValueError, match=r"masks\['x'\]: mask\['fc1'\]: shape \(300,\)"): transfer(learn, other, {'x': bad}, 1)
+    with pytest.raises(ValueError, match=r"masks\['x'\]: mask\['fc1'\]: shape \(300,\)"):
+        transfer(learn, other, {'x': bad}, 1)
 
 def test_snip_comparison(learn, untouched):
     df = snip_comparison(learn, .45, lr=1e-3); check_rows(df[df.rule != 'snip weight'])
@@ -196,8 +222,10 @@ def trained(dls, cb, model='fc_baseline', epochs=4):
 @pytest.mark.parametrize('model', ['fc_baseline', 'mlp']) # the second one has dropout
 def test_watching_changes_nothing(dls, model):
     watch = ScoreCallback(2, .3); a, b = trained(dls, [], model), trained(dls, [watch], model)
-    assert same(a.model.state_dict(), b.model.state_dict()) and a.history == b.history and a.model.training == b.model.training
-    assert all(torch.equal(p.grad, q.grad) if p.grad is not None else q.grad is None for p,q in zip(a.model.parameters(), b.model.parameters()))
+    assert same(a.model.state_dict(), b.model.state_dict()) and a.history == b.history
+    assert a.model.training == b.model.training
+    assert all(torch.equal(p.grad, q.grad) if p.grad is not None else q.grad is None
+               for p,q in zip(a.model.parameters(), b.model.parameters()))
     assert watch.frame().epoch.tolist() == [2, 2, 4, 4] and list(watch.scores) == [2, 4]; check_rows(watch.frame())
 
 @pytest.mark.parametrize('every, want', [(1, [1, 2, 3, 4]), (3, [3]), (5, [])])
@@ -207,8 +235,10 @@ def test_callback_fires(dls, every, want):
 def test_incremental_narrows(dls):
     cb = ScoreCallback(1, .5, incremental=True); new = trained(dls, [cb]); ms = list(cb.masks.values())
     assert all((b[k] <= a[k]).all() for a,b in zip(ms, ms[1:]) for k in a) and ms[-1].sparsity > 0
-    for k,v in ms[-1].items(): assert not new.model.get_submodule(k).weight[~v].any() and not new.model.get_submodule(k).bias[~v].any()
-    df = cb.frame(); a, b = (df[df.rule == o] for o in ('dense', 'mip')); assert (a.units_pruned == 0).all() and b.units_pruned.is_monotonic_increasing
+    for k,v in ms[-1].items():
+        assert not new.model.get_submodule(k).weight[~v].any() and not new.model.get_submodule(k).bias[~v].any()
+    df = cb.frame(); a, b = (df[df.rule == o] for o in ('dense', 'mip'))
+    assert (a.units_pruned == 0).all() and b.units_pruned.is_monotonic_increasing
 
 def test_callback_refuses_nonsense():
     with pytest.raises(ValueError, match='every=0'): ScoreCallback(0)
