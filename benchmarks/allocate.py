@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from neuronprune.allocate import allocate
-from neuronprune.core import Scores, layers
+from neuronprune.core import layers
+from neuronprune.masks import Scores
 from neuronprune.models import build
 from neuronprune.report import metered
 

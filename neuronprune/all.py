@@ -15,8 +15,9 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
            'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']
 
 # %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
-from . import core, data, models, graph, allocate, train, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
-from .core import Scores, Mask, Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
+from . import core, files, data, models, graph, masks, allocate, train, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
+from .core import Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
+from .masks import Scores, Mask
 from .data import get_dls, calib_batch, datasets, preset
 from .models import build, models, min_size
 from .graph import Graph, trace

@@ -10,8 +10,10 @@ import math, time
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from .core import (BATCHNORM, Scores, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
-                              digesting, feed, generator, layers as all_layers, method, tensors, twins, public)
+from .core import (BATCHNORM, as_found, check_batch, check_choice, check_finite, check_fraction, check_int,
+                              check_type, digesting, feed, generator, layers as all_layers, method, tensors, twins,
+                              public)
+from .masks import Scores
 from fastprogress import progress_bar
 from .inputs import batch_for, slices, traced
 from .allocate import allocate, ratios

@@ -13,6 +13,7 @@ import neuronprune, pandas as pd, yaml
 from joblib import Parallel, delayed
 from fastprogress.fastprogress import progress_bar
 from .core import *
+from .files import *
 from .data import DATASETS
 from .models import min_size, models
 from .chain import split_args

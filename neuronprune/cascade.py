@@ -20,6 +20,8 @@ from joblib import Parallel, delayed
 from scipy import stats
 from . import surgery
 from .core import *
+from .files import *
+from .masks import *
 from .graph import trace
 from .data import DATASETS, augmentations, get_dls
 from .models import build, models

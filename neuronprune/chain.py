@@ -17,6 +17,8 @@ from fastcore.basics import patch
 from torch import nn
 from . import surgery
 from .core import *
+from .files import *
+from .masks import *
 from .graph import trace
 from .allocate import allocate, weights_left
 from .budget import budget, layer_weights

@@ -9,7 +9,9 @@ __all__ = ['contributions', 'greedy_order', 'thinet']
 import time
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers, method, tensors, public
+from .core import (as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers,
+                              method, tensors, public)
+from .masks import Scores
 from .probe import slots
 from .inputs import batch_for, column_groups, readers, slices, traced
 

@@ -17,8 +17,9 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from .core import (check_batch, check_choice, check_fraction, check_int, check_room, check_type,
-                              generator, mapped, reading, seed_everything, take, tensors, public)
+from .core import (check_batch, check_choice, check_fraction, check_int, check_room, check_type, generator,
+                              mapped, seed_everything, take, tensors, public)
+from .files import reading
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device

@@ -16,8 +16,9 @@ import numpy as np, torch, torch.nn.functional as F
 from fastprogress import progress_bar
 from joblib import Parallel, delayed
 from torch import fx, nn
-from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite,
-                              check_int, check_type, layers, method, public)
+from .core import (UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_int,
+                              check_type, layers, method, public)
+from .masks import Mask, Scores
 from .graph import trace
 from .allocate import allocate
 from .mip_solve import Gate, NoIncumbentError, Program, SolverNotSuitableError, TIE, complete, solve

@@ -9,7 +9,8 @@ __all__ = ['CONTROLS', 'peaks', 'controls', 'paper_pct', 'sizes', 'threshold_swe
 # %% ../nbs/11d_mip_studies.ipynb #import-pandas-as-pd-torch-from
 import pandas as pd, torch
 from fastcore.basics import patch
-from .core import Mask, Scores, check_choice, check_fraction, check_int, generator, layers, seed_everything, public
+from .core import check_choice, check_fraction, check_int, generator, layers, seed_everything, public
+from .masks import Mask, Scores
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate

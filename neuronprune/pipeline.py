@@ -16,6 +16,8 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from . import surgery
 from .core import *
+from .files import *
+from .masks import *
 from .allocate import allocate, ratios
 from .budget import layer_weights, size_list, trained_steps
 from .chain import *

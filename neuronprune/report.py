@@ -17,7 +17,10 @@ import neuronprune
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
-from .core import Mask, as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, load_json, mapped, reading, save_json, tensors, public
+from .core import (as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers,
+                              mapped, tensors, public)
+from .files import load_json, reading, save_json
+from .masks import Mask
 from .surgery import factorise
 from .train import Evaluation
 

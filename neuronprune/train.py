@@ -18,8 +18,9 @@ import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from .core import (BATCHNORM, as_found, check_choice, check_fraction, check_int, check_type, digesting, feed, layers, mapped,
-                              seed_everything, tensors, Mask, Scores, public)
+from .core import (BATCHNORM, as_found, check_choice, check_fraction, check_int, check_type, digesting, feed,
+                              layers, mapped, seed_everything, tensors, public)
+from .masks import Mask, Scores
 from fastai.callback.core import Callback, CancelFitException, event
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -28,7 +29,6 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AvgMetric
 from fastai.optimizer import OptimWrapper
-import neuronprune.graph # gives masks their expand
 
 # %% ../nbs/05_train.ipynb #opt
 OPTS = dict(sgd=(torch.optim.SGD, .1), adam=(torch.optim.Adam, 1e-3), adamw=(torch.optim.AdamW, 1e-3),

@@ -5,7 +5,8 @@ import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate, ratios, weights_left
-from neuronprune.core import Mask, Scores, generator, kappa, layers
+from neuronprune.core import generator, kappa, layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.graph import trace
 from neuronprune.inputs import readers
 from neuronprune.models import build

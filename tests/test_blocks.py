@@ -3,7 +3,8 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.blocks import block_cost, block_labels, block_layers, block_mean, check_groups, dead_units, group_index, parent_of
-from neuronprune.core import Mask, generator, layers
+from neuronprune.core import generator, layers
+from neuronprune.masks import Mask
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.report import accounting, memory

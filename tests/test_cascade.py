@@ -10,7 +10,9 @@ from neuronprune import cascade as C, sources as P, surgery
 from neuronprune.allocate import allocate
 from neuronprune.batch import tuning
 from neuronprune.cascade import *
-from neuronprune.core import Mask, Scores, layers, load_tensors, method, save_tensors
+from neuronprune.core import layers, method
+from neuronprune.files import DamagedFileError, load_tensors, save_tensors
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.models import build
 from neuronprune.sources import dense
@@ -353,7 +355,7 @@ def test_damaged_chains_do_not_go_on(half, name, at, bit, cut):
     go, d, b, whole = restored(half), half[3], bytearray(half[4][name]), half[5]; i = int(at*len(b)); b[i] ^= 1 << bit
     (d/name).write_bytes(b[:i] if cut else b)
     try: df = go()
-    except core.DamagedFileError as e: assert f"path='{d/name}'" in str(e) and 'delete the folder it is in' in str(e)
+    except DamagedFileError as e: assert f"path='{d/name}'" in str(e) and 'delete the folder it is in' in str(e)
     else: pd.testing.assert_frame_equal(timeless(df), timeless(whole))
 
 @pytest.mark.parametrize('change', [lambda rows: rows*2, lambda rows: rows*9, lambda rows: [], lambda rows: [dict(rows[0], step=1)], lambda rows: [dict(rows[0], density=.4)], lambda rows: [dict(rows[0], method='random')],
@@ -362,19 +364,19 @@ def test_rows_of_another_chain(half, change):
     go, d, rows = restored(half), half[3], json.loads(half[4]['rows.json'])['rows']
     (d/'rows.json').write_text(json.dumps(dict(arguments={}, rows=change(rows)))) # as written before there were checksums
     if change(rows) == []: return pd.testing.assert_frame_equal(timeless(go()), timeless(half[5]))
-    with pytest.raises(core.DamagedFileError, match='rows.json'): go()
+    with pytest.raises(DamagedFileError, match='rows.json'): go()
 
 def test_files_of_another_chain(half, tmp_path):
     go, d, kept = restored(half), half[3], half[4]; t, h = load_tensors(d/'state000.safetensors'); k = next(k for k in t if k.startswith('origin/')); s = d/'state000.safetensors'
     for tensors, head in [(t, {**h, 'chain': 'other'}), (t, {**h, 'step': 1}), (t, {**h, 'kind': 'model'}), ({**t, k: t[k]+10**6}, h), ({**t, k: t[k][:1]}, h), ({o:v for o,v in t.items() if o != k}, h), ({**t, 'keep/fc9.weight': t[k] > 0}, h),
                           ({**t, f"keep/{k.removeprefix('origin/')}": t[k]}, h)]:
         save_tensors(s, tensors, head)
-        with pytest.raises(core.DamagedFileError, match='state000'): go()
+        with pytest.raises(DamagedFileError, match='state000'): go()
     for name in ('state000.safetensors', 'step000.safetensors'):
         go = restored(half); (d/name).unlink()
-        with pytest.raises(core.DamagedFileError, match=f'{name}.*delete the folder'): go()
+        with pytest.raises(DamagedFileError, match=f'{name}.*delete the folder'): go()
     go = restored(half); surgery.save(build('fc2', 1, 10, 8), d/'step000.safetensors')
-    with pytest.raises(core.DamagedFileError, match='step000'): go()
+    with pytest.raises(DamagedFileError, match='step000'): go()
 
 def test_a_finished_chain_is_not_run_again(dls, home, monkeypatch):
     first = chain(dls, home)

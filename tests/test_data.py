@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import datasets as tv
 from torchvision import transforms as tvt
 import neuronprune.data as data
-from neuronprune.core import DamagedFileError
+from neuronprune.files import DamagedFileError
 from neuronprune.data import calib_batch, get_dls, stratified
 
 REAL = Path(os.environ.get('NEURONPRUNE_DATA', ''))/'MNIST'/'raw'

@@ -3,7 +3,8 @@ import json, os, shutil, time
 from pathlib import Path
 import nbformat, papermill as pm, pytest
 from neuronprune.batch import PARAMETERS, check_parameters, complete, gather, grid, load_grid, notebook_path, run, run_all, run_folder, tuning
-from neuronprune.core import DamagedFileError, methods
+from neuronprune.core import methods
+from neuronprune.files import DamagedFileError
 from neuronprune.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent

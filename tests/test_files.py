@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 from neuronprune import surgery
 from neuronprune.allocate import allocate
-from neuronprune.core import DamagedFileError, Mask, Scores, load_json, load_tensors, save_json, save_tensors
+from neuronprune.files import DamagedFileError, load_json, load_tensors, save_json, save_tensors
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.models import ZOO, build

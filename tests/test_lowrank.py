@@ -7,7 +7,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 from neuronprune import lowrank
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, generator, layers
+from neuronprune.core import generator, layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.lowrank import VARIANTS, alds, cut, folded, groupings, output_moments, pca, principal, spectrum, svd, tail_error
 from neuronprune.models import build

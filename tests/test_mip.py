@@ -6,7 +6,8 @@ import cvxpy as cp, highspy, numpy as np, pytest, torch, torch.nn.functional as 
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linprog
 from torch import nn
-from neuronprune.core import Scores, UnsupportedLayerError, layers
+from neuronprune.core import UnsupportedLayerError, layers
+from neuronprune.masks import Scores
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune import mip, mip_solve as ms

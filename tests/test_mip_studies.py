@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.analysis import fine_tuned, one_shot, plot_study, summary
-from neuronprune.core import Mask, Scores
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.graph import trace
 from neuronprune.mip import cut, dead_on_batch, problem, score

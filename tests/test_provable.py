@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate, weights_left
 from neuronprune.cascade import densities
-from neuronprune.core import Mask, Scores, kappa, layers
+from neuronprune.core import kappa, layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.draws import expected_unique
 from neuronprune.graph import trace

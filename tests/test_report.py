@@ -2,7 +2,7 @@
 import copy, json, math
 import numpy as np, pytest, scipy.sparse, torch
 from torch import nn
-from neuronprune.core import Mask, Scores
+from neuronprune.masks import Mask, Scores
 from neuronprune.report import (Report, accounting, compare, count_macs, count_params, differs, hardware, latency_ms, memory, metered, nonzero_params,
                                 plot_compare, published, verdict, versions)
 from neuronprune.surgery import factorise

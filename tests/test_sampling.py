@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, generator, kappa
+from neuronprune.core import generator, kappa
+from neuronprune.masks import Mask, Scores
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.sampling import _targets, cut, probabilities, sampling, uniform
