@@ -15,14 +15,16 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
            'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']
 
 # %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
-from . import core, files, data, models, graph, masks, allocate, train, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
+from . import core, files, data, models, graph, masks, allocate, evaluation, train, retrain, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
 from .core import Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
 from .masks import Scores, Mask
 from .data import get_dls, calib_batch, datasets, preset
 from .models import build, models, min_size
 from .graph import Graph, trace
 from .allocate import allocate, ratios
-from .train import learner, fit, fine_tune, evaluate, Evaluation, wilson, curves, plot_curves, MaskCallback, PruneCallback, Rewind, rewind_to, rebind
+from .train import learner, fit, Rewind
+from .evaluation import evaluate, Evaluation, wilson, curves, plot_curves
+from .retrain import fine_tune, MaskCallback, PruneCallback, rewind_to, rebind
 from .surgery import apply, shrink, save, load, plan, difference, SurgeryError
 from .report import Report, compare, plot_compare, verdict, differs, published, accounting, count_params, nonzero_params, count_macs, memory, latency_ms
 from .blocks import dead_units

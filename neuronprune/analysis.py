@@ -15,7 +15,9 @@ from .core import (as_found, check_batch, check_choice, check_finite, check_int,
                               public)
 from .masks import Mask
 from .data import ImageDL, _batches, calib_batch
-from .train import MaskCallback, _state, evaluate, fit, learner, wilson
+from .train import fit, learner
+from .evaluation import evaluate, wilson
+from .retrain import MaskCallback, _state
 from .surgery import apply, shrink
 from .report import count_params
 

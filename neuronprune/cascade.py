@@ -30,7 +30,8 @@ from .chain import arguments as _params, first_inputs as _inputs, score_with, sp
 from .pipeline import check_fit, digest as _digest
 from .sources import dense, dense_path as _dense_file
 from .provable_allocate import equalise
-from .train import OPTS, _slice, fine_tune, learner, rebind, sink
+from .train import OPTS, learner
+from .retrain import _slice, fine_tune, rebind, sink
 from .report import count_macs, count_params, metered, nonzero_params
 
 # %% ../nbs/20a_cascade.ipynb #harmonic

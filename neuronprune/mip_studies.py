@@ -14,7 +14,7 @@ from .masks import Mask, Scores
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
-from .train import MaskCallback, keep_tensors
+from .retrain import MaskCallback, keep_tensors
 from .report import count_params
 from .baselines import snip
 from .chain import weights_at

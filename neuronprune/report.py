@@ -22,7 +22,7 @@ from .core import (as_found, check_batch, check_choice, check_int, check_type, d
 from .files import load_json, reading, save_json
 from .masks import Mask
 from .surgery import factorise
-from .train import Evaluation
+from .evaluation import Evaluation
 
 # %% ../nbs/07_report.ipynb #count_params
 @public

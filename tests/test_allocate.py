@@ -11,7 +11,7 @@ from neuronprune.graph import trace
 from neuronprune.inputs import readers
 from neuronprune.models import build
 from neuronprune.surgery import shrink
-from neuronprune.train import narrow, sink
+from neuronprune.retrain import narrow, sink
 from test_graph import X, nets, partition
 
 def quiet(*a, **kw):

@@ -15,7 +15,9 @@ from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.sources import dense
 from neuronprune.surgery import apply
-from neuronprune.train import MaskCallback, evaluate, fit, learner, wilson
+from neuronprune.train import fit, learner
+from neuronprune.evaluation import evaluate, wilson
+from neuronprune.retrain import MaskCallback
 
 COLUMNS = ['rule', 'k', 'n', 'accuracy', 'lo', 'hi', 'loss', 'units_pruned', 'zeroed_pct', 'params_pct']
 

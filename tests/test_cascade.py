@@ -17,7 +17,8 @@ from neuronprune.data import get_dls
 from neuronprune.models import build
 from neuronprune.sources import dense
 from neuronprune.report import count_params
-from neuronprune.train import Rewind, evaluate, fit, learner
+from neuronprune.train import Rewind, fit, learner
+from neuronprune.evaluation import evaluate
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,8 @@ from neuronprune.data import get_dls
 from neuronprune.models import build
 from neuronprune.pipeline import prune
 from neuronprune.report import Report, count_params
-from neuronprune.train import Rewind, evaluate, fit, learner
+from neuronprune.train import Rewind, fit, learner
+from neuronprune.evaluation import evaluate
 
 FT = dict(unit='channel', norm='l1', scope='layer')
 WAYS = {'one_shot': dict(start='dense'), 'cascade': {}, 'rewind': dict(rewind=1, fine_tune_epochs=2, tune_args=dict(start_epoch=1)),

@@ -14,7 +14,7 @@ from neuronprune.graph import trace
 from neuronprune.models import ZOO, build
 from neuronprune.sources import dense
 from neuronprune.report import Report
-from neuronprune.train import Evaluation
+from neuronprune.evaluation import Evaluation
 
 hurt = settings(max_examples=80, suppress_health_check=list(HealthCheck))
 

@@ -17,7 +17,8 @@ from neuronprune.mip_greedy import fit_heads
 from neuronprune.mip_solve import NoIncumbentError, Search, SolverNotSuitableError, complete, objective, solve, sweep, terms, violation
 from neuronprune.models import build, mlp
 from neuronprune.surgery import apply, difference, shrink
-from neuronprune.train import MaskCallback, fit, learner
+from neuronprune.train import fit, learner
+from neuronprune.retrain import MaskCallback
 
 # ---- networks
 

@@ -14,7 +14,9 @@ from neuronprune.mip_studies import (CONTROLS, ScoreCallback, compare_variants, 
 from neuronprune.models import build
 from neuronprune.sources import dense
 from neuronprune.surgery import apply, difference, shrink
-from neuronprune.train import MaskCallback, evaluate, fit, learner, wilson
+from neuronprune.train import fit, learner
+from neuronprune.evaluation import evaluate, wilson
+from neuronprune.retrain import MaskCallback
 
 pytestmark = pytest.mark.filterwarnings('ignore:mip. ')
 one_shot, fine_tuned = (partial(f, sizes=sizes) for f in (one_shot, fine_tuned))

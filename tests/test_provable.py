@@ -16,7 +16,8 @@ from neuronprune.provable import _sampling_row, calib_size, pfp, sensitivities, 
 from neuronprune import provable_allocate
 from neuronprune.provable_allocate import _factors, equalise, predicted_error, sample_rows, spread, spread_cvxpy, whole
 from neuronprune.surgery import apply, difference, shrink
-from neuronprune.train import MaskCallback, fine_tune, fit, learner
+from neuronprune.train import fit, learner
+from neuronprune.retrain import MaskCallback, fine_tune
 
 def shares(w, cols):
     "The definition: g [n, o, k, p] for weights [o, k] and non-negative columns [n, k, p], float64 loops over signs."

@@ -10,7 +10,7 @@ from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.sampling import _targets, cut, probabilities, sampling, uniform
 from neuronprune.surgery import apply, difference, shrink
-from neuronprune.train import sink
+from neuronprune.retrain import sink
 
 def net(seed=0): return build('mlp', 1, 10, 8, seed=seed)
 def small(seed=0):

@@ -11,7 +11,7 @@ from neuronprune.masks import Mask, Scores
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.surgery import Factored, GroupedLinear, SurgeryError, apply, difference, factorise, load, merge, plan, save, shrink
-from neuronprune.train import keep_tensors
+from neuronprune.retrain import keep_tensors
 from test_graph import KINDS, Net, X, found, nets
 
 size_of = lambda m: sum(p.numel() for p in m.parameters())
