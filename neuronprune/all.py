@@ -18,7 +18,8 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
 from . import core, files, data, models, graph, masks, allocate, evaluation, train, retrain, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
 from .core import Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
 from .masks import Scores, Mask
-from .data import get_dls, calib_batch, datasets, preset
+from .data import get_dls, calib_batch, preset
+from .datasets import datasets
 from .models import build, models, min_size
 from .graph import Graph, trace
 from .allocate import allocate, ratios

@@ -14,7 +14,7 @@ from joblib import Parallel, delayed
 from fastprogress.fastprogress import progress_bar
 from .core import *
 from .files import *
-from .data import DATASETS
+from .datasets import DATASETS
 from .models import min_size, models
 from .chain import split_args
 from .pipeline import FIT_ARGS, check_fit, digest as _digest

@@ -23,7 +23,8 @@ from .core import *
 from .files import *
 from .masks import *
 from .graph import trace
-from .data import DATASETS, augmentations, get_dls
+from .data import augmentations, get_dls
+from .datasets import DATASETS
 from .models import build, models
 from .batch import SCHEDULE_ARGS, input_size, parameters_in, tuning
 from .chain import arguments as _params, first_inputs as _inputs, score_with, split_args, tested as _tested

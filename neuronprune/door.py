@@ -304,7 +304,7 @@ def _normalize(k, v):
 
 def _dataset(k, v):
     "Rule: a known data set, or a folder."
-    from neuronprune.data import DATASETS
+    from neuronprune.datasets import DATASETS
     _path(k, v)
     if v not in DATASETS and not os.path.isdir(v): check_choice(k, v, DATASETS)
 
