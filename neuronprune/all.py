@@ -15,7 +15,7 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
            'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']
 
 # %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
-from . import core, files, data, models, graph, masks, allocate, evaluation, train, retrain, surgery, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
+from . import core, files, data, models, graph, masks, allocate, evaluation, train, retrain, surgery, costs, report, blocks, pipeline, analysis, batch, baselines, mip, provable, mint, lowrank, criteria, sampling
 from .core import Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
 from .masks import Scores, Mask
 from .data import get_dls, calib_batch, preset
@@ -27,7 +27,8 @@ from .train import learner, fit, Rewind
 from .evaluation import evaluate, Evaluation, wilson, curves, plot_curves
 from .retrain import fine_tune, MaskCallback, PruneCallback, rewind_to, rebind
 from .surgery import apply, shrink, save, load, plan, difference, SurgeryError
-from .report import Report, compare, plot_compare, verdict, differs, published, accounting, count_params, nonzero_params, count_macs, memory, latency_ms
+from .report import Report, compare, plot_compare, verdict, differs, published
+from .costs import accounting, count_params, nonzero_params, count_macs, memory, latency_ms
 from .blocks import dead_units
 from .pipeline import prune, Result
 from .sources import dense

@@ -19,7 +19,7 @@ from .train import fit, learner
 from .evaluation import evaluate, wilson
 from .retrain import MaskCallback, _state
 from .surgery import apply, shrink
-from .report import count_params
+from .costs import count_params
 
 # %% ../nbs/21_analysis.ipynb #removed
 @public

@@ -33,7 +33,7 @@ from .sources import dense, dense_path as _dense_file
 from .provable_allocate import equalise
 from .train import OPTS, learner
 from .retrain import _slice, fine_tune, rebind, sink
-from .report import count_macs, count_params, metered, nonzero_params
+from .costs import count_macs, count_params, metered, nonzero_params
 
 # %% ../nbs/20a_cascade.ipynb #harmonic
 def _harmonic(lo, n):

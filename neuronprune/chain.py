@@ -25,7 +25,8 @@ from .budget import budget, layer_weights
 from .train import _CrossEntropy, Rewind, fit
 from .evaluation import evaluate, split_batch
 from .retrain import _slice, _state, held, hold, keep_tensors, narrow, rebind, rewind_to, sink
-from .report import Meter, Report, metered
+from .report import Report
+from .costs import Meter, metered
 
 # %% ../nbs/19a_chain.ipynb #arguments
 def arguments(f # function

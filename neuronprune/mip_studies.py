@@ -15,7 +15,7 @@ from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
 from .retrain import MaskCallback, keep_tensors
-from .report import count_params
+from .costs import count_params
 from .baselines import snip
 from .chain import weights_at
 from .analysis import _inputs, _still, _test, fine_tuned, measured, removed

@@ -16,7 +16,7 @@ from .data import augmentations
 from .datasets import DATASETS
 from .models import build, min_size, models
 from .pipeline import FIT_ARGS, check_fit, tuning
-from .report import count_params
+from .costs import count_params
 from .train import OPTS
 
 # %% ../nbs/22c_parameters.ipynb #parameters

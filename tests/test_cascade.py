@@ -16,7 +16,7 @@ from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.models import build
 from neuronprune.sources import dense
-from neuronprune.report import count_params
+from neuronprune.costs import count_params
 from neuronprune.train import Rewind, fit, learner
 from neuronprune.evaluation import evaluate
 from PIL import Image

@@ -11,7 +11,8 @@ from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.models import build
 from neuronprune.pipeline import prune
-from neuronprune.report import Report, count_params
+from neuronprune.report import Report
+from neuronprune.costs import count_params
 from neuronprune.train import Rewind, fit, learner
 from neuronprune.evaluation import evaluate
 

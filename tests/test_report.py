@@ -3,8 +3,9 @@ import copy, json, math
 import numpy as np, pytest, scipy.sparse, torch
 from torch import nn
 from neuronprune.masks import Mask, Scores
-from neuronprune.report import (Report, accounting, compare, count_macs, count_params, differs, hardware, latency_ms, memory, metered, nonzero_params,
-                                plot_compare, published, verdict, versions)
+from neuronprune.report import Report, compare, differs, plot_compare, published, verdict
+from neuronprune.costs import (accounting, count_macs, count_params, hardware, latency_ms, memory, metered,
+                               nonzero_params, versions)
 from neuronprune.surgery import factorise
 from neuronprune.evaluation import Evaluation
 
