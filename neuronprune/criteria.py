@@ -12,7 +12,7 @@ from torch import nn
 from .core import (as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers,
                               method, tensors, public)
 from .masks import Scores
-from .probe import slots
+from .kinds import slots
 from .inputs import batch_for, column_groups, readers, slices, traced
 
 # %% ../nbs/17_criteria.ipynb #patches

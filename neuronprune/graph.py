@@ -12,7 +12,8 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
 from .core import *
-from .probe import Probe, channel_dim
+from .probe import Probe
+from .kinds import channel_dim
 
 # %% ../nbs/03_graph.ipynb #graph-2
 @public

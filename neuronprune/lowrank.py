@@ -16,7 +16,7 @@ from .core import (as_found, check_choice, check_finite, check_int, check_type, 
                               layers, method, tensors, public)
 from .masks import Mask, Scores
 from .allocate import _setup
-from .probe import slots
+from .kinds import slots
 from .graph import _twins
 from .inputs import batch_for, slices
 

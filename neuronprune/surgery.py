@@ -14,7 +14,8 @@ from torch import nn
 from .core import *
 from .files import *
 from .masks import *
-from .probe import is_norm, owner, slots
+from .probe import owner
+from .kinds import is_norm, slots
 from .graph import kept_slots, new_widths, probing, spared, trace, _check_plain, _depthwise, _twins
 from .masks import _check_fit
 
