@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from neuronprune.allocate import allocate
-from neuronprune.core import Scores, layers
+from neuronprune.core import layers
+from neuronprune.masks import Scores
 from neuronprune.models import build
-from neuronprune.report import metered
+from neuronprune.costs import metered
 
 def timed(f, n=3):
     "Smallest CPU seconds of `n` runs, and the peak of memory of the last one in MiB."

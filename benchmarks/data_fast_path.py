@@ -12,7 +12,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.learner import Learner
 from torchvision import datasets, transforms
-from neuronprune.data import get_dls, stratified
+from neuronprune.data import get_dls
+from neuronprune.datasets import stratified
 from neuronprune.models import build
 from neuronprune.train import learner
 

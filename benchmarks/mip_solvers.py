@@ -12,7 +12,8 @@ from neuronprune.mip import problem, reduce
 from neuronprune.mip_cvxpy import solve_cvxpy
 from neuronprune.mip_solve import NoIncumbentError, solve, sweep
 from neuronprune.models import build, mlp
-from neuronprune.train import evaluate, fit, learner
+from neuronprune.train import fit, learner
+from neuronprune.evaluation import evaluate
 
 WIDTHS = {'fc_baseline':(50, 20), 'fc3':(300, 100), 'fc4':(200, 100, 100)}
 PLAIN = [(net, *o) for net,os in dict( # net, loss, solver, relaxed, pixels as variables

@@ -67,7 +67,7 @@ def allocations(xb):
     model = build('lenet300', seed=0); dl = [(xb, torch.zeros(len(xb), dtype=torch.long))]
     class One: train = valid = dl; loaders = [dl, dl]
     found = sensitivities(model, xb)['max']
-    from neuronprune.core import Scores
+    from neuronprune.masks import Scores
     from neuronprune.provable import _input_scores, _logs, _sampling_row
     g, own = trace(model, xb[:1]), layers(model); logs = _logs(g, list(own), 1e-12)
     sc = Scores(found, 'weight', graph=g, labels={k:(_sampling_row(m.weight), torch.tensor([3*logs[k]])) for k,m in own.items()}, meta=dict(variant='rand', c=3., seed=0), method='sipp')

@@ -16,16 +16,19 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
 
 # %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
 from . import surgery, analysis, baselines, mip, provable, mint, lowrank, criteria, sampling
-from .core import Scores, Mask, Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
-from .data import get_dls, calib_batch, datasets, preset
+from .core import Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
+from .masks import Scores, Mask
+from .data import get_dls, calib_batch, preset
+from .datasets import datasets
 from .models import build, models, min_size
 from .graph import Graph, trace
 from .allocate import allocate, ratios
-from .train import learner, fit, fine_tune, evaluate, Evaluation, wilson, curves, plot_curves
-from .train import MaskCallback, PruneCallback, Rewind, rewind_to, rebind
+from .train import learner, fit, Rewind
+from .evaluation import evaluate, Evaluation, wilson, curves, plot_curves
+from .retrain import fine_tune, MaskCallback, PruneCallback, rewind_to, rebind
 from .surgery import shrink, difference, SurgeryError
 from .report import Report, compare, plot_compare, verdict, differs, published
-from .report import accounting, count_params, nonzero_params, count_macs, latency_ms
+from .costs import accounting, count_params, nonzero_params, count_macs, latency_ms
 from .blocks import dead_units
 from .pipeline import prune, Result
 from .analysis import one_shot, fine_tuned, plot_study, paired, robustness, plot_robustness
@@ -34,6 +37,7 @@ from .sources import dense, own, zoo
 from .job import Job, job
 from .study import jobs, load_jobs, study, gather
 from .tradeoff import commensurate, plot_budget, plot_tradeoff, save_results
+
 
 # %% ../nbs/24_all.ipynb #all-scores-mask-method-unsuppo
 _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',

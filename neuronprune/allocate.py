@@ -13,6 +13,7 @@ from fractions import Fraction
 from numbers import Real
 import numpy as np, torch
 from .core import *
+from .masks import *
 from .graph import _components, _depthwise
 
 # %% ../nbs/04_allocate.ipynb #slot_ids

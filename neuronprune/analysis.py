@@ -11,12 +11,15 @@ import copy, math
 import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
-from .core import (Mask, as_found, check_batch, check_choice, check_finite, check_int, check_type, feed, mapped,
+from .core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, feed, mapped,
                               public)
+from .masks import Mask
 from .data import ImageDL, _batches, calib_batch
-from .train import MaskCallback, _state, evaluate, fit, learner, wilson
+from .train import fit, learner
+from .evaluation import evaluate, wilson
+from .retrain import MaskCallback, _state
 from .surgery import apply, shrink
-from .report import count_params
+from .costs import count_params
 
 # %% ../nbs/21_analysis.ipynb #removed
 @public

@@ -10,8 +10,10 @@ import math, time
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from .core import (BATCHNORM, Scores, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
-                              digesting, feed, generator, layers as all_layers, method, tensors, twins, public)
+from .core import (BATCHNORM, as_found, check_batch, check_choice, check_finite, check_fraction, check_int,
+                              check_type, digesting, feed, generator, layers as all_layers, method, tensors, twins,
+                              public)
+from .masks import Scores
 from fastprogress import progress_bar
 from .inputs import batch_for, slices, traced
 from .allocate import allocate, ratios
@@ -411,7 +413,7 @@ _all_ = ['SlimmingCallback']
 def __getattr__(name):
     "`SlimmingCallback` when it is asked for: it lives with the training, and these scores need no fastai."
     if name != 'SlimmingCallback': raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from neuronprune.train import SlimmingCallback
+    from neuronprune.retrain import SlimmingCallback
     return SlimmingCallback
 
 # %% ../nbs/10_baselines.ipynb #slimming

@@ -8,7 +8,8 @@ __all__ = ['group_index', 'check_groups', 'parent_of', 'block_layers', 'block_la
 # %% ../nbs/08_blocks.ipynb #import-numpy-as-np-pandas-as-p
 import numpy as np, torch
 from threadpoolctl import threadpool_limits
-from .core import Mask, check_choice, check_finite, check_int, check_type, generator, public
+from .core import check_choice, check_finite, check_int, check_type, generator, public
+from .masks import Mask
 
 # %% ../nbs/08_blocks.ipynb #clusters
 def _clusters(points, n, seed):

@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 from . import surgery
 from .core import *
-from .report import count_params
+from .costs import count_params
 
 # %% ../nbs/19_budget.ipynb #harmonic
 def _harmonic(lo, n):

@@ -17,12 +17,16 @@ from fastcore.basics import patch
 from torch import nn
 from . import surgery
 from .core import *
+from .files import *
+from .masks import *
 from .graph import trace
 from .allocate import allocate, weights_left
 from .budget import budget, layer_weights
-from .train import (_CrossEntropy, Rewind, _slice, _state, evaluate, fit, held, hold, keep_tensors, narrow, rebind,
-                           rewind_to, sink, split_batch)
-from .report import Meter, Report, metered
+from .train import _CrossEntropy, Rewind, fit
+from .evaluation import evaluate, split_batch
+from .retrain import _slice, _state, held, hold, keep_tensors, narrow, rebind, rewind_to, sink
+from .report import Report
+from .costs import Meter, metered
 
 # %% ../nbs/19a_chain.ipynb #arguments
 def arguments(f # function

@@ -9,8 +9,10 @@ __all__ = ['contributions', 'greedy_order', 'thinet']
 import time
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .core import Scores, as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers, method, tensors, public
-from .probe import slots
+from .core import (as_found, check_choice, check_finite, check_int, digesting, feed, generator, layers,
+                              method, tensors, public)
+from .masks import Scores
+from .kinds import slots
 from .inputs import batch_for, column_groups, readers, slices, traced
 
 # %% ../nbs/17_criteria.ipynb #patches

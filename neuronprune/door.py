@@ -7,14 +7,14 @@ __all__ = ['check_call']
 
 # %% ../nbs/00a_door.ipynb #imports
 import difflib, inspect, math, os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from inspect import Parameter
 from numbers import Real
 import numpy as np, torch
 from torch import nn
-from .core import (as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
-                              digesting, feed, mapped, take, _comments)
+from .core import check_batch, check_choice, check_finite, check_fraction, check_int, check_type, _comments
+from .together import _TOGETHER
 
 # %% ../nbs/00a_door.ipynb #numbers
 def _whole(lo=None, hi=2**31):
@@ -304,7 +304,7 @@ def _normalize(k, v):
 
 def _dataset(k, v):
     "Rule: a known data set, or a folder."
-    from neuronprune.data import DATASETS
+    from neuronprune.datasets import DATASETS
     _path(k, v)
     if v not in DATASETS and not os.path.isdir(v): check_choice(k, v, DATASETS)
 
@@ -396,68 +396,6 @@ def _rule(p, said=''):
     if not ann: return _several.get(p.name) if p.default == () else None
     other = isinstance(p.annotation, (type, str)) and ann not in ('object', 'ndarray', 'Callable')
     return _CLASSES.get(ann) or (_a(ann) if other else None)
-
-# %% ../nbs/00a_door.ipynb #fits
-def _fits(model, graph):
-    "Raises unless the layers of the graph are those of the model."
-    mods = dict(model.named_modules())
-    for n,l in graph.layers.items():
-        w = getattr(mods.get(n), 'weight', None)
-        if w is None or w.numel() != l['weights'] or l['n_out'] not in w.shape:
-            have = 'has no such layer' if w is None else f"has weights {tuple(w.shape)} there"
-            raise ValueError(f"graph: its layer {n!r} does not fit the model, which {have}; "
-                             "expected graph=trace(model, xb) of this very model")
-
-def _forward(model, xb):
-    "What the model in evaluation mode makes of a batch."
-    p = next(model.parameters())
-    x = mapped(lambda o: o.to(p.device, p.dtype if o.is_floating_point() else o.dtype), xb)
-    with as_found(model, train=False), torch.no_grad(), digesting(x): return feed(model, x)
-
-def _runs(model, xb, yb=None):
-    "Raises unless the model takes the inputs, and has an output for every label."
-    try: out = _forward(model, take(xb, slice(0, 2)))
-    except ValueError: out = _forward(model, xb) # a network may insist on the size of its batch
-    if yb is None: return
-    if not isinstance(out, torch.Tensor) or out.ndim != 2:
-        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise TypeError(f"model: outputs {got}; expected a tensor [n, classes]")
-    check_batch(xb, yb, out.shape[1])
-
-# %% ../nbs/00a_door.ipynb #ordered
-def _ordered(lo, hi):
-    "Raises unless lo <= hi, where both are numbers."
-    if isinstance(lo, Real) and isinstance(hi, Real) and lo > hi:
-        raise ValueError(f"lo={lo}: expected at most hi={hi} (densities come in descending order)")
-
-def _rising(initial, sparsity):
-    "Raises for a schedule that would revive what is gone."
-    if initial > sparsity: raise ValueError(f"initial={initial}: expected at most sparsity={sparsity}")
-
-def _spread(xb, eps, step_size=None):
-    "Raises for steps that do not fit the images."
-    for k,v in dict(eps=eps, step_size=step_size).items():
-        try: isinstance(v, torch.Tensor) and torch.broadcast_to(v, xb.shape)
-        except RuntimeError:
-            raise ValueError(f"{k}: shape {tuple(v.shape)}; expected a number, "
-                             f"or a tensor that fits images {tuple(xb.shape)}") from None
-
-def _columns(df, **names):
-    "Raises unless the table has rows, and the columns that are named."
-    if len(df) == 0: raise ValueError("df: no rows; expected at least one")
-    for k,v in names.items():
-        for o in [v] if isinstance(v, str) else v or ():
-            have = ', '.join(map(str, df))
-            if o not in df: raise ValueError(f"{k}={o!r}: no such column in df; expected one of {have}")
-
-def _values(df, a, b, by):
-    "Raises unless both are values of the column `by`."
-    for k,v in dict(a=a, b=b).items():
-        if isinstance(by, str) and by in df: check_choice(f'{k}: {by}', v, df[by].unique())
-
-_TOGETHER = ((_fits, 'model graph', ''), (_runs, 'model xb', 'yb'), (_runs, 'dense xb', ''), (_ordered, 'lo hi', ''),
-             (_spread, 'xb eps', 'step_size'), (_rising, 'initial sparsity', ''), (_columns, 'df', 'by on value'),
-             (_values, 'df a b by', ''))
 
 # %% ../nbs/00a_door.ipynb #synonyms
 _WORDS = dict(

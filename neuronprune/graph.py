@@ -7,15 +7,13 @@ __all__ = ['Graph', 'spared', 'kept_slots', 'new_widths', 'probing', 'trace']
 
 # %% ../nbs/03_graph.ipynb #import-copy-math
 import copy, math
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 import numpy as np, torch
 from torch import nn
-from torch.nn.utils import prune as torch_prune
 from fastcore.basics import patch
 from .core import *
-from .core import Units
-from .probe import Probe, channel_dim
+from .probe import Probe
+from .kinds import channel_dim
 
 # %% ../nbs/03_graph.ipynb #graph-2
 @public
@@ -396,69 +394,6 @@ def unread(self:Graph, cut:dict # consumer -> bool tensor [n_in], True = input c
     done = all(torch.equal(v, cut[n]) if n in cut else not v.any() for n,v in deep.items())
     return {p:v for p,v in res.items() if v.any()} if done else self.unread({**cut, **deep})
 
-# %% ../nbs/03_graph.ipynb #channel_masks
-def _channel_masks(mask, g, params):
-    "Parameter name -> bool tensor for a channel mask."
-    outs = {k:~v for k,v in mask.items() if not k.endswith(':in')}
-    cut = {k.removesuffix(':in'):~v for k,v in mask.items() if k.endswith(':in')}
-    for p,v in (g.unread(cut) if cut else {}).items(): outs[p] = outs[p] | v if p in outs else v
-    res = {}
-    for n,d in outs.items():
-        w = params[f'{n}.weight']; res[f'{n}.weight'] = (~d).view(-1, *[1]*(w.ndim-1)).expand(w.shape).clone()
-        if f'{n}.bias' in params: res[f'{n}.bias'] = ~d
-    for n,c in cut.items():
-        w = params[f'{n}.weight']; cols = (~c).view(1, -1, *[1]*(w.ndim-2)).expand(w.shape)
-        res[f'{n}.weight'] = res[f'{n}.weight'] & cols if f'{n}.weight' in res else cols.clone()
-    for n in g.norm_slots:
-        s = g.silent(outs, n)
-        hush = ('weight', 'bias') if f'{n}.bias' in params else ('running_mean',)
-        if s.any(): res.update({f'{n}.{o}':~s for o in hush if f'{n}.{o}' in params})
-    return res
-
-# %% ../nbs/03_graph.ipynb #block_mask
-def _block_mask(keep, child, parent, w):
-    "Weight mask of `w`'s shape from the block pattern [K, G]."
-    return keep[child][:, parent].view(w.shape[0], -1, *[1]*(w.ndim-2)).expand(w.shape).clone()
-
-# %% ../nbs/03_graph.ipynb #rank-shape
-def _rank_shape(v, w):
-    "Shape that the rank entries `v` must have for the weight `w`: [r], or [k, r] where k divides the input channels."
-    k = len(v) if v.ndim == 2 else 1
-    if w.shape[1] % k: raise ValueError(f"mask: {k} groups of ranks; expected a divisor of the layer's {w.shape[1]} input channels")
-    r = min(len(w), w[0].numel()//k)
-    return (r,) if v.ndim == 1 else (k, r)
-
-# %% ../nbs/03_graph.ipynb #check-fit
-def _check_fit(mask, params):
-    "Raises `ValueError` unless every key of the mask is a layer of the model and has its shape."
-    for k,v in mask.items():
-        n = k.removesuffix(':in'); w = params.get(f'{n}.weight')
-        if w is None:
-            known = ', '.join(o.removesuffix('.weight') for o,p in params.items() if o.endswith('.weight') and p.ndim > 1)
-            raise ValueError(f"mask: layer {n!r} is not in the model; expected one of {known}")
-        if mask.unit == 'group': got, need = tuple(map(len, mask.labels[k])), tuple(w.shape[:2])
-        elif mask.unit == 'rank': got, need = tuple(v.shape), _rank_shape(v, w)
-        else: got, need = tuple(v.shape), tuple(w.shape) if mask.unit == 'weight' else (w.shape[1 if k != n else 0],)
-        if got != need: raise ValueError(f"mask[{k!r}]: {'group labels' if mask.unit == 'group' else 'shape'} {got}, but the model's layer needs {need}")
-    if mask.unit == 'channel' and mask.graph is None:
-        raise ValueError("mask: a channel mask needs graph=trace(model, xb) to know what its channels touch")
-
-# %% ../nbs/03_graph.ipynb #expand
-@patch
-@public
-def expand(self:Mask, model:nn.Module # the model the mask was made for
-          )->dict:
-    "Name of a parameter or buffer -> bool tensor on the model's device, True = kept; only tensors that may lose something. `ValueError` for ranks."
-    _check_plain(model)
-    if self.unit == 'rank': raise ValueError("mask: ranks have no pattern of zeros that could be kept; expected surgery.apply or surgery.shrink, "
-                                             "and the factors trained as they are, without a mask")
-    params = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    _check_fit(self, params)
-    if self.unit == 'weight': res = {f'{k}.weight':v for k,v in self.items()}
-    elif self.unit == 'channel': res = _channel_masks(self, self.graph, params)
-    else: res = {f'{k}.weight':_block_mask(v, *self.labels[k], params[f'{k}.weight']) for k,v in self.items()}
-    return {k:v.to(params[k].device) for k,v in res.items()}
-
 # %% ../nbs/03_graph.ipynb #to-dict
 @patch
 @public
@@ -480,40 +415,3 @@ def from_dict(cls:Graph, d:dict # what `to_dict` gave
     slots = {o:{k:t(v) for k,v in d[o].items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
     mixed = {k:t(v) for k,v in d['mixed'].items()}
     return cls(layers=d['layers'], sources=src, outputs=d['outputs'], fixed=d['fixed'], mixed=mixed, twins=d.get('twins', {}), widths=d.get('widths', {}), **slots)
-
-# %% ../nbs/03_graph.ipynb #to-torch-prune
-@patch
-@public
-def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get torch's pruning reparametrisation
-                  )->nn.Module:
-    "Hand the mask to `torch.nn.utils.prune`; returns `model`."
-    params = dict(model.named_parameters(remove_duplicate=False))
-    for n,m in self.expand(model).items():
-        mod, p = n.rpartition('.')[::2]
-        if n in params: torch_prune.custom_from_mask(model.get_submodule(mod), p, m)
-    return model
-
-# %% ../nbs/03_graph.ipynb #from_torch_prune
-@patch(cls_method=True)
-@public
-def from_torch_prune(cls:Mask, model:nn.Module # pruned with torch.nn.utils.prune
-                    )->Mask:
-    "The weight mask of a model pruned with `torch.nn.utils.prune`; `ValueError` if it was not."
-    units = {n:m.weight_mask.bool() for n,m in layers(model).items() if hasattr(m, 'weight_mask')}
-    if not units: raise ValueError("model: no layer carries a weight_mask; expected a model pruned with torch.nn.utils.prune")
-    return cls(units, 'weight')
-
-# %% ../nbs/03_graph.ipynb #as_importance
-@patch
-@public
-def as_importance(self:Scores):
-    "An importance for Torch-Pruning's pruners: group -> score per root channel, the mean over the group's scored layers."
-    ch = self.to_channels()
-    def importance(group):
-        n = len(group[0].idxs); total, count = torch.zeros(n), torch.zeros(n)
-        for item in group:
-            name = item.dep.target._name
-            if name in ch and item.dep.handler.__name__ == 'prune_out_channels':
-                root = torch.tensor(item.root_idxs); total.index_add_(0, root, ch[name][item.idxs].float()); count[root] += 1
-        return total / count.clamp(min=1) if count.any() else None
-    return importance

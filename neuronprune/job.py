@@ -12,6 +12,8 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from .core import *
+from .files import *
+from .masks import *
 from .budget import size_list
 from .parameters import PARAMETERS, PRUNING, SOURCE, check_values, complete, settled
 from .pipeline import Result, digest, prune, rehearsed

@@ -12,9 +12,11 @@ from fnmatch import fnmatch
 from fractions import Fraction
 import numpy as np, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_choice, check_finite, check_int, check_type, digesting, feed, generator, layers, method, tensors, public
+from .core import (as_found, check_choice, check_finite, check_int, check_type, digesting, feed, generator,
+                              layers, method, tensors, public)
+from .masks import Mask, Scores
 from .allocate import _setup
-from .probe import slots
+from .kinds import slots
 from .graph import _twins
 from .inputs import batch_for, slices
 

@@ -15,8 +15,10 @@ from torch import nn
 from fastprogress import progress_bar
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
-from .core import (Mask, Scores, UnsupportedLayerError, as_found, check_choice, check_finite, check_int, check_type, feed,
-                              generator, load_tensors, mapped, method, save_tensors, tensors, public)
+from .core import (UnsupportedLayerError, as_found, check_choice, check_finite, check_int, check_type, feed,
+                              generator, mapped, method, tensors, public)
+from .files import load_tensors, save_tensors
+from .masks import Mask, Scores
 from .allocate import allocate
 from .blocks import block_cost, block_labels, block_layers, block_mean, check_groups, dead_units, parent_of
 from .inputs import batch_for, slices, traced

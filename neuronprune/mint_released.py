@@ -14,8 +14,8 @@ from torch import nn
 from fastprogress import progress_bar
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
-from .core import (Scores, Mask, as_found, check_batch, check_choice, check_fraction, check_int, check_type,
-                              feed, layers as layers_of, mapped, take, public)
+from .core import (as_found, check_batch, check_choice, check_fraction, check_int, check_type, feed, layers as layers_of, mapped, take, public)
+from .masks import Scores, Mask
 from .blocks import block_cost, check_groups
 from .data import ImageDL, calib_batch, _batches, _fetch, _loader
 from .inputs import traced

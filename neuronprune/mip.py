@@ -12,8 +12,8 @@ import numpy as np, torch
 from fastprogress import progress_bar
 from joblib import Parallel, delayed
 from torch import nn
-from .core import (Mask, Scores, as_found, check_batch, check_choice, check_int, check_type, layers, method,
-                              public)
+from .core import as_found, check_batch, check_choice, check_int, check_type, layers, method, public
+from .masks import Mask, Scores
 from .graph import trace
 from .allocate import allocate
 from .mip_relax import TIE

@@ -9,13 +9,13 @@ __all__ = ['CONTROLS', 'peaks', 'controls', 'paper_pct', 'sizes', 'threshold_swe
 # %% ../nbs/11d_mip_studies.ipynb #import-pandas-as-pd-torch-from
 import pandas as pd, torch
 from fastcore.basics import patch
-from .core import (Mask, Scores, check_choice, check_fraction, check_int, generator, layers, seed_everything,
-                              public)
+from .core import check_choice, check_fraction, check_int, generator, layers, seed_everything, public
+from .masks import Mask, Scores
 from .data import calib_batch
 from .graph import trace
 from .allocate import allocate
-from .train import MaskCallback, keep_tensors
-from .report import count_params
+from .retrain import MaskCallback, keep_tensors
+from .costs import count_params
 from .baselines import snip
 from .chain import weights_at
 from .analysis import _inputs, _still, _test, fine_tuned, measured, removed
@@ -23,6 +23,7 @@ from .mip import choose, cut, score
 from .mip_program import check_positive, problem, reduce
 from .mip_relax import complete, terms
 from .mip_solve import sweep
+
 
 # %% ../nbs/11d_mip_studies.ipynb #scored
 def _scored(*args, **kw):

@@ -13,10 +13,11 @@ import pandas as pd, torch
 from .core import *
 from .budget import check_budget, layer_weights, size_list, trained_steps
 from .chain import split_args
-from .data import DATASETS, augmentations
+from .data import augmentations
+from .datasets import DATASETS
 from .models import build, min_size, models
 from .pipeline import FIT_ARGS, check_fit, tuning
-from .report import count_params
+from .costs import count_params
 from .train import OPTS
 
 # %% ../nbs/22c_parameters.ipynb #parameters

@@ -16,11 +16,14 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from . import surgery
 from .core import *
+from .files import *
+from .masks import *
 from .allocate import allocate, ratios
 from .budget import layer_weights, size_list, trained_steps
 from .chain import *
 from fastai.learner import Learner
-from .train import _state, _slice, fit, held, hold, learner, rebind, schedule_lr
+from .train import fit, learner, schedule_lr
+from .retrain import _state, _slice, held, hold, rebind
 from .report import Report
 
 # %% ../nbs/20_pipeline.ipynb #result

@@ -9,8 +9,9 @@ __all__ = ['CACHE', 'FEW', 'SUPPORTED', 'EPS', 'sensitivity', 'sensitivities', '
 import math, time
 import torch, torch.nn.functional as F
 from torch import nn
-from .core import (Scores, UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, feed, layers,
-                              mapped, method, twins, public)
+from .core import (UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction,
+                              check_int, check_type, digesting, feed, layers, mapped, method, twins, public)
+from .masks import Scores
 from .allocate import allocate
 from .inputs import batch_for, slices, traced
 from .provable_allocate import check_scores, equalise, sample_rows

@@ -11,7 +11,8 @@ from bisect import bisect_left
 from fnmatch import fnmatch
 import numpy as np, torch
 from fastcore.basics import patch
-from .core import Mask, Scores, check_choice, check_int, check_type, kappa, public
+from .core import check_choice, check_int, check_type, kappa, public
+from .masks import Mask, Scores
 from .allocate import _CLOSE, _pool, _slot_ids, weights_left
 from .draws import draw, draws_for, draws_near, expected_unique, reweigh, sample
 from .graph import _components

@@ -10,7 +10,9 @@ __all__ = ['bernstein_error', 'bernstein_draws', 'bound', 'certificate', 'verdic
 import math
 import numpy as np, pandas as pd, torch
 from torch import nn
-from .core import Mask, Scores, as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, mapped, take, tensors, twins, public
+from .core import (as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers,
+                              mapped, take, tensors, twins, public)
+from .masks import Mask, Scores
 from .data import calib_batch
 from .draws import expected_unique
 from .inputs import column_groups, slices

@@ -9,7 +9,9 @@ __all__ = ['NORMS', 'probabilities', 'cut', 'uniform', 'sampling']
 import time, warnings
 import numpy as np, torch
 from torch import nn
-from .core import Mask, Scores, check_choice, check_finite, check_int, check_type, generator, kappa, layers, method, twins, public
+from .core import (check_choice, check_finite, check_int, check_type, generator, kappa, layers, method,
+                              twins, public)
+from .masks import Mask, Scores
 from .allocate import allocate
 from .draws import expected_unique, sample
 from .inputs import readers, traced

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from fastprogress.fastprogress import progress_bar
 from .core import *
+from .masks import *
 
 # %% ../nbs/20a_search.ipynb #drawn
 def _drawn(task, seed, i):

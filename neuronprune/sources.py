@@ -9,6 +9,7 @@ __all__ = ['dense_path', 'stored', 'dense', 'Source', 'zoo', 'own']
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import *
+from .files import *
 from .data import get_dls
 from .models import build
 from .parameters import PARAMETERS, SOURCE, check_values, complete, input_size, settled

@@ -14,6 +14,7 @@ import pandas as pd, yaml
 from fastprogress.fastprogress import progress_bar
 from joblib import Parallel, delayed, parallel_config
 from .core import *
+from .files import *
 from .job import Job, job
 from .parameters import PARAMETERS, PRUNING, SOURCE
 from .pipeline import digest

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from .core import *
-from .probe import is_norm, owner, slots
-from .graph import kept_slots, new_widths, probing, spared, trace, _check_fit, _check_plain, _depthwise, _twins
+from .files import *
+from .masks import *
+from .probe import owner
+from .kinds import is_norm, slots
+from .graph import kept_slots, new_widths, probing, spared, trace, _check_plain, _depthwise, _twins
+from .masks import _check_fit
 
 # %% ../nbs/06_surgery.ipynb #factors
 def _factors(m, keep, label):

@@ -5,12 +5,13 @@ import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate, ratios, weights_left
-from neuronprune.core import Mask, Scores, generator, kappa, layers
+from neuronprune.core import generator, kappa, layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.graph import trace
 from neuronprune.inputs import readers
 from neuronprune.models import build
 from neuronprune.surgery import shrink
-from neuronprune.train import narrow, sink
+from neuronprune.retrain import narrow, sink
 from test_graph import X, nets, partition
 
 def quiet(*a, **kw):

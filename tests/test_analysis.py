@@ -9,12 +9,15 @@ from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from neuronprune.allocate import allocate
 from neuronprune.analysis import (KINDS, attack, calibration, confidences, ece, fine_tuned, measured, one_shot, paired, plot_reliability,
                                   plot_robustness, plot_study, reliability, removed, robustness, summary)
-from neuronprune.core import Mask, Scores, layers
+from neuronprune.core import layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.sources import dense
 from neuronprune.surgery import apply
-from neuronprune.train import MaskCallback, evaluate, fit, learner, wilson
+from neuronprune.train import fit, learner
+from neuronprune.evaluation import evaluate, wilson
+from neuronprune.retrain import MaskCallback
 
 COLUMNS = ['rule', 'k', 'n', 'accuracy', 'lo', 'hi', 'loss', 'units_pruned', 'zeroed_pct', 'params_pct']
 

@@ -12,7 +12,8 @@ from torch import nn
 from neuronprune.allocate import allocate, ratios
 from neuronprune.baselines import (SlimmingCallback, _gate_gradients, _gradients, fpgm, loss_name, lth, magnitude, magsign, random, slimming,
                                    snip, taylor)
-from neuronprune.core import Scores, kappa, layers, methods
+from neuronprune.core import kappa, layers, methods
+from neuronprune.masks import Scores
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.graph import trace
 from neuronprune.models import build

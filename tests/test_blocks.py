@@ -3,10 +3,11 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.blocks import block_cost, block_labels, block_layers, block_mean, check_groups, dead_units, group_index, parent_of
-from neuronprune.core import Mask, generator, layers
+from neuronprune.core import generator, layers
+from neuronprune.masks import Mask
 from neuronprune.graph import trace
 from neuronprune.models import build
-from neuronprune.report import accounting, memory
+from neuronprune.costs import accounting, memory
 from test_graph import Net, X, nets
 
 def feats(n, width, seed=0): return torch.randn(n, width, generator=generator(seed))
@@ -163,7 +164,7 @@ def first_zero(model, names, kept):
     ('vgg16_mint', [0, 1, 2, 3, 14], [15.035583], 14_712_832, 14_977_728, [83.46]), ('resnet56', [0, 15, 19, 37, 53, 55], [43.363957], 785_664, 848_944, [52.41]),
     ('resnet50', [0, 53], [53.2144, 46.6939, 46.02], 23_445_504, 25_502_912, [43.01, 49.00, 49.62])])
 def test_published_percentages_on_our_networks(name, dense, kept, masked, total, pruned, monkeypatch):
-    monkeypatch.setattr('neuronprune.report._npz_bytes', lambda w, compressed=True: 0) # 100 MB need not be deflated for this
+    monkeypatch.setattr('neuronprune.costs._npz_bytes', lambda w, compressed=True: 0) # 100 MB need not be deflated for this
     model = build(name, 3, 1000 if name == 'resnet50' else 10, 224 if name == 'resnet50' else 32, seed=0); names = list(layers(model)); part = [n for i,n in enumerate(names) if i not in dense]
     assert len(names) == {'vgg16_mint': 15, 'resnet56': 56, 'resnet50': 54}[name]
     for k,p in zip(kept, pruned):

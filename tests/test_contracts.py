@@ -5,7 +5,8 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from torch import nn
 from neuronprune import core
-from neuronprune.core import Mask, Scores, check_choice, layers, methods
+from neuronprune.core import check_choice, layers, methods
+from neuronprune.masks import Mask, Scores
 from neuronprune.allocate import allocate
 from neuronprune.data import get_dls
 from neuronprune.graph import trace

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from neuronprune import core
-from neuronprune.core import (Mask, Scores, Units, as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, digesting, generator,
-                              kappa, layers, load_tensors, method, methods, save_tensors, seed_everything, twins)
+from neuronprune import core, files
+from neuronprune.core import (as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
+                              digesting, generator, kappa, layers, method, methods, seed_everything, twins)
+from neuronprune.files import load_tensors, save_tensors
+from neuronprune.masks import Mask, Scores, Units
 from neuronprune.graph import trace
 
 
@@ -178,8 +180,8 @@ def test_round_trip_with_graph_in_a_process_that_cannot_unpickle(tmp_path):
     s = Scores({'0': torch.rand(4)}, 'channel', graph=g, meta=dict(gap=.5, at=torch.tensor([1, 2]), n=np.int64(3)), method='mip'); s.save(tmp_path/'new folder'/'s.st')
     m = Mask({'0': torch.rand(4) < .5, '2:in': torch.ones(4).bool()}, 'channel', graph=g, scale={'0': torch.rand(4)}); m.save(tmp_path/'m.st')
     code = f"""
-import sys, pickle, json, torch, neuronprune.graph
-from neuronprune.core import Scores, Mask
+import sys, pickle, json, torch
+from neuronprune.masks import Mask, Scores
 def no(*a, **k): raise AssertionError('unpickled')
 pickle.load = pickle.loads = pickle._load = pickle._loads = torch.load = no; pickle.Unpickler = pickle._Unpickler = no
 sys.addaudithook(lambda e, a: no() if e == 'pickle.find_class' else None)
@@ -215,7 +217,7 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, err):
     old = Scores({'a': torch.rand(2)}, 'channel'); old.save(tmp_path/'s')
     def half(tensors, path, meta): Path(path).write_bytes(b'half'); raise err
-    monkeypatch.setattr(core, 'save_file', half)
+    monkeypatch.setattr(files, 'save_file', half)
     for name in ('s', 'new'):
         with pytest.raises(err): Scores({'a': torch.rand(2)}, 'channel').save(tmp_path/name)
     assert os.listdir(tmp_path) == ['s']; assert_same(old, Scores.load(tmp_path/'s'))

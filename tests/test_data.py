@@ -9,8 +9,9 @@ from PIL import Image
 from torchvision import datasets as tv
 from torchvision import transforms as tvt
 import neuronprune.data as data
-from neuronprune.core import DamagedFileError
-from neuronprune.data import calib_batch, get_dls, stratified
+from neuronprune.files import DamagedFileError
+from neuronprune.data import calib_batch, get_dls
+from neuronprune.datasets import stratified
 
 REAL = Path(os.environ.get('NEURONPRUNE_DATA', ''))/'MNIST'/'raw'
 real = pytest.mark.skipif(not (os.environ.get('NEURONPRUNE_DATA') and REAL.is_dir()),

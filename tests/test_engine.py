@@ -5,12 +5,16 @@ from neuronprune import chain as C, core, pipeline as P, surgery
 from neuronprune.allocate import allocate
 from neuronprune.budget import budget, layer_weights
 from neuronprune.chain import ANEW
-from neuronprune.core import DamagedFileError, Found, Mask, Scores, layers, method
+from neuronprune.core import Found, layers, method
+from neuronprune.files import DamagedFileError, load_tensors
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.models import build
 from neuronprune.pipeline import prune
-from neuronprune.report import Report, count_params
-from neuronprune.train import Rewind, evaluate, fit, learner
+from neuronprune.report import Report
+from neuronprune.costs import count_params
+from neuronprune.train import Rewind, fit, learner
+from neuronprune.evaluation import evaluate
 
 FT = dict(unit='channel', norm='l1', scope='layer')
 WAYS = {'one_shot': dict(start='dense'), 'cascade': {}, 'rewind': dict(rewind=1, fine_tune_epochs=2, tune_args=dict(start_epoch=1)),
@@ -40,7 +44,7 @@ def sized(dls, name='magnitude', args=None, way='cascade', sizes=SIZES, model='l
     kw = {**dict(fine_tune_epochs=1, latency=False), **WAYS[way], **(args or {}), **kw}
     return prune(start(dls, model), name, sizes=list(sizes), **kw)
 
-def network(d, i): return core.load_tensors(d/f'size{i:03d}.safetensors')[0]
+def network(d, i): return load_tensors(d/f'size{i:03d}.safetensors')[0]
 def timeless(df): return df.drop(columns=['secs', 'train_secs', 'peak_mib', 'latency_before', 'latency_after'])
 def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
 

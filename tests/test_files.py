@@ -7,13 +7,14 @@ from safetensors.torch import save_file
 from torch import nn
 from neuronprune import surgery
 from neuronprune.allocate import allocate
-from neuronprune.core import DamagedFileError, Mask, Scores, load_json, load_tensors, save_json, save_tensors
+from neuronprune.files import DamagedFileError, load_json, load_tensors, save_json, save_tensors
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.models import ZOO, build
 from neuronprune.sources import dense
 from neuronprune.report import Report
-from neuronprune.train import Evaluation
+from neuronprune.evaluation import Evaluation
 
 hurt = settings(max_examples=80, suppress_health_check=list(HealthCheck))
 

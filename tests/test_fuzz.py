@@ -2,7 +2,8 @@
 import copy, random, warnings, pytest, torch, torch.nn.functional as F
 from torch import nn
 from neuronprune.allocate import allocate
-from neuronprune.core import Scores, feed, generator, layers, tensors
+from neuronprune.core import feed, generator, layers, tensors
+from neuronprune.masks import Scores
 from neuronprune.graph import trace
 from neuronprune.surgery import apply, load, save, shrink
 

@@ -3,7 +3,8 @@ import copy, json, random, pytest, torch, torch.nn.functional as F
 import numpy as np
 from hypothesis import Phase, given, settings, strategies as st
 from torch import nn
-from neuronprune.core import Mask, UnsupportedLayerError, generator, layers
+from neuronprune.core import UnsupportedLayerError, generator, layers
+from neuronprune.masks import Mask
 from neuronprune.graph import Graph, trace
 
 

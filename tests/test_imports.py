@@ -1,16 +1,18 @@
 """What an import loads: scoring needs torch and little else, whatever is heavy comes with the function that uses it.
 
 One fresh interpreter imports the modules one after the other, the lightest first, and says after each what is there."""
-import importlib, inspect, json, re, subprocess, sys
+import ast, importlib, inspect, json, re, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = ['core', 'graph', 'allocate', 'surgery', 'inputs', 'draws', 'blocks', 'models']
+GROUND = ['core', 'files', 'graph', 'masks', 'allocate', 'surgery', 'inputs', 'draws', 'blocks', 'models']
 METHODS = ['mint', 'mip', 'provable', 'baselines', 'lowrank', 'criteria', 'sampling']
 NEVER = {'torchvision', 'torchvision.models', 'papermill', 'cvxpy', 'cvxopt', 'sklearn.cluster', 'sklearn.neighbors', 'IPython', 'ipykernel',
          'dask', 'ray', 'torch._dynamo', 'torch.onnx'}   # not even by neuronprune.all
 HEAVY = NEVER | {'fastai', 'pandas', 'matplotlib', 'sklearn', 'scipy.stats'} # not by a method
+LIMIT = 400 # lines of code a module may have, blank lines and comments aside
+LONGER = {'chain'}
 CODE = """
 import importlib, json, sys
 import torch
@@ -34,7 +36,7 @@ def ours(names): return {o.split('.')[1] for o in names if o.startswith('neuronp
 @pytest.mark.parametrize('name', GROUND+METHODS)
 def test_scoring_loads_nothing_heavy(loaded, name): assert sorted(HEAVY & loaded[name]) == []
 
-@pytest.mark.parametrize('name', GROUND[:4])
+@pytest.mark.parametrize('name', GROUND[:6])
 def test_the_wiring_loads_no_scipy(loaded, name): assert sorted({'scipy', 'joblib', 'fasthtml'} & loaded[name]) == []
 
 def test_data_brings_fastai_but_no_torchvision(loaded):
@@ -65,6 +67,25 @@ def test_mip_offers_the_names_of_its_chapters():
     assert (own(relax), own(program), own(solve)) == (set(), {'mip_relax'}, {'mip_relax'})
 
 def test_the_callback_of_slimming_comes_when_asked_for():
-    from neuronprune import baselines, train
-    assert baselines.SlimmingCallback is train.SlimmingCallback and 'SlimmingCallback' in baselines.__all__
+    from neuronprune import baselines, retrain
+    assert baselines.SlimmingCallback is retrain.SlimmingCallback and 'SlimmingCallback' in baselines.__all__
     with pytest.raises(AttributeError, match="no attribute 'Slimming'"): baselines.Slimming
+
+MODULES = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'neuronprune').glob('*.py')) if not p.stem.startswith('_')}
+def n_lines(text): return sum(bool(o.strip()) and not o.lstrip().startswith('#') for o in text.splitlines())
+
+@pytest.mark.parametrize('name', MODULES)
+def test_a_module_is_short(name): assert (n_lines(MODULES[name]) > LIMIT) == (name in LONGER), 'cut it; or, if it has become shorter, strike it off the list'
+
+def at_the_top(text):
+    "Modules of the package that a module imports while it is itself imported."
+    for n in ast.parse(text).body:
+        if not isinstance(n, ast.ImportFrom): continue
+        inner = n.module or '' if n.level else (n.module.split('.', 1)+[''])[1] if n.module.split('.')[0] == 'neuronprune' else None
+        if inner is not None: yield from [inner] if inner else [a.name for a in n.names if a.name in MODULES]
+
+def test_imports_go_round_no_circle():
+    left = {k:set(at_the_top(v)) for k,v in MODULES.items()}
+    assert left['masks'] >= {'core', 'files', 'graph'} and 'masks' not in left['graph']
+    while free := [k for k,v in left.items() if not v]: left = {k:v-set(free) for k,v in left.items() if k not in free}
+    assert not left, f'a circle, or what stands on one: {left}'

@@ -5,7 +5,8 @@ from fastai.data.load import DataLoader
 from hypothesis import given, settings
 from torch import nn
 from neuronprune.baselines import snip
-from neuronprune.core import Mask, layers, tensors
+from neuronprune.core import layers, tensors
+from neuronprune.masks import Mask
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.inputs import batch_for, column_groups, own_input, readers, slices, traced

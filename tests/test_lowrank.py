@@ -7,12 +7,13 @@ from sklearn.decomposition import PCA
 from torch import nn
 from neuronprune import lowrank
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, generator, layers
+from neuronprune.core import generator, layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.lowrank import VARIANTS, alds, cut, folded, groupings, output_moments, pca, principal, spectrum, svd, tail_error
 from neuronprune.models import build
 from neuronprune.pipeline import channel_table, prune
-from neuronprune.report import count_macs, count_params
+from neuronprune.costs import count_macs, count_params
 from neuronprune.surgery import Factored, apply, difference, factorise, merge, shrink
 from neuronprune.train import fit, learner
 from test_graph import found

@@ -5,7 +5,9 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import cdist
 from torch import nn
 from neuronprune import mint
-from neuronprune.core import Mask, Scores, UnsupportedLayerError, generator, layers, methods, save_tensors
+from neuronprune.core import UnsupportedLayerError, generator, layers, methods
+from neuronprune.files import save_tensors
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.mint import activations, cgmi, cut, dependencies, dependency, divergence, gmi, neighbours, pool_dists, score, thirds

@@ -11,7 +11,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from neuronprune import mint, mint_released as rel
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, UnsupportedLayerError, generator
+from neuronprune.core import UnsupportedLayerError, generator
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune.mint_released import (conv_out, cut, dependency, pair_score, released_crossings, released_groups, released_neighbours, sample_rows,

@@ -6,7 +6,8 @@ import cvxpy as cp, highspy, numpy as np, pytest, torch, torch.nn.functional as 
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linprog
 from torch import nn
-from neuronprune.core import Scores, UnsupportedLayerError, layers
+from neuronprune.core import UnsupportedLayerError, layers
+from neuronprune.masks import Scores
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
 from neuronprune import mip, mip_solve as ms
@@ -18,7 +19,8 @@ from neuronprune.mip_relax import complete, objective, terms, violation
 from neuronprune.mip_solve import NoIncumbentError, Search, SolverNotSuitableError, solve, sweep
 from neuronprune.models import build, mlp
 from neuronprune.surgery import apply, difference, shrink
-from neuronprune.train import MaskCallback, fit, learner
+from neuronprune.train import fit, learner
+from neuronprune.retrain import MaskCallback
 
 # ---- networks
 

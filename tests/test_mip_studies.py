@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.analysis import fine_tuned, one_shot, plot_study, summary
-from neuronprune.core import Mask, Scores
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.graph import trace
 from neuronprune.mip import cut, dead_on_batch, score
@@ -15,7 +15,9 @@ from neuronprune.mip_studies import (CONTROLS, ScoreCallback, compare_variants, 
 from neuronprune.models import build
 from neuronprune.sources import dense
 from neuronprune.surgery import apply, difference, shrink
-from neuronprune.train import MaskCallback, evaluate, fit, learner, wilson
+from neuronprune.train import fit, learner
+from neuronprune.evaluation import evaluate, wilson
+from neuronprune.retrain import MaskCallback
 
 pytestmark = pytest.mark.filterwarnings('ignore:mip. ')
 one_shot, fine_tuned = (partial(f, sizes=sizes) for f in (one_shot, fine_tuned))

@@ -2,7 +2,8 @@
 import copy, os, subprocess, sys, warnings
 import pytest, torch
 from neuronprune.all import *
-from neuronprune.core import Mask, Scores, generator, kappa, method
+from neuronprune.core import generator, kappa, method
+from neuronprune.masks import Mask, Scores
 from neuronprune.chain import score_with, split_args, weights_at
 from neuronprune.pipeline import channel_table
 import neuronprune.core as core
@@ -126,7 +127,7 @@ def test_result_files(dls, tmp_path):
     res.save(tmp_path/'run')
     code = f"""
 from neuronprune.surgery import load
-from neuronprune.core import Mask, Scores
+from neuronprune.masks import Mask, Scores
 from neuronprune.report import Report
 import neuronprune.models, pickle, torch
 def no(*a, **k): raise RuntimeError('unpickled')

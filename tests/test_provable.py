@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate, weights_left
 from neuronprune.budget import sizes
-from neuronprune.core import Mask, Scores, kappa, layers
+from neuronprune.core import kappa, layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.draws import expected_unique
 from neuronprune.graph import trace
@@ -15,7 +16,8 @@ from neuronprune.provable import _sampling_row, calib_size, pfp, sensitivities, 
 from neuronprune import provable_allocate
 from neuronprune.provable_allocate import _factors, equalise, predicted_error, sample_rows, spread, spread_cvxpy, whole
 from neuronprune.surgery import apply, difference, shrink
-from neuronprune.train import MaskCallback, fine_tune, fit, learner
+from neuronprune.train import fit, learner
+from neuronprune.retrain import MaskCallback, fine_tune
 
 def shares(w, cols):
     "The definition: g [n, o, k, p] for weights [o, k] and non-negative columns [n, k, p], float64 loops over signs."

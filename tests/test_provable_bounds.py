@@ -7,7 +7,8 @@ from torch import nn
 from neuronprune import provable_allocate
 from neuronprune.allocate import allocate
 from neuronprune.baselines import magnitude
-from neuronprune.core import Mask, Scores, layers
+from neuronprune.core import layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.graph import trace
 from neuronprune.models import build

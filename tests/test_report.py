@@ -2,11 +2,12 @@
 import copy, json, math
 import numpy as np, pytest, scipy.sparse, torch
 from torch import nn
-from neuronprune.core import Mask, Scores
-from neuronprune.report import (Report, accounting, compare, count_macs, count_params, differs, hardware, latency_ms, memory, metered, nonzero_params,
-                                plot_compare, published, verdict, versions)
+from neuronprune.masks import Mask, Scores
+from neuronprune.report import Report, compare, differs, plot_compare, published, verdict
+from neuronprune.costs import (accounting, count_macs, count_params, hardware, latency_ms, memory, metered,
+                               nonzero_params, versions)
 from neuronprune.surgery import factorise
-from neuronprune.train import Evaluation
+from neuronprune.evaluation import Evaluation
 
 def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*3*3, 5))
 XB = torch.randn(6, 3, 7, 7)

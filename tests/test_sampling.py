@@ -4,12 +4,13 @@ import numpy as np
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, generator, kappa
+from neuronprune.core import generator, kappa
+from neuronprune.masks import Mask, Scores
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.sampling import _targets, cut, probabilities, sampling, uniform
 from neuronprune.surgery import apply, difference, shrink
-from neuronprune.train import sink
+from neuronprune.retrain import sink
 
 def net(seed=0): return build('mlp', 1, 10, 8, seed=seed)
 def small(seed=0):

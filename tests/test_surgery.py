@@ -6,11 +6,12 @@ from hypothesis import Phase, assume, given, settings, strategies as st
 from torch import nn
 from neuronprune import surgery
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, UnsupportedLayerError, generator, layers
+from neuronprune.core import UnsupportedLayerError, generator, layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.surgery import Factored, GroupedLinear, SurgeryError, apply, difference, factorise, load, merge, plan, save, shrink
-from neuronprune.train import keep_tensors
+from neuronprune.retrain import keep_tensors
 from test_graph import KINDS, Net, X, found, nets
 
 size_of = lambda m: sum(p.numel() for p in m.parameters())

@@ -13,10 +13,13 @@ from fastai.optimizer import OptimWrapper
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest
 from neuronprune.allocate import allocate
-from neuronprune.core import Mask, Scores, layers
+from neuronprune.core import layers
+from neuronprune.masks import Mask, Scores
 from neuronprune.graph import trace
-from neuronprune.train import (MaskCallback, PruneCallback, Rewind, curves, evaluate, fine_tune, fit, gradual, held, hold, keep_tensors, sink,
-                               learner, rebind, rewind_to, schedule_lr, sign_weights, wilson)
+from neuronprune.train import Rewind, fit, learner, schedule_lr
+from neuronprune.evaluation import curves, evaluate, wilson
+from neuronprune.retrain import (MaskCallback, PruneCallback, fine_tune, gradual, held, hold, keep_tensors, sink,
+                                 rebind, rewind_to, sign_weights)
 
 EVENTS = [o for o in vars(event) if o.startswith(('before_', 'after_')) and o != 'after_create']
 
