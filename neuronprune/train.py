@@ -314,6 +314,7 @@ def _try_batch(learn):
         if isinstance(out, torch.Tensor) and out.ndim == 2 and y.dtype == torch.int64 and y.ndim == 1 and (y.min() < 0 or y.max() >= out.shape[1]):
             raise ValueError(f"yb: labels from {int(y.min())} to {int(y.max())}, but the network has {out.shape[1]} outputs; "
                              f"expected labels 0 to {out.shape[1]-1}, or a network built with a larger n_out")
+        if any(hasattr(type(cb), 'after_pred') for cb in learn.cbs): return # a callback makes something else of the outputs
         _check_target('the loss', learn.loss_func, out, yb)
         for m in learn.metrics:
             if isinstance(m, AvgMetric): _check_target('the metric', m.func, out, yb)
@@ -457,7 +458,9 @@ def _own_metrics(learn, dl):
     if own.n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
     loss, *rest = (_number(m.value) for m in own.meters)
     if not math.isfinite(loss): raise ValueError(f"learn: the loss is {loss}; expected a finite one (are all outputs numbers?)")
-    return Evaluation(n=own.n, loss=loss, metrics={m.name:v for m,v in zip(own.meters[1:], rest)})
+    names = [m.name for m in own.meters[1:]]
+    named = [k if k not in names[:i] else f'{k}_{1+names[:i].count(k)}' for i,k in enumerate(names)]
+    return Evaluation(n=own.n, loss=loss, metrics=dict(zip(named, rest)))
 
 # %% ../nbs/05_train.ipynb #evaluate
 @public
