@@ -581,6 +581,7 @@ def score(model:nn.Module, # trained chain network; left as found
     "Scores in [0, 1], float32 [channels] per layer; `meta` has status, gap, bound, sizes, seconds, dead units; warns unless the status is 'optimal'. Raises `UnsupportedLayerError`, `ClassBalanceError`, `NoIncumbentError` (after Ctrl-C `KeyboardInterrupt`)."
     _check_options(model, variant, bounds, relaxed, backend, solver, select)
     if dls is None and batch is None: raise ValueError("dls=None: mip looks at images; pass the DataLoaders of get_dls, or batch=(xb, yb)")
+    if dls is not None and batch is not None and variant != 'greedy': raise ValueError("batch, dls: images are not chosen from dls when there is a batch; expected one of the two")
     begin = time.perf_counter(); layers = [layers] if isinstance(layers, str) else layers
     xb, yb = choose(model, dls, _n_per_class(n_per_class), select, split=split, seed=seed) if batch is None else batch
     if not isinstance(xb, torch.Tensor): raise TypeError(f"dls: inputs are a {type(xb).__name__}; mip expects one tensor")
