@@ -780,7 +780,7 @@ class OneBatch(DataLoaders):
                 ):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             n = f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''
-            raise TypeError(f"batch: expected a pair (xb, yb), got a {type(batch).__name__}{n}")
+            raise TypeError(f"batch: expected a pair (xb, yb), got {type(batch).__name__}{n}")
         xb,yb = batch
         try: check_batch(xb, check_type('yb', yb, torch.Tensor) if classes else None)
         except (TypeError, ValueError) as e: raise type(e)(f'batch: {e}') from None
