@@ -291,7 +291,7 @@ def _learner_for(learn, dls):
         if dls is not None: raise ValueError(f"dls: got a {type(dls).__name__} beside a Learner, which has learn.dls; expected dls= beside a model only")
         return learn
     if dls is None: raise TypeError(f"learn: expected a Learner, made by learner(model, dls), or a model beside dls=, got {type(learn).__name__} and dls=None")
-    batch = lambda o: isinstance(o, (tuple, list)) and any(isinstance(p, torch.Tensor) for p in o)
+    batch = lambda o: isinstance(o, dict) or isinstance(o, (tuple, list)) and any(isinstance(p, torch.Tensor) for p in o)
     several = isinstance(dls, (tuple, list)) and not batch(dls) and not any(map(batch, dls))
     parts = getattr(dls, 'loaders', dls if several else [dls])
     if not 1 <= len(parts) <= 3: raise ValueError(f"dls: {len(parts)} loaders; expected one, (train, valid), or (train, valid, test)")

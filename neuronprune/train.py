@@ -360,11 +360,13 @@ def _keep_history(learn):
 # %% ../nbs/05_train.ipynb #try-batch
 def _said(x): return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
 
+def _named(f): return getattr(f, '__name__', type(f).__name__)
+
 def _check_target(what, f, out, yb):
     "Raises `ValueError` if the loss or metric `f` cannot compare the outputs `out` with the targets `yb`."
     try: f(out, *yb)
     except Exception as e:
-        raise ValueError(f"dls: {what} {getattr(f, '__name__', type(f).__name__)} cannot compare outputs {_said(out)} with labels yb "
+        raise ValueError(f"dls: {what} {_named(f)} cannot compare outputs {_said(out)} with labels yb "
                          f"{_said(yb)}: {e}; expected labels, loss_func= and metrics= that fit the network") from e
 
 def _try_batch(learn):
@@ -517,11 +519,16 @@ def _number(v):
     if not hasattr(v, 'tolist'): return v if v is None or isinstance(v, (int, float)) else str(v)
     return v.tolist()
 
-def _own_metrics(learn, dl):
-    "The `Evaluation` by the learner's own loss and metrics; `ValueError` if the loss is not finite."
+def _own_metrics(learn, dl, why):
+    "The `Evaluation` by the learner's own loss and metrics; the error `why` where these cannot take the targets, `ValueError` if the loss is not finite."
     own = _Metrics()
     gone = [cb for cb in learn.cbs if isinstance(cb, Recorder)]
-    with as_found(learn.model, train=False), _shown(learn, False), learn.removed_cbs(gone): learn.validate(dl=dl, cbs=own)
+    with as_found(learn.model, train=False), _shown(learn, False), learn.removed_cbs(gone):
+        try: learn.validate(dl=dl, cbs=own)
+        except torch.cuda.OutOfMemoryError: raise
+        except Exception as e: # loss and metrics are the user's
+            names = ', '.join(m.name for m in learn.metrics) or 'none'
+            raise type(why)(f"{why}; its loss {_named(learn.loss_func)} and its metrics ({names}) fail here: {type(e).__name__}: {e}") from e
     if own.n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
     loss, *rest = (_number(m.value) for m in own.meters)
     if not math.isfinite(loss): raise ValueError(f"learn: the loss is {loss}; expected a finite one (are all outputs numbers?)")
@@ -543,7 +550,7 @@ def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
         with as_found(model, train=False): (k, k5, loss, bad, nan), n = _tally(model, dl, dev)
     except _NotClasses as e:
         if model is model_or_learn: raise e.args[0] from None
-        return _own_metrics(model_or_learn, dl)
+        return _own_metrics(model_or_learn, dl, e.args[0])
     if n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
     if bad:
         raise ValueError(f"dl: {bad:.0f} of {n} labels are out of range for the network's outputs; "
