@@ -271,7 +271,7 @@ def snip(model:nn.Module,     # the network before training (or after, as the pr
         raise ValueError(f"rounds={rounds}: the schedule leads to a final sparsity; pass sparsity=, such as 0.9")
     if sparsity is not None: check_fraction('sparsity', sparsity)
     mods, graph, skipped = _candidates(model, unit, dls, graph)
-    xb, yb = batch_for(model, dls, 'snip', n_per_class, n, split, seed)
+    xb, yb = batch_for(model, dls, 'snip', n_per_class, n, split, seed, classes=loss_func is None)
     look = lambda mask: _sensitivity(model, mods, unit, xb, yb, mask, loss_func)
     units = _iterate(look, sparsity, rounds, graph, unit, progress)
     why = 'no gradient: unused in the forward pass, or its weight is shared with another module'
@@ -402,7 +402,7 @@ def taylor(model:nn.Module,     # trained model
     start = time.perf_counter()
     check_choice('variant', variant, ('weights', 'norm', 'activations'))
     mods, graph, skipped = _candidates(model, 'channel', dls, graph)
-    xb, yb = batch_for(model, dls, 'taylor', n_per_class, n, split, seed)
+    xb, yb = batch_for(model, dls, 'taylor', n_per_class, n, split, seed, classes=loss_func is None)
     units = _taylor(variant, model, mods, graph, skipped, xb, yb, loss_func)
     return _scores('taylor', units, 'channel', start, graph, skipped, variant=variant, n=len(yb), n_per_class=n_per_class,
                    split=split, loss=loss_name(loss_func), seed=seed)

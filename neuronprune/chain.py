@@ -507,7 +507,8 @@ def tried(learn, # a `Learner`; left as it was
     "(score, loss) of the masked network on the validation set; the score is what `Evaluation.score` says."
     model = learn.model
     own = {k:v.detach().clone() for k,v in model.state_dict().items()}
-    try: e = evaluate(surgery.apply(model, mask), learn.dls.valid)
+    surgery.apply(model, mask)
+    try: e = evaluate(learn, learn.dls.valid)
     finally: model.load_state_dict(own)
     return e.score, e.loss
 

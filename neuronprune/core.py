@@ -343,7 +343,24 @@ class Method:
     network:str=None   # the zoo's network to take where none is named, None = any
     bounds:object=None # 'module:function', which makes a table of error bounds from (dense model, scores, mask, dls)
     quick:dict=field(default_factory=dict) # arguments with which scoring is short and its scores have the same shape
-    def __call__(self, *args, **kw): _check_call(self.fn, args, kw); return self.fn(*args, **kw)
+    def __call__(self, *args, batch=None, **kw):
+        if batch is not None: kw = _with_batch(self.fn, batch, args, kw)
+        _check_call(self.fn, args, kw); res = self.fn(*args, **kw)
+        if batch is not None and 'split' in getattr(res, 'meta', ()): res.meta['split'] = 'batch'
+        return res
+
+def _with_batch(f, batch, args, kw):
+    "`kw` with `batch` in the place of `dls`; `ValueError` beside arguments that choose images from loaders."
+    names = inspect.signature(f).parameters
+    if 'batch' in names or 'dls' not in names: return dict(kw, batch=batch)
+    given = {**dict(zip(names, args)), **kw}
+    for k in ('dls', 'n_per_class', 'n', 'split'):
+        if (v := given.get(k)) is None: continue
+        said = f'{k}={v!r}' if isinstance(v, (int, str)) else f'{k}: a {type(v).__name__}'
+        raise ValueError(f"batch, {said}: the batch is all that is looked at, nothing is chosen from loaders; expected one of the two")
+    from neuronprune.data import OneBatch
+    return dict(kw, dls=OneBatch(batch, classes='loss_func' not in kw))
+
 
 # %% ../nbs/00_core.ipynb #method-2
 def method(name:str,        # registered name

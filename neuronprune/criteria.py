@@ -92,7 +92,7 @@ def thinet(model:nn.Module, # trained model
     start = time.perf_counter()
     check_choice('compat', compat, (None, 'released')); check_int('n_positions', n_positions, 1)
     for k,m in layers(model).items(): check_finite(f'{k}.weight', m.weight)
-    xb, yb = batch_for(model, dls, 'thinet', 10 if n is None else None, n, split, seed)
+    xb, yb = batch_for(model, dls, 'thinet', 10 if n is None else None, n, split, seed, classes=False)
     graph = traced(model, dls, graph); names, skipped = readers(graph)
     with as_found(model, train=False), torch.no_grad(): grams = _grams(model, names, graph, xb, n_positions, seed)
     units = {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'LIMIT', 'PRESETS', 'random_crop', 'random_flip', 'cutout', 'random_rotate', 'augmentations', 'Prep',
-           'resize', 'ImageDL', 'store', 'dl_record', 'get_dls', 'balanced', 'calib_batch', 'preset']
+           'resize', 'ImageDL', 'store', 'dl_record', 'get_dls', 'balanced', 'OneBatch', 'calib_batch', 'preset']
 
 # %% ../nbs/01_data.ipynb #import-csv-hashlib-os-from-col
 from contextlib import nullcontext
@@ -366,33 +366,67 @@ def _fetch(dl, idx):
     stacked = map(torch.stack, zip(*rows))
     return mapped(lambda _: next(stacked), one)
 
+# %% ../nbs/01_data.ipynb #one-batch
+@public
+class OneBatch(DataLoaders):
+    "A batch (xb, yb) in the place of all loaders; `TypeError` or `ValueError` unless it is a pair with one label per input."
+    def __init__(self, batch,      # inputs (a tensor, or a tuple or dictionary of such) and labels
+                 classes:bool=True # must the labels be class numbers?
+                ):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            n = f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''
+            raise TypeError(f"batch: expected a pair (xb, yb), got {type(batch).__name__}{n}")
+        xb,yb = batch
+        try: check_batch(xb, check_type('yb', yb, torch.Tensor) if classes else None)
+        except (TypeError, ValueError) as e: raise type(e)(f'batch: {e}') from None
+        n = {len(o) for o in tensors([xb, yb])}
+        if len(n) > 1: raise ValueError(f"batch: tensors of {', '.join(map(str, sorted(n)))} examples; expected equally many inputs and labels")
+        xb = tuple(xb) if isinstance(xb, list) else xb
+        self.batch = xb,yb.long() if classes else yb
+        super().__init__(*[[self.batch]]*3, device=tensors(xb)[0].device)
+        self.test = self.loaders[2]
+
 # %% ../nbs/01_data.ipynb #calib_batch
+def _as_classes(y):
+    "Integer labels [n] or [n, 1] as int64 [n]; other targets as they are."
+    if y.ndim == 2 and y.shape[1] == 1 and not y.is_floating_point(): y = y[:,0]
+    whole = y.ndim == 1 and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    return y.long() if whole else y
+
+def _chosen(dls, y, n_per_class, n, split, seed):
+    "(indices of the images, number of classes) among the class labels `y`."
+    n_out = next((o for k in ('n_out', 'c') if isinstance(o := getattr(dls, k, None), int) and o), int(y.max())+1)
+    if n is None: return balanced(y, n_out, n_per_class, seed, getattr(dls, 'vocab', None), f'the {split} part'),n_out
+    if check_int('n', n, 1) > len(y):
+        raise ValueError(f"n={n}: the {split} part has {len(y)} images; use n={len(y)} or less, or split='train'")
+    return torch.randperm(len(y), generator=generator(seed))[:n],n_out
+
 @public
 def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders` of (x, y) or (x1, x2, y) batches
                 n_per_class:int=None, # images per class; None (and no `n`) = 250 or the smallest class
                 n:int=None,         # instead: so many images, whatever their class
                 split:str='valid',  # 'train', 'valid' or 'test'
                 seed:int=0,         # same seed, same bytes
-                device=None         # None = the device of `dls`
+                device=None,        # None = the device of `dls`
+                classes:bool=True   # must labels be class numbers? False: others count as one class
                )->tuple:
     "(xb float32 [k, ...], yb int64 [k]), un-augmented, normalised as in training; several inputs are a tuple. `ValueError` if there are too few."
     if n is not None and n_per_class is not None: raise ValueError(f"n={n}, n_per_class={n_per_class}: give one of the two")
+    device = device or getattr(dls, 'device', None) or 'cpu'
+    if isinstance(dls, OneBatch): return mapped(lambda o: o.to(device), dls.batch)
     dl,ours = _loader(dls, split),False
     if isinstance(dl, ImageDL): y,ours = dl.dataset.y.cpu(),True
     else: y = torch.cat([yb for _,yb in _batches(dl)] or [torch.empty(0).long()])
     if len(y) == 0: raise ValueError(f"split={split!r}: the loader is empty; expected at least one batch")
-    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"yb: shape {tuple(y.shape)}, dtype {y.dtype}; expected integer class labels [n]")
-    y = y.long()
-    n_out = getattr(dls, 'n_out', None) or getattr(dls, 'c', None) or int(y.max())+1
-    if n is None: idx = balanced(y, n_out, n_per_class, seed, getattr(dls, 'vocab', None), f'the {split} part')
-    elif check_int('n', n, 1) > len(y):
-        raise ValueError(f"n={n}: the {split} part has {len(y)} images; use n={len(y)} or less, or split='train'")
-    else: idx = torch.randperm(len(y), generator=generator(seed))[:n]
+    y = _as_classes(y)
+    counted = y.ndim == 1 and y.dtype == torch.int64
+    if not counted and (classes or n_per_class is not None):
+        raise ValueError(f"yb: shape {tuple(y.shape)}, dtype {y.dtype}; expected integer class labels [n]"
+                         + ('' if classes else f', or n= instead of n_per_class={n_per_class}'))
+    idx,n_out = _chosen(dls, y if counted else torch.zeros(len(y), dtype=torch.int64), n_per_class, n, split, seed)
     xb = dl.prep.plain()(dl.dataset.items(idx)) if ours else _fetch(dl, idx)
-    device = device or getattr(dls, 'device', None) or 'cpu'
     xb,yb = mapped(lambda o: o.to(device), xb),y[idx].to(device)
-    check_batch(xb, yb, n_out)
+    check_batch(xb, *((yb, n_out) if counted else ()))
     return xb,yb
 
 # %% ../nbs/01_data.ipynb #presets

@@ -6,14 +6,19 @@
 __all__ = ['split_batch', 'wilson', 'Evaluation', 'evaluate', 'curves', 'plot_curves']
 
 # %% ../nbs/04a_evaluation.ipynb #imports
-import math
+import copy, math
+from contextlib import ExitStack, contextmanager
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
 import pandas as pd, torch, torch.nn.functional as F
+from fastcore.basics import noop
 from torch import nn
 from .core import as_found, check_fraction, check_int, digesting, feed, mapped, public, tensors
-from fastai.learner import Learner
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import AvgLoss, Learner, Recorder
+from fastai.torch_core import find_bs
 
 # %% ../nbs/04a_evaluation.ipynb #split_batch
 def _classes(y):
@@ -83,16 +88,21 @@ class Evaluation:
 # %% ../nbs/04a_evaluation.ipynb #tally
 def _said(x): return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
 
+def _named(f): return getattr(f, '__name__', type(f).__name__)
+
 def _logits(out):
     "The class scores in a model's output: itself, the entry 'logits', or the first tensor."
     return out.get('logits') if isinstance(out, Mapping) and 'logits' in out else next(iter(tensors(out)), None)
 
+class _NotClasses(Exception):
+    "There are no right answers to count; holds the error to raise where nothing else can be said."
+
 def _target(yb):
-    "The class numbers [n] of a batch; `TypeError` for targets of another kind."
+    "The class numbers [n] of a batch; `_NotClasses` for targets of another kind."
     y = yb[0]
     if len(yb) > 1 or not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or y.ndim != 1:
-        raise TypeError(f"dls: labels yb are {_said(yb)}; expected one class number per input, int64 (n,): right answers are counted, "
-                        "so evaluate and prune need a classification")
+        raise _NotClasses(TypeError(f"dls: labels yb are {_said(yb)}; expected one class number per input, int64 (n,), to count right answers, "
+                                    "or a Learner, which has a loss and metrics of its own"))
     return y.as_subclass(torch.Tensor)
 
 def _tally(model, dl, dev):
@@ -103,7 +113,7 @@ def _tally(model, dl, dev):
         with torch.inference_mode():
             with digesting(*tensors(xb)): out = _logits(feed(model, xb))
             if out is None or out.ndim != 2:
-                raise ValueError(f"model: outputs {_said(out)}; expected class scores [n, classes]")
+                raise _NotClasses(ValueError(f"model: outputs {_said(out)}; expected class scores [n, classes], or a Learner with its own loss"))
             bad = (yb < 0) | (yb >= out.shape[1])
             yb = yb.clamp(0, out.shape[1]-1)
             out = out.float().as_subclass(torch.Tensor)
@@ -113,17 +123,66 @@ def _tally(model, dl, dev):
         n += len(yb)
     return tot.tolist(), n
 
+# %% ../nbs/04a_evaluation.ipynb #shown
+@contextmanager
+def _shown(learn, progress):
+    "Bars and the table of losses inside the block if `progress`, else neither."
+    has, log = 'progress' in learn.__dict__, print if learn.logger is noop else learn.logger
+    learn.logger, found = log if progress else noop, learn.logger
+    with ExitStack() as s:
+        if progress and not has: s.enter_context(learn.added_cbs([ProgressCallback()]))
+        if has and not progress: s.enter_context(learn.removed_cbs([learn.progress]))
+        try: yield
+        finally: learn.logger = found
+
+# %% ../nbs/04a_evaluation.ipynb #own-metrics
+class _Metrics(Callback):
+    "Means of the learner's loss and of its metrics over a loader; named as fastai names what only predicts, so that no model is saved."
+    name = 'gather_preds'
+    def before_validate(self):
+        self.meters,self.n = [AvgLoss(), *copy.deepcopy(self.learn.metrics)],0
+        for m in self.meters: m.reset()
+    def after_batch(self):
+        self.n += find_bs(self.learn.yb)
+        for m in self.meters: m.accumulate(self.learn)
+
+def _number(v):
+    "A metric's value as a number, a list of them, or a text."
+    if not hasattr(v, 'tolist'): return v if v is None or isinstance(v, (int, float)) else str(v)
+    return v.tolist()
+
+def _own_metrics(learn, dl, why):
+    "The `Evaluation` by the learner's own loss and metrics; the error `why` where these cannot take the targets, `ValueError` if the loss is not finite."
+    own = _Metrics()
+    gone = [cb for cb in learn.cbs if isinstance(cb, Recorder)]
+    with as_found(learn.model, train=False), _shown(learn, False), learn.removed_cbs(gone):
+        try: learn.validate(dl=dl, cbs=own)
+        except torch.cuda.OutOfMemoryError: raise
+        except Exception as e: # loss and metrics are the user's
+            names = ', '.join(m.name for m in learn.metrics) or 'none'
+            raise type(why)(f"{why}; its loss {_named(learn.loss_func)} and its metrics ({names}) fail here: {type(e).__name__}: {e}") from e
+    if own.n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
+    loss, *rest = (_number(m.value) for m in own.meters)
+    if not math.isfinite(loss): raise ValueError(f"learn: the loss is {loss}; expected a finite one (are all outputs numbers?)")
+    names = [m.name for m in own.meters[1:]]
+    named = [k if k not in names[:i] else f'{k}_{1+names[:i].count(k)}' for i,k in enumerate(names)]
+    return Evaluation(n=own.n, loss=loss, metrics=dict(zip(named, rest)))
+
 # %% ../nbs/04a_evaluation.ipynb #evaluate
 @public
 def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
              dl              # loader of (inputs, labels), such as `dls.valid` or `dls.test`
             )->Evaluation:
-    "Count the right answers on `dl`; raises `ValueError` for an empty loader, labels out of range, outputs not finite."
+    "Count the right answers on `dl`, or, where a `Learner` does not classify, take its own loss and metrics; raises `ValueError` for an empty loader, labels out of range, outputs not finite."
     model = model_or_learn.model if isinstance(model_or_learn, Learner) else model_or_learn
     if not isinstance(model, nn.Module):
         raise TypeError(f"model_or_learn: expected an nn.Module or a Learner, got {type(model).__name__}")
     dev = next((p.device for p in model.parameters()), torch.device('cpu'))
-    with as_found(model, train=False): (k, k5, loss, bad, nan), n = _tally(model, dl, dev)
+    try:
+        with as_found(model, train=False): (k, k5, loss, bad, nan), n = _tally(model, dl, dev)
+    except _NotClasses as e:
+        if model is model_or_learn: raise e.args[0] from None
+        return _own_metrics(model_or_learn, dl, e.args[0])
     if n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
     if bad:
         raise ValueError(f"dl: {bad:.0f} of {n} labels are out of range for the network's outputs; "

@@ -18,10 +18,9 @@ def traced(model:nn.Module, # any model
            graph=None       # `Graph` of the model, if it is known
           )->Graph:
     "`graph`, or a trace of `model`; `ValueError` without graph and `dls`, or for the graph of another model or another size of image."
-    from neuronprune.data import calib_batch
     mods = layers(model)
     if graph is None and dls is None: raise ValueError("graph=None, dls=None: the network's wiring is needed; pass graph=trace(model, xb), or dls to trace with")
-    if graph is None: return trace(model, calib_batch(dls, n=1)[0])
+    if graph is None: return trace(model, take(batch_for(model, dls, 'the trace', n=1, classes=False)[0], slice(1)))
     facts = lambda l: [l[o] for o in ('n_out', 'n_in', 'taps', 'groups')]
     have = {k:facts(_info(m, m.weight.shape[:1])) for k,m in mods.items()}
     bad = [k for k,l in check_type('graph', graph, Graph).layers.items() if have.get(k) != facts(l)]
@@ -33,13 +32,13 @@ def traced(model:nn.Module, # any model
 def batch_for(model:nn.Module,    # any model
               dls,                # `DataLoaders` the batch is drawn from; None is refused in the name of `who`
               who:str,            # name of the method, for the message
-              n_per_class:int=None, n:int=None, split:str='valid', seed:int=0 # as for `calib_batch`
+              n_per_class:int=None, n:int=None, split:str='valid', seed:int=0, classes:bool=True # as for `calib_batch`
              )->tuple:
     "(xb, yb) of `calib_batch` on the model's device, floating inputs in its precision; `ValueError` without `dls`."
     from neuronprune.data import calib_batch
-    if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits')")
+    if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits'), or batch=(xb, yb) to methods()[{who!r}]")
     p = next(p for p in model.parameters() if p.is_floating_point())
-    xb, yb = calib_batch(dls, n_per_class, n, split=split, seed=seed, device=p.device)
+    xb, yb = calib_batch(dls, n_per_class, n, split=split, seed=seed, device=p.device, classes=classes)
     return mapped(lambda o: o.to(p.device, p.dtype if o.is_floating_point() else o.dtype), xb), yb
 
 @public

@@ -220,7 +220,7 @@ def pca(model:nn.Module,    # trained model
        )->Scores:
     "Explained share per price of every principal direction of each layer's outputs; the directions are in `labels`. `ValueError` without images."
     start = time.perf_counter(); mats, skipped = folded(model); check_choice('per', per, ('params', 'macs')); check_int('max_columns', max_columns, 1)
-    xb, yb = batch_for(model, dls, 'pca', n=n, split=split, seed=seed)
+    xb, yb = batch_for(model, dls, 'pca', n=n, split=split, seed=seed, classes=False)
     got = output_moments(model, xb, mats, max_columns, seed)
     skipped |= {k:'never reached in the forward pass' for k in mats if k not in got}
     units, labels, cost = {}, {}, {}

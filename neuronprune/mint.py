@@ -440,7 +440,7 @@ def score(model:nn.Module,  # trained network; left as found
     _check_score(dls, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()
-    xb, yb = batch_for(model, dls, 'mint', n_per_class, split='train', seed=seed)
+    xb, yb = batch_for(model, dls, 'mint', n_per_class, split='train', seed=seed, classes=False)
     graph = traced(model, dls, graph)
     names, skipped = block_layers(graph, layers)
     if not names: raise UnsupportedLayerError(f"model={type(model).__name__}: no pair of layers to compare ({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
@@ -448,7 +448,7 @@ def score(model:nn.Module,  # trained network; left as found
     groups = {n:block_labels(graph, n, n_groups, grouping, seed, *acts[n][:2]) for n in names}
     pairs = {n:_arrays(model.get_submodule(n), *acts[n], *groups[n]) for n in names}
     rho = dependencies(pairs, estimator, n_trials, seed, calibrate, max_mem, n_jobs, cache, progress)
-    meta = dict(estimator=estimator, n=len(yb), n_per_class=int(yb.bincount().max()), split='train', n_trials=n_trials,
+    meta = dict(estimator=estimator, n=len(yb), n_per_class=int(yb.bincount().max()) if yb.ndim == 1 and yb.dtype == torch.int64 else None, split='train', n_trials=n_trials,
                 calibrate=calibrate, weighted=weighted, clip=clip, tap=tap, grouping=grouping, seed=seed)
     return _scores(model, graph, rho, groups, acts, clip, start, skipped, meta)
 

@@ -233,6 +233,8 @@ def score(model:nn.Module, # trained chain network; left as found
     Warns unless the status is 'optimal'. Raises `UnsupportedLayerError`, `ClassBalanceError`, `NoIncumbentError`
     (after Ctrl-C `KeyboardInterrupt`)."""
     _check_options(model, variant, bounds, relaxed, backend, solver, select)
+    if dls is not None and batch is not None and variant != 'greedy':
+        raise ValueError("batch, dls: images are not chosen from dls when there is a batch; expected one of the two")
     begin = time.perf_counter(); layers = [layers] if isinstance(layers, str) else layers
     xb, yb = _images(model, dls, batch, n_per_class, select, split, seed)
     if graph is None: graph = trace(model, xb[:2])
@@ -249,3 +251,4 @@ def score(model:nn.Module, # trained chain network; left as found
     units, meta, programs = run[variant]()
     meta.update(record, n_correct=k, programs=len(programs))
     return _as_scores(units, whole, model, graph, meta, time.perf_counter()-begin)
+

@@ -22,9 +22,10 @@ from .allocate import allocate, ratios
 from .budget import layer_weights, size_list, trained_steps
 from .chain import *
 from fastai.learner import Learner
-from .train import fit, learner, schedule_lr
+from .train import as_learner, fit, learner, schedule_lr
 from .retrain import _state, _slice, held, hold, rebind
 from .report import Report
+
 
 # %% ../nbs/20_pipeline.ipynb #result
 @dataclass(repr=False)
@@ -286,9 +287,26 @@ def _loop(chain, before, latency, folder, about):
         if folder is not None: chain.save(i, folder, about)
     return chain.rows
 
+# %% ../nbs/20_pipeline.ipynb #own-data
+def _learner_for(learn, dls):
+    "`learn`, or a learner made for a model and its loaders; raises for a learner with loaders and a model without."
+    if not isinstance(learn, torch.nn.Module):
+        check_type('learn', learn, Learner, 'made by learner(model, dls), or a model beside dls=')
+        if dls is not None: raise ValueError(f"dls: got a {type(dls).__name__} beside a Learner, which has learn.dls; expected dls= beside a model only")
+        return learn
+    if dls is None: raise TypeError(f"learn: expected a Learner, made by learner(model, dls), or a model beside dls=, got {type(learn).__name__} and dls=None")
+    batch = lambda o: isinstance(o, dict) or isinstance(o, (tuple, list)) and any(isinstance(p, torch.Tensor) for p in o)
+    several = isinstance(dls, (tuple, list)) and not batch(dls) and not any(map(batch, dls))
+    parts = getattr(dls, 'loaders', dls if several else [dls])
+    if not 1 <= len(parts) <= 3: raise ValueError(f"dls: {len(parts)} loaders; expected one, (train, valid), or (train, valid, test)")
+    try: made = as_learner(learn, *parts)
+    except (TypeError, ValueError) as e: raise type(e)(f'dls: {e}') from e
+    if hasattr(dls, 'loaders'): made.dls = dls # with all they know of themselves
+    return made
+
 # %% ../nbs/20_pipeline.ipynb #prune-2
 @public
-def prune(learn:object,       # a trained `Learner`; changed in place
+def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; changed in place
           method:str,         # a name of `methods()`
           sparsity:float=None, # fraction of the candidate units to remove; or give threshold= or sizes=
           *, sizes:object=None, # fractions of the network's parameters that stay, descending; or arguments of `budget.sizes`
@@ -309,10 +327,11 @@ def prune(learn:object,       # a trained `Learner`; changed in place
           progress:bool=False, # progress bars
           fit_args:dict=None, # further arguments of `fit` for the fine-tuning
           tune_args:dict=None, # lr, wd and arguments of `fit` for the fine-tuning, over fit_args
+          dls:object=None,    # beside a model: its loader of (inputs, labels), (train, valid), or (train, valid, test)
           **args              # arguments of the method and of its allocator
          )->Result:
     "Score or search, cut, fine-tune, shrink and report, size by size; changes `learn` in place. `ValueError` for anything the method does not know."
-    check_type('learn', learn, Learner, 'made by learner(model, dls)')
+    learn = _learner_for(learn, dls)
     ask = _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, unit, scores, fine_tune_epochs, fine_tunes, lr,
                fit_args, tune_args, shrink, seed, latency, progress, args)
     folder = None if folder is None else Path(folder)

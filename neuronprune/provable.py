@@ -171,7 +171,8 @@ def _calibration(model, dls, graph, who, n, delta, c, split, seed):
     _check_constants(delta, c); graph = traced(model, dls, graph)
     if lost := [k for k in layers(model) if k not in graph.layers and k not in graph.fixed]:
         raise ValueError(f"graph: it does not know the model's layer {lost[0]!r}; expected graph=trace(model, xb) of this very model")
-    xb, yb = batch_for(model, dls, who, n=calib_size(graph, delta, c) if n is None else n, split=split, seed=seed)
+    xb, yb = batch_for(model, dls, who, n=calib_size(graph, delta, c) if n is None else n, split=split, seed=seed,
+                       classes=False)
     return xb, len(yb), graph
 
 # %% ../nbs/12_provable.ipynb #left-out

@@ -226,7 +226,8 @@ def growth(found:dict, # layer -> sensitivities on the images looked at
 # %% ../nbs/12b_provable_bounds.ipynb #both-batches
 def _both_batches(meta, dls, n):
     "(calibration images, at most `n` others, where those come from)."
-    draw = lambda split, k: calib_batch(dls, n=k, split=split, seed=meta['seed'])[0]
+    if meta['split'] == 'batch': raise ValueError("scores: of a batch of their own; expected scores whose images were drawn from dls")
+    draw = lambda split, k: calib_batch(dls, n=k, split=split, seed=meta['seed'], classes=False)[0]
     sizes = dict(zip(('train', 'valid', 'test'), (len(o.dataset) for o in getattr(dls, 'loaders', dls)))); size = sizes[meta['split']]
     if 'test' in sizes and meta['split'] != 'test': return draw(meta['split'], meta['n']), draw('test', min(n, sizes['test'])), 'test'
     if size == meta['n']:

@@ -9,7 +9,7 @@ __all__ = ['Report', 'differs', 'verdict', 'compare', 'plot_compare', 'published
 import json, math, time
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from torch import nn
 from fastcore.basics import patch
 from .core import check_choice, check_int, check_type, public, tensors
@@ -239,6 +239,7 @@ def to_frame(self:Report)->pd.DataFrame:
     for g,k,f in [(g, k, f) for g,ks in _GROUPS.items() for k,f in ks.items()]:
         v = getattr(self, k)
         if v in (None, {}, ''): continue
+        if isinstance(v, Evaluation) and v.k is None: g = 'loss and metrics on the test set'
         if g == 'made with': rows.update({(g, n):str(o) for n,o in v.items()})
         elif k == 'bounds': rows.update({(g, n):f"bound {o['bound']:.3g}, measured {o['measured']:.3g}; {o['verdict']}" for n,o in v.items()})
         else: rows[g, _LABELS.get(k, k.split('_')[-1])] = f(v)
@@ -263,7 +264,7 @@ def _evaluation(d):
     "An `Evaluation` out of a file, or None; raises for counts that cannot be."
     if d is None: return
     e = Evaluation(**d)
-    if e.k is None and not e.metrics: raise ValueError("an evaluation without counts and without metrics")
+    if e.k is None and e.loss is None and not e.metrics: raise ValueError("an evaluation without counts, loss and metrics")
     if e.k is not None and not 0 <= check_int('k', e.k) <= check_int('n', e.n, 1):
         raise ValueError(f"k={e.k} of n={e.n}: expected a count of right answers")
     return e
@@ -294,7 +295,9 @@ def load(cls:Report, path): # file written by `save`
 def differs(a:Evaluation, # first
             b:Evaluation  # second
            )->bool:
-    "Do the Wilson 95 % intervals of the two accuracies keep apart?"
+    "Do the Wilson 95 % intervals of the two accuracies keep apart? `ValueError` where no right answers were counted."
+    for k,e in dict(a=a, b=b).items():
+        if e.k is None: raise ValueError(f"{k}: {e}; expected right answers k of n, there is no interval around a loss or a metric")
     return a.lo > b.hi or b.lo > a.hi
 
 @public
@@ -309,12 +312,14 @@ def verdict(a:Evaluation, # the accuracy in question
 @public
 def compare(reports # records
            )->pd.DataFrame:
-    "One row per record: fractions removed, accuracies as k/n with intervals, verdict on the last against the dense one."
+    "One row per record: fractions removed, accuracies as k/n with intervals (else loss and metrics), verdict on the last accuracy against the dense one."
     reports = list(reports)
     if not reports: raise ValueError("reports: empty; expected at least one Report")
-    show = lambda e: '–' if e is None else f'{e.k}/{e.n} = {100*e.accuracy:.1f} % [{100*e.lo:.1f}, {100*e.hi:.1f}]'
+    count = lambda e: f'{e.k}/{e.n} = {100*e.accuracy:.1f} % [{100*e.lo:.1f}, {100*e.hi:.1f}]'
+    show = lambda e: '–' if e is None else repr(e) if e.k is None else count(e)
     frac = lambda v: '–' if v is None else _pct(v)
-    against = lambda r: '–' if r.before is None or r.final is r.before else verdict(r.final, r.before)
+    counted = lambda r: r.before is not None and r.final is not r.before and None not in (r.final.k, r.before.k)
+    against = lambda r: verdict(r.final, r.before) if counted(r) else '–'
     return pd.DataFrame([{
         'method': r.method, 'model': r.model, 'unit': r.unit or '–',
         'units': frac(r.units_removed), 'parameters': frac(r.params_removed), 'MACs': frac(r.macs_removed),
@@ -327,20 +332,21 @@ def plot_compare(reports, # records
                  x:str='params_removed', # field on the horizontal axis
                  ax=None  # matplotlib axes, None = a new figure
                 ):
-    "Last accuracy and its interval against `x`, a line per method, the dense accuracy as a grey band. Returns the figure."
+    "Last accuracy and its interval against `x`, a line per method, the dense accuracy as a grey band; the loss where no right answers were counted. Returns the figure."
     import matplotlib.pyplot as plt
     check_choice('x', x, (*_GROUPS['fraction removed'], 'compression', 'speedup_macs'))
     if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
     done = [r for r in reports if getattr(r, x) is not None and r.final]
+    counted = all(e.k is not None for r in done for e in (r.final, r.before) if e)
+    height = lambda e: (100*e.accuracy, 100*e.lo, 100*e.hi) if counted else (e.loss,)*3
     for name in dict.fromkeys(r.method for r in done):
         rs = sorted((r for r in done if r.method == name), key=lambda r: getattr(r, x))
-        es = [r.final for r in rs]
-        err = [[100*(e.accuracy-e.lo) for e in es], [100*(e.hi-e.accuracy) for e in es]]
-        ax.errorbar([getattr(r, x) for r in rs], [100*e.accuracy for e in es], yerr=err, marker='o', capsize=3, label=name)
-    for b in {r.before for r in done if r.before}:
-        ax.axhspan(100*b.lo, 100*b.hi, color='grey', alpha=.15)
-        ax.axhline(100*b.accuracy, color='grey', lw=.8)
-    ax.set(xlabel=x.replace('_', ' '), ylabel='accuracy, % with 95 % interval')
+        at, lo, hi = np.array([height(r.final) for r in rs], dtype=float).T
+        ax.errorbar([getattr(r, x) for r in rs], at, yerr=[at-lo, hi-at], marker='o', capsize=3, label=name)
+    for at,lo,hi in {height(r.before) for r in done if r.before}:
+        ax.axhspan(lo, hi, color='grey', alpha=.15)
+        ax.axhline(at, color='grey', lw=.8)
+    ax.set(xlabel=x.replace('_', ' '), ylabel='accuracy, % with 95 % interval' if counted else 'loss')
     ax.legend()
     plt.close(ax.figure)
     return ax.figure
