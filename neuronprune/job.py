@@ -36,7 +36,7 @@ class Job:
         return dict(own, method=p['method'], source=self.source.key, seed=p['seed'])
     @property
     def parameters(self): # flat, as for a page; None for a network that is no name
-        return None if 'own' in self.source.key else {**self.params, **self.source.params}
+        return {**self.params, **self.source.params} if self.source.params else None
     @property
     def about(self): # one sentence for the head of a page
         p, m = self.params, methods()[self.params['method']]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VGG', 'FIRST_POOL', 'Net', 'ZOO', 'mlp', 'n_params', 'lenet5', 'basiccnn', 'vgg', 'GlobalMean', 'BasicBlock',
            'resnet_cifar', 'WideBlock', 'wide_resnet', 'replace_module', 'tv_model', 'densenet22', 'init_weights',
-           'load_pretrained', 'own_args', 'min_size', 'build', 'Models', 'models']
+           'load_pretrained', 'own_args', 'min_size', 'library_names', 'build', 'Models', 'models']
 
 # %% ../nbs/02_models.ipynb #import-warnings-2
 import inspect, math, warnings
@@ -285,6 +285,7 @@ ZOO = dict(
 def own_args(name:str # a name of the zoo
             )->list:
     "Names of the network's own arguments, such as 'dropout'."
+    if isinstance(name, str) and '/' in name: return []
     known = inspect.signature(ZOO[check_choice('name', name, ZOO)].make).parameters
     return [k for k in known if k not in ('c_in', 'n_out', 'size')]
 
@@ -349,9 +350,29 @@ def _n_params(name, c_in, n_out, size, kw):
         with torch.device('meta'): return n_params(_make(name, c_in, n_out, size, dict(kw)))
     except (RuntimeError, OverflowError, TypeError): return math.inf
 
+# %% ../nbs/02_models.ipynb #libraries
+@public
+def library_names(lib:str # 'torchvision' or 'timm'
+                 )->list:
+    "Names `build` takes from a library, with the library in front; `ImportError` says what to install."
+    if check_choice('name', lib, ('torchvision', 'timm')) == 'torchvision':
+        from torchvision import models as tvm
+        return [f'{lib}/{k}' for k in tvm.list_models(module=tvm)]
+    try: import timm
+    except ImportError as e: raise ImportError("name='timm/…': timm is not installed; expected after `pip install timm`") from e
+    return [f'{lib}/{k}' for k in timm.list_models()]
+
+def _from_library(name, c_in, n_out, size, weights):
+    lib, net = check_choice('name', name, library_names(name.split('/')[0])).split('/', 1)
+    if lib == 'timm':
+        import timm
+        return timm.create_model(net, pretrained=bool(weights), num_classes=n_out, in_chans=c_in)
+    model = tv_model(net, c_in, n_out, size)
+    return load_pretrained(model, net, weights) if weights else model
+
 # %% ../nbs/02_models.ipynb #build
 @public
-def build(name:str,        # a name of `models()`
+def build(name:str,        # a name of `models()`, 'torchvision/…' or 'timm/…'
           c_in:int=1,      # input channels
           n_out:int=10,    # classes
           size:int=28,     # side of the input, pixels
@@ -362,8 +383,14 @@ def build(name:str,        # a name of `models()`
           **kw             # the network's own, e.g. dropout=, head=, stem=
          )->nn.Module:
     "A network of the zoo in training mode, [n, c_in, size, size] -> logits [n, n_out]; `model.spec` says how it was built."
-    net = ZOO[check_choice('name', name, ZOO)]
     for k,v in dict(c_in=c_in, n_out=n_out, size=size).items(): check_int(k, v, 1)
+    if '/' in name:
+        for k in kw: check_choice(f'argument of {name}', k, ())
+        with nullcontext() if seed is None else seed_everything(seed):
+            model = init_weights(_from_library(name, c_in, n_out, size, weights), init)
+        model.spec = dict(name=name, c_in=c_in, n_out=n_out, size=size)
+        return model
+    net = ZOO[check_choice('name', name, ZOO)]
     kw = _own(name, kw)
     least = min_size(name, **kw)
     if size < least:

@@ -15,7 +15,7 @@ from .budget import check_budget, layer_weights, size_list, trained_steps
 from .chain import split_args
 from .data import augmentations
 from .datasets import DATASETS
-from .models import build, min_size, models
+from .models import build, library_names, min_size, models
 from .pipeline import FIT_ARGS, check_fit, tuning
 from .costs import count_params
 from .train import OPTS
@@ -162,7 +162,9 @@ def check_values(p:dict # complete parameters
                 )->dict:
     "`p`; `ValueError` or `TypeError` for a value that would stop the run later."
     _check_numbers(p); _check_training(p); _check_names(p); _check_method(p)
-    if '/' not in p['model'] and ':' not in p['model']: check_choice('model', p['model'], models()); _check_sizes(p)
+    if ':' in p['model']: return p # what it makes is known when it is called
+    if '/' in p['model']: check_choice('model', p['model'], library_names(p['model'].split('/')[0]))
+    else: check_choice('model', p['model'], models()); _check_sizes(p)
     return p
 
 # %% ../nbs/22c_parameters.ipynb #check-sizes

@@ -6,15 +6,17 @@
 __all__ = ['dense_path', 'stored', 'dense', 'Source', 'zoo', 'own']
 
 # %% ../nbs/22a_sources.ipynb #imports
-from dataclasses import dataclass, field
+import importlib, os, sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from torch import nn
 from .core import *
 from .files import *
 from .data import get_dls
 from .models import build
 from .parameters import PARAMETERS, SOURCE, check_values, complete, input_size, settled
 from .pipeline import digest
-from .train import fit, learner
+from .train import as_learner, fit, learner
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 
@@ -128,9 +130,10 @@ def zoo(dataset:str='digits', # a name of `datasets()`, or a folder
         epochs:int=10,        # training of the dense network
         **params              # further parameters of `SOURCE`
        )->Source:
-    "Networks by name, trained once per seed and kept under out/dense."
+    "Networks by name, trained once per seed and kept under out/dense; of a function, what it returns for a seed."
     for k in params: check_choice('parameter', k, SOURCE)
     p = check_values(complete(dict(params, dataset=dataset, model=model, epochs=epochs)))
+    if ':' in p['model']: return replace(own(_function(p['model']), p['model']), params={k:v for k,v in p.items() if k in SOURCE})
     args = lambda s: dict({k:p[k] for k in ('opt', 'lr', 'weights', 'init', 'opt_args')}, seed=s)
     def make(seed, out, stop=None, progress=False):
         return dense(_data(p, seed), p['model'], p['epochs'], out=out, stop=stop, progress=progress, **args(seed), **p['fit_args'])
@@ -144,15 +147,28 @@ def zoo(dataset:str='digits', # a name of `datasets()`, or a folder
 
 # %% ../nbs/22a_sources.ipynb #own
 @public
-def own(make,            # function seed -> `Learner`
+def own(make,            # function seed -> `Learner`, or (model, loaders)
         name:str,        # what it is called
         version:str='',  # change it when the function changes
         train=None       # function that trains a `Learner` in place, called once per seed; None = `make` has trained it
        )->Source:
     "Your own networks. `TypeError` if `make` returns no learner."
-    def raw(seed): return check_type('make', make(seed), Learner, 'returned by make(seed), as from learner(model, dls)')
+    def raw(seed):
+        got = make(seed)
+        if isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], nn.Module):
+            model, dls = got
+            got = as_learner(model, *(dls if isinstance(dls, (tuple, list)) else [dls]))
+        return check_type('make', got, Learner, 'returned by make(seed), as from learner(model, dls), or (model, loaders)')
     def path(seed, out): return Path(out)/'dense'/f"{digest(dict(own=name, version=version, seed=seed))}.safetensors"
     def trained(seed, out, stop=None, progress=False):
         return raw(seed) if train is None else stored(raw(seed), path(seed, out), train)
     def cached(seed, out): return train is None or path(seed, out).exists()
     return Source(name, dict(own=name, version=version), trained, cached, None if train is None else raw)
+
+# %% ../nbs/22a_sources.ipynb #function
+def _function(name):
+    "The function 'package.module:function' names; `ValueError` if there is none."
+    module, _, f = name.partition(':')
+    if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # as python -m does
+    try: return getattr(importlib.import_module(module), f)
+    except (ImportError, AttributeError) as e: raise ValueError(f"model={name!r}: {e}; expected 'package.module:function'") from e
