@@ -17,7 +17,7 @@ from .allocate import allocate
 from .retrain import MaskCallback, keep_tensors
 from .costs import count_params
 from .baselines import snip
-from .chain import weights_at
+from .scoring import weights_at
 from .analysis import _inputs, _still, _test, fine_tuned, measured, removed
 from .mip import choose, cut, score
 from .mip_program import check_positive, problem, reduce

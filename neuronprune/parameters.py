@@ -12,7 +12,7 @@ from functools import cache
 import pandas as pd, torch
 from .core import *
 from .budget import check_budget, layer_weights, size_list, trained_steps
-from .chain import split_args
+from .scoring import split_args
 from .data import augmentations
 from .datasets import DATASETS
 from .models import build, library_names, min_size, models

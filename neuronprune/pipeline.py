@@ -7,7 +7,7 @@ __all__ = ['FIT_ARGS', 'TUNE_ARGS', 'Result', 'check_fit', 'tuning', 'digest', '
            'channel_table']
 
 # %% ../nbs/20_pipeline.ipynb #import-copy-hashlib-inspect-js
-import copy, hashlib, inspect, json, math, warnings
+import copy, hashlib, inspect, json, warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,11 @@ from .masks import *
 from .allocate import allocate, ratios
 from .budget import layer_weights, size_list, trained_steps
 from .chain import *
+from .scoring import *
 from fastai.learner import Learner
 from .train import as_learner, fit, learner, schedule_lr
 from .retrain import _state, _slice, held, hold, rebind
+from .costs import count_macs, nonzero_params
 from .report import Report
 
 
@@ -160,10 +162,18 @@ def _layers_left(chain):
     ws, keeps = layer_weights(chain.learn.model), chain.pinned
     return {k:int(keeps[f'{k}.weight'].sum()) if f'{k}.weight' in keeps else n for k,n in ws.items()}
 
+def _kept(chain):
+    "What a size counts: all that the mask keeps, units that nothing reads any more included."
+    dense, model = chain.dense, chain.learn.model
+    n, all_n = nonzero_params(model), nonzero_params(dense)
+    macs, all_macs = (count_macs(o, chain.xb, nonzero=True) for o in (model, dense))
+    return dict(nonzero_after=n, params_removed=1-n/all_n, macs_nonzero=macs, macs_removed=1-macs/all_macs)
+
 def _measured(chain, i, known, latency, small, full):
     "The `Report` of size `i`; it holds only what is `known` where measuring failed."
     left = _layers_left(chain)
     known = dict(known, weights=sum(left.values()), dense_layers=layer_weights(chain.dense))
+    if chain.ask.sizes[i][0] == 'size': known = {**_kept(chain), **known}
     get = partial(Report.measure, chain.dense, chain.learn.model, small, xb=chain.xb, mask=chain.mask, scores=chain.scores,
                   dls=chain.learn.dls, latency=latency, full=full, **known)
     report = _after(get, 'measuring') or Report(**known)

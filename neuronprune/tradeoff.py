@@ -288,16 +288,17 @@ def _plots(df, when):
 def save_results(df:pd.DataFrame, # rows of `prune` or `study`, one per size
                  folder           # made if missing
                 )->list:
-    "Write rows.csv, commensurate.csv and results.npz where answers were counted, plots as PDF; returns the paths."
-    d, when = Path(folder), 'tuned' if df.tuned_loss.notna().any() else 'pruned'
+    "Write rows.csv and, of rows with sizes, commensurate.csv and results.npz where answers were counted, plots as PDF; returns the paths."
+    d, sized = Path(folder), 'density' in df and df.density.notna().any()
+    when = 'tuned' if sized and df.tuned_loss.notna().any() else 'pruned'
     def table(): return commensurate(df, when=when)
     def arrays(tmp):
         with open(tmp, 'wb') as f: np.savez_compressed(f, **results_arrays(df), **_published_table(table()))
     def pdf(plot): return lambda tmp: plot().savefig(tmp, format='pdf', metadata=dict(CreationDate=None))
     write = {'rows.csv': lambda f: df.to_csv(f, index=False)}
-    if df[f'{when}_k'].notna().any():
+    if sized and df[f'{when}_k'].notna().any():
         write |= {'commensurate.csv': lambda f: table().to_csv(f, index=False), 'results.npz': arrays}
-    write |= {k:pdf(plot) for k,plot in _plots(df, when).items()}
+    if sized: write |= {k:pdf(plot) for k,plot in _plots(df, when).items()}
     for k,f in write.items():
         with replacing(d/k) as tmp: f(tmp)
     return [d/k for k in write]

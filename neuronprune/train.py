@@ -8,7 +8,6 @@ __all__ = ['OPTS', 'SCHEDULES', 'Rewind', 'learner', 'as_learner', 'schedule_lr'
 # %% ../nbs/05_train.ipynb #import-math-random-from-contex
 import inspect, math, random, warnings
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
 from functools import partial
 import torch
 from torch import nn
@@ -19,10 +18,9 @@ from .core import (as_found, check_choice, check_int, check_type, digesting, fee
 from .evaluation import *
 from .evaluation import _named, _said, _shown
 from fastai.callback.core import Callback, CancelFitException, event
-from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner, Recorder
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import AvgMetric, accuracy
 from fastai.optimizer import OptimWrapper

@@ -263,7 +263,7 @@ def test_learners_that_fastai_makes(make, metric, counts, unit, pictures):
     assert difference(learn.model, small, xb) < 1e-3 and count_params(small) <= count_params(learn.model)
 
 def first(learn):
-    from neuronprune.chain import first_inputs
+    from neuronprune.scoring import first_inputs
     return first_inputs(learn)
 
 def test_a_text_classifier_says_what_it_left_alone(pictures):

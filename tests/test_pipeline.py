@@ -4,7 +4,7 @@ import pytest, torch
 from neuronprune.all import *
 from neuronprune.core import generator, kappa, method
 from neuronprune.masks import Mask, Scores
-from neuronprune.chain import score_with, split_args, weights_at
+from neuronprune.scoring import score_with, split_args, weights_at
 from neuronprune.pipeline import channel_table
 import neuronprune.core as core
 
