@@ -11,7 +11,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy, accuracy_multi, Dice, mae, rmse
 from neuronprune.all import *
-from neuronprune.core import methods
+from neuronprune.core import mapped, methods
 from neuronprune.data import OneBatch
 from neuronprune.graph import trace
 from neuronprune.report import Report, compare, plot_compare
@@ -94,8 +94,8 @@ def test_class_numbers_in_a_column():
 # ---- PyTorch without fastai
 
 def test_as_learner_guesses_the_loss():
-    assert type(as_learner(net(), loader(X, Y), loader(X, Y)).loss_func).__name__ == '_CrossEntropy'
-    for y in (R, R[:,0]): assert isinstance(as_learner(net(1), loader(X, y), loader(X, y)).loss_func, MSELossFlat)
+    assert isinstance(as_learner(net(), loader(X, Y), loader(X, Y)).loss_func, CrossEntropyLossFlat)
+    for y in (R, R[:,0]): assert type(as_learner(net(1), loader(X, y), loader(X, y)).loss_func.func) is nn.MSELoss
     maps = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)); x = torch.rand(8, 1, 6, 6)
     assert isinstance(as_learner(maps, *[[(x, (x[:,0] > .5).long())]]*2).loss_func, nn.CrossEntropyLoss)
 
@@ -134,9 +134,9 @@ def test_batches_of_one():
     with pytest.raises(ValueError, match='dls.train: a batch of one example'): fit(as_learner(net(), loader(X[:17], Y[:17]), loader(X, Y)), 1)
 
 def test_prune_takes_a_model_and_loaders():
-    one, two, three = (prune(net(), 'magnitude', .5, dls=dls, fine_tune_epochs=1, seed=0).report if not isinstance(dls, DataLoader) else
-                       pytest.warns(UserWarning, match='judged by its own training data') and quiet(prune, net(), 'magnitude', .5, dls=dls, fine_tune_epochs=1).report
-                       for dls in (loader(X, Y), (loader(X, Y), loader(X[:30], Y[:30])), [loader(X, Y), loader(X[:30], Y[:30]), loader(X[:9], Y[:9])]))
+    run = lambda *dls: prune(net(), 'magnitude', .5, dls=dls if len(dls) > 1 else dls[0], fine_tune_epochs=1).report
+    with pytest.warns(UserWarning, match='judged by its own training data'): one = run(loader(X, Y))
+    two, three = run(loader(X, Y), loader(X[:30], Y[:30])), run(loader(X, Y), loader(X[:30], Y[:30]), loader(X[:9], Y[:9]))
     assert (one.tuned.n, two.tuned.n, three.tuned.n) == (60, 30, 9) and three.dataset == 'TensorDataset'
     assert [r.data['evaluated_on'] for r in (one, two, three)] == ['train', 'valid', 'test'] and three.data['n_train'] == 60
     model = net(); assert prune(model, 'magnitude', .5, dls=([(X, Y)], [(X, Y)]), fine_tune_epochs=0).model is model and (model[0].weight == 0).any()
