@@ -205,7 +205,7 @@ def pictures(tmp_path_factory):
     d, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
     for c,top in (('a', 128), ('b', 255)):
         (d/c).mkdir()
-        for i in range(12): Image.fromarray(rng.integers(0, top, (64, 64, 3), dtype=np.uint8)).save(d/c/f'{i}.png')
+        for i in range(12): Image.fromarray(rng.integers(0, top, (32, 32, 3), dtype=np.uint8)).save(d/c/f'{i}.png')
     return d
 
 def _vision(d):
