@@ -255,6 +255,8 @@ def _first_batch(name, dl):
     except ValueError as e: raise ValueError(f"{name}{str(e).removeprefix('dls')}") from None
 
 # %% ../nbs/05_train.ipynb #guessed
+def _said(x): return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
+
 def _guessed(out, yb):
     "The loss that outputs and targets leave no doubt about; `ValueError` otherwise."
     y = yb[0]
@@ -358,8 +360,6 @@ def _keep_history(learn):
         rows.append(dict(fit=learn.n_fits, epoch=start+i+1, **{k:o for k,o in zip(names, v) if k != 'time'}))
 
 # %% ../nbs/05_train.ipynb #try-batch
-def _said(x): return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
-
 def _named(f): return getattr(f, '__name__', type(f).__name__)
 
 def _check_target(what, f, out, yb):
