@@ -7,19 +7,24 @@ __all__ = ['KINDS', 'removed', 'measured', 'one_shot', 'plot_study', 'fine_tuned
            'plot_robustness', 'reliability', 'ece', 'confidences', 'calibration', 'plot_reliability']
 
 # %% ../nbs/21_analysis.ipynb #import-copy-math-import-numpy
-import copy, math
+import math
 import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
-from .core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, feed, mapped,
+<<<<<<< o
+from neuronprune.core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, feed, mapped,
+=======
+from neuronprune.core import (Mask, as_found, check_batch, check_choice, check_finite, check_int, check_type, copied, feed, mapped,
+>>>>>>> t
                               public)
-from .masks import Mask
-from .data import ImageDL, _batches, calib_batch
-from .train import fit, learner
-from .evaluation import evaluate, wilson
-from .retrain import MaskCallback, _state
-from .surgery import apply, shrink
-from .costs import count_params
+from neuronprune.masks import Mask
+from neuronprune.data import ImageDL, _batches, calib_batch
+from neuronprune.train import fit, learner
+from neuronprune.evaluation import evaluate, wilson
+from neuronprune.retrain import MaskCallback, _state
+from neuronprune.surgery import apply, shrink
+from neuronprune.costs import count_params
+
 
 # %% ../nbs/21_analysis.ipynb #removed
 @public
@@ -48,7 +53,7 @@ def measured(model,    # left as found
              **labels  # columns in front
             )->dict:
     "One row of a study: `labels`, then k, n, accuracy, Wilson interval lo, hi, loss of a copy under `mask`, then `sizes`."
-    e = evaluate(model if mask is None else apply(copy.deepcopy(model), mask), dl)
+    e = evaluate(model if mask is None else apply(copied(model), mask), dl)
     return dict(labels, k=e.k, n=e.n, accuracy=e.accuracy, lo=e.lo, hi=e.hi, loss=e.loss, **sizes(model, mask, xb))
 
 # %% ../nbs/21_analysis.ipynb #one-shot-2
@@ -90,7 +95,7 @@ def _check_same(learn, dls, masks):
 # %% ../nbs/21_analysis.ipynb #twin
 def _twin(learn, dls, start):
     "A new `Learner` with a copy of the network at `start` and the optimiser's recipe."
-    model = copy.deepcopy(learn.model)
+    model = copied(learn.model)
     if start != 'trained': model.load_state_dict(_state(learn, start))
     new = learner(model, dls, lr=learn.lr, loss_func=learn.loss_func, seed=learn.__dict__.get('seed', 0))
     new.opt_func, new.n_fits = learn.opt_func, learn.__dict__.get('n_fits', 0)

@@ -56,7 +56,7 @@ class Ask:
 # %% ../nbs/19a_chain.ipynb #whole
 def _whole(model, keeps):
     "A copy of `model` that counts as before any pruning: weights that are held at zero are filled with ones."
-    model = copy.deepcopy(model)
+    model = copied(model)
     with torch.no_grad():
         for p,k in zip(*keep_tensors(model, keeps)): p += 1-k
     return model
@@ -203,7 +203,7 @@ def _fresh(model, seed):
     if spec:
         from neuronprune.models import build
         return build(**{k:v for k,v in spec.items() if k != 'weights'}, seed=seed).state_dict()
-    net = copy.deepcopy(model)
+    net = copied(model)
     with seed_everything(seed):
         own = [m for m in net.modules() if hasattr(m, 'reset_parameters')]
         for m in own: m.reset_parameters()
@@ -365,7 +365,7 @@ def _bookkeeping(file, i, first, state):
 def read(self:Chain, i:int, folder):
     "(network, what it holds at zero) of size `i`, the chain's own state with it; `DamagedFileError` for files that cannot be gone on from."
     learn, file = self.learn, _file(folder, 'size', i)
-    try: model, self.mask = surgery.load(file, copy.deepcopy(self.host)), Mask.load(_file(folder, 'mask', i))
+    try: model, self.mask = surgery.load(file, copied(self.host)), Mask.load(_file(folder, 'mask', i))
     except (DamagedFileError, FileNotFoundError) as e:
         raise DamagedFileError(f"path={str(file)!r}: cannot be gone on from ({e}); {ANEW}") from e
     keeps, origin, h = _bookkeeping(_file(folder, 'state', i), i, self.first, model.state_dict())

@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'tensors', 'mapped', 'take', 'feed',
            'check_type', 'check_finite', 'check_batch', 'digesting', 'public', 'UnsupportedLayerError', 'layers',
-           'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'memory_size',
-           'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
+           'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'copied',
+           'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
+<<<<<<< o
 import difflib, importlib, inspect, linecache, math, os, random, re, sys, warnings
+=======
+import copy, difflib, importlib, inspect, json, linecache, math, os, random, re, sys, warnings
+>>>>>>> t
 from collections.abc import Mapping, ValuesView
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +23,7 @@ from numbers import Integral, Real
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
+
 
 # %% ../nbs/00_core.ipynb #warnings-filterwarnings-ignore
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*deprecated', category=FutureWarning)
@@ -303,6 +308,20 @@ def as_found(model:nn.Module,      # model to borrow
     finally:
         for m,t in modes.items(): m.training = t
         for p,(r,g) in flags.items(): p.grad = g; p.requires_grad_(r)
+
+# %% ../nbs/00_core.ipynb #copied
+def _computed(o, deep=True):
+    "The tensors kept in the attributes of `o` (and of the plain objects there) that are results of a computation."
+    for v in vars(o).values():
+        yield from (t for t in tensors(v) if not t.is_leaf)
+        if deep and hasattr(v, '__dict__') and not isinstance(v, (nn.Module, torch.Tensor, type)): yield from _computed(v, False)
+
+def copied(model:nn.Module, # any model, trained or in training
+           memo:dict=None   # id of an object -> what the copy has in its place
+          )->nn.Module:
+    "A deep copy; results of an earlier computation that the model keeps are copied as values."
+    kept = {id(t):t.detach().clone() for m in model.modules() for t in _computed(m)}
+    return copy.deepcopy(model, {**kept, **(memo or {})})
 
 # %% ../nbs/00_core.ipynb #check-room
 @public

@@ -156,10 +156,14 @@ def _loader(k, dl):
 
 _PAIR = 'fastai DataLoaders with .train and .valid, as from get_dls or DataLoaders(train_dl, valid_dl)'
 
+def _both(v):
+    "Has `v` a training and a validation loader? A single loader of fastai's has the attributes of its data set, which may have such parts."
+    return hasattr(v, 'loaders') or not hasattr(v, 'dataset') and hasattr(v, 'train') and hasattr(v, 'valid')
+
 def _dls(k, v):
     "Rule: fastai `DataLoaders`, or a list of loaders."
     if _is(v, 'Learner'): _refuse(k, v, f'{_PAIR}; pass learn.dls')
-    parts = getattr(v, 'loaders', None) or ([v.train, v.valid] if hasattr(v, 'train') and hasattr(v, 'valid') else None)
+    parts = getattr(v, 'loaders', None) or ([v.train, v.valid] if _both(v) else None)
     several = v if parts is None and isinstance(v, (list, tuple)) else []
     if any(isinstance(o, torch.Tensor) for o in several): _refuse(k, v, f'{_PAIR}, not one batch')
     if several and all(isinstance(o, Iterable) and hasattr(o, 'dataset') for o in several): parts = v
@@ -168,7 +172,7 @@ def _dls(k, v):
 
 def _dl(k, v):
     "Rule: one loader, or any iterable of (inputs, labels)."
-    if hasattr(v, 'valid') and hasattr(v, 'train'): _refuse(k, v, 'one loader; pass dls.valid or dls.test')
+    if _both(v): _refuse(k, v, 'one loader; pass dls.valid or dls.test')
     _loader(k, v)
     if not isinstance(v, (list, tuple)): return
     if any(isinstance(o, torch.Tensor) for o in v):

@@ -6,7 +6,7 @@
 __all__ = ['LEVELS', 'Table', 'Probe', 'digits', 'spelt', 'owner']
 
 # %% ../nbs/02a_probe.ipynb #imports
-import copy, itertools, math, zlib
+import itertools, math, zlib
 from contextlib import contextmanager
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ class Probe:
     "A copy of `model` whose layers emit what `say` answers and in which what arrives at layers, norms and opaque modules is kept in `seen`."
     def __init__(self, model, xb, dtype=torch.float64, generic=True):
         self.table = Table(dtype, next(model.parameters()).device)
-        self.model = copy.deepcopy(model, _substitutes(model, self.table) if generic else {}).eval()
+        self.model = copied(model, _substitutes(model, self.table) if generic else {}).eval()
         if not generic: self.model.to(dtype)
         self.layers, named = layers(self.model), dict(self.model.named_modules())
         self.norms = {n:m for n,m in named.items() if is_norm(m)}

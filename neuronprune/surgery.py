@@ -7,7 +7,7 @@ __all__ = ['Factored', 'apply', 'dead_channels', 'plan', 'SurgeryError', 'differ
            'shrink', 'save', 'load']
 
 # %% ../nbs/06_surgery.ipynb #import-copy-json-math-import-t
-import copy, json, math
+import json, math
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -176,7 +176,7 @@ def _doomed(model, mask, g, xb):
     "(layer -> bool [n_out]: channels that can go, layer -> float [n_in]: constants that its bias can take over)."
     w, dead = _pattern(model, mask, g), dead_channels(model, mask, g)
     if xb is None or not any((~w[n].flatten(1).any(1) & ~dead[n]).any() for n in g.removable): return dead, {}
-    found = _measured(apply(copy.deepcopy(model), mask), g, xb)
+    found = _measured(apply(copied(model), mask), g, xb)
     const, flat = _constants(w, g, {n:_takes(model.get_submodule(n), *o) for n,o in found.items()})
     while True:
         new = _absorbed(w, g, dead, const, flat)
@@ -317,7 +317,7 @@ def factorise(model:nn.Module, # dense or masked; not changed
              )->nn.Module:
     "A new model with factors in place of the layers of `mask`, where they have fewer weights; `shrink` does the same and checks it."
     if check_type('mask', mask, Mask).unit != 'rank': raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'rank'")
-    return _replace(copy.deepcopy(model), _decompose(model, mask))
+    return _replace(copied(model), _decompose(model, mask))
 
 # %% ../nbs/06_surgery.ipynb #merged
 def _merged(m):
@@ -334,7 +334,7 @@ def _merged(m):
 def merge(model:nn.Module # any; not changed
          )->nn.Module:
     "A new model in which every factored layer is one layer again, with the product as its weight."
-    res = copy.deepcopy(model)
+    res = copied(model)
     for m in [m for m in res.modules() if isinstance(m, Factored)]: res = _swap(res, m, _merged(m))
     return res
 
@@ -343,9 +343,9 @@ def _masked_and_small(model, mask, xb):
     "(masked copy of `model`, physically cut copy, plan of the cut or None)."
     if mask.unit == 'rank':
         factors = _decompose(model, mask)
-        return _truncate(copy.deepcopy(model), factors), _replace(copy.deepcopy(model), factors), None
-    masked, p = apply(copy.deepcopy(model), mask), _plan(model, mask, xb)
-    small = _cut_all(_fold(copy.deepcopy(masked), p.worth), p.cuts, p.widths)
+        return _truncate(copied(model), factors), _replace(copied(model), factors), None
+    masked, p = apply(copied(model), mask), _plan(model, mask, xb)
+    small = _cut_all(_fold(copied(masked), p.worth), p.cuts, p.widths)
     for n,o in model.named_parameters(remove_duplicate=False): small.get_parameter(n).requires_grad_(o.requires_grad)
     return masked, small, p
 
@@ -360,7 +360,7 @@ _HINT = "Does its forward rely on the original layers or widths (a hard-coded vi
 
 def _rounding(masked, small, xb, tol):
     "Is a difference above `tol` one of rounding only, gone in double precision?"
-    try: return difference(*(copy.deepcopy(m).double() for m in (masked, small)), mapped(lambda o: o.double() if o.is_floating_point() else o, xb)) <= tol/1000
+    try: return difference(*(copied(m).double() for m in (masked, small)), mapped(lambda o: o.double() if o.is_floating_point() else o, xb)) <= tol/1000
     except Exception: return False # a network that insists on its own precision
 
 def _verify(masked, small, xb, tol):
