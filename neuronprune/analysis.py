@@ -11,20 +11,15 @@ import math
 import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
-<<<<<<< o
-from neuronprune.core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, feed, mapped,
-=======
-from neuronprune.core import (Mask, as_found, check_batch, check_choice, check_finite, check_int, check_type, copied, feed, mapped,
->>>>>>> t
+from .core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, copied, feed, mapped,
                               public)
-from neuronprune.masks import Mask
-from neuronprune.data import ImageDL, _batches, calib_batch
-from neuronprune.train import fit, learner
-from neuronprune.evaluation import evaluate, wilson
-from neuronprune.retrain import MaskCallback, _state
-from neuronprune.surgery import apply, shrink
-from neuronprune.costs import count_params
-
+from .masks import Mask
+from .data import ImageDL, _batches, calib_batch
+from .train import fit, learner
+from .evaluation import evaluate, wilson
+from .retrain import MaskCallback, _state
+from .surgery import apply, shrink
+from .costs import count_params
 
 # %% ../nbs/21_analysis.ipynb #removed
 @public

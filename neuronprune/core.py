@@ -9,11 +9,7 @@ __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'check_fraction', 'check_int', 'che
            'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
-<<<<<<< o
-import difflib, importlib, inspect, linecache, math, os, random, re, sys, warnings
-=======
-import copy, difflib, importlib, inspect, json, linecache, math, os, random, re, sys, warnings
->>>>>>> t
+import copy, difflib, importlib, inspect, linecache, math, os, random, re, sys, warnings
 from collections.abc import Mapping, ValuesView
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +19,6 @@ from numbers import Integral, Real
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
-
 
 # %% ../nbs/00_core.ipynb #warnings-filterwarnings-ignore
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*deprecated', category=FutureWarning)

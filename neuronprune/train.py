@@ -320,11 +320,6 @@ def _keep_history(learn):
         rows.append(dict(fit=learn.n_fits, epoch=start+i+1, **{k:o for k,o in zip(names, v) if k != 'time'}))
 
 # %% ../nbs/05_train.ipynb #try-batch
-<<<<<<< o
-=======
-def _named(f): return getattr(f, '__name__', type(f).__name__)
-
->>>>>>> t
 def _check_target(what, f, out, yb):
     "Raises `ValueError` if the loss or metric `f` cannot compare the outputs `out` with the targets `yb`."
     try: f(out, *yb)
@@ -346,8 +341,6 @@ def _try_batch(learn):
         _check_target('the loss', learn.loss_func, out, yb)
         for m in learn.metrics:
             if isinstance(m, AvgMetric): _check_target('the metric', m.func, out, yb)
-
-
 
 # %% ../nbs/05_train.ipynb #fit-2
 @public
@@ -389,72 +382,3 @@ def fit(learn:Learner,   # changed in place
         loss, epoch = guard.bad
         raise ValueError(f"lr={lr:g}: the training loss is {loss} after epoch {epoch} of {todo}; try a smaller lr")
     return learn
-
-# %% ../nbs/05_train.ipynb #tally
-def _logits(out):
-    "The class scores in a model's output: itself, the entry 'logits', or the first tensor."
-    return out.get('logits') if isinstance(out, Mapping) and 'logits' in out else next(iter(tensors(out)), None)
-
-class _NotClasses(Exception):
-    "There are no right answers to count; holds the error to raise where nothing else can be said."
-
-def _target(yb):
-    "The class numbers [n] of a batch; `_NotClasses` for targets of another kind."
-    y = yb[0]
-    if isinstance(y, torch.Tensor) and y.ndim == 2 and y.shape[1] == 1: y = _classes(y[:,0]) # as fastai's tables have them
-    if len(yb) > 1 or not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or y.ndim != 1:
-        raise _NotClasses(TypeError(f"dls: labels yb are {_said(yb)}; expected one class number per input, int64 (n,), to count right answers, "
-                                    "or a Learner, which has a loss and metrics of its own"))
-    return y.as_subclass(torch.Tensor)
-
-def _tally(model, dl, dev):
-    "[right, among the first five, sum of losses, labels out of range, outputs not finite] and the number of images, one transfer for all."
-    tot, n = torch.zeros(5, dtype=torch.float32 if dev.type == 'mps' else torch.float64, device=dev), 0
-    for b in dl:
-        xb, yb = split_batch(b, dev, getattr(dl, 'n_inp', None)); yb = _target(yb)
-        with torch.inference_mode():
-            with digesting(*tensors(xb)): out = _logits(feed(model, xb))
-            if out is None or out.ndim != 2 or out.shape[1] < 2:
-                raise _NotClasses(ValueError(f"model: outputs {_said(out)}; expected class scores [n, classes], or a Learner with its own loss"))
-            bad = (yb < 0) | (yb >= out.shape[1])
-            yb = yb.clamp(0, out.shape[1]-1)
-            out = out.float().as_subclass(torch.Tensor)
-            first5 = (out > out.gather(1, yb[:,None])).sum(1) < 5
-            loss = F.cross_entropy(out, yb, reduction='sum')
-            tot += torch.stack([(out.argmax(1) == yb).sum(), first5.sum(), loss, bad.sum(), (~torch.isfinite(out)).sum()]).to(tot.dtype)
-        n += len(yb)
-    return tot.tolist(), n
-
-# %% ../nbs/05_train.ipynb #own-metrics
-class _Metrics(Callback):
-    "Means of the learner's loss and of its metrics over a loader; named as fastai names what only predicts, so that no model is saved."
-    name = 'gather_preds'
-    def before_validate(self):
-        self.meters,self.n = [AvgLoss(), *copy.deepcopy(self.learn.metrics)],0
-        for m in self.meters: m.reset()
-    def after_batch(self):
-        self.n += find_bs(self.learn.yb)
-        for m in self.meters: m.accumulate(self.learn)
-
-def _number(v):
-    "A metric's value as a number, a list of them, or a text."
-    if not hasattr(v, 'tolist'): return v if v is None or isinstance(v, (int, float)) else str(v)
-    return v.tolist()
-
-def _own_metrics(learn, dl, why):
-    "The `Evaluation` by the learner's own loss and metrics; the error `why` where these cannot take the targets, `ValueError` if the loss is not finite."
-    own, kept = _Metrics(), {cb:dict(vars(cb)) for cb in learn.cbs if isinstance(cb, Recorder)}
-    with as_found(learn.model, train=False), _shown(learn, False):
-        try: learn.validate(dl=dl, cbs=own)
-        except torch.cuda.OutOfMemoryError: raise
-        except Exception as e: # loss and metrics are the user's
-            names = ', '.join(m.name for m in learn.metrics) or 'none'
-            raise type(why)(f"{why}; its loss {_named(learn.loss_func)} and its metrics ({names}) fail here: {type(e).__name__}: {e}") from e
-        finally:
-            for cb,v in kept.items(): vars(cb).update(v)
-    if own.n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
-    loss, *rest = (_number(m.value) for m in own.meters)
-    if not math.isfinite(loss): raise ValueError(f"learn: the loss is {loss}; expected a finite one (are all outputs numbers?)")
-    names = [m.name for m in own.meters[1:]]
-    named = [k if k not in names[:i] else f'{k}_{1+names[:i].count(k)}' for i,k in enumerate(names)]
-    return Evaluation(n=own.n, loss=loss, metrics=dict(zip(named, rest)))

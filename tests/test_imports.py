@@ -12,13 +12,7 @@ NEVER = {'torchvision', 'torchvision.models', 'papermill', 'cvxpy', 'cvxopt', 's
          'dask', 'ray', 'torch._dynamo', 'torch.onnx'}   # not even by neuronprune.all
 HEAVY = NEVER | {'fastai', 'pandas', 'matplotlib', 'sklearn', 'scipy.stats'} # not by a method
 LIMIT = 400 # lines of code a module may have, blank lines and comments aside
-<<<<<<< HEAD
 LONGER = set()
-=======
-LONGER = {'cascade', # goes when studies have taken its place
-          'chain',   # one loop and its resumption, not cut yet
-          'mip', 'mip_solve'} # not cut yet
->>>>>>> house
 CODE = """
 import importlib, json, sys
 import torch
