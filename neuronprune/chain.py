@@ -41,7 +41,8 @@ def split_args(m:Method, # registered method
               )->tuple:
     "(allocator, arguments of the allocator, arguments of the method); `ValueError` for a name that neither knows."
     alloc, base = (allocate, m.allocate) if isinstance(m.allocate, dict) else (m.allocate, {})
-    ours = {'model', 'dls', 'graph', 'init', 'seed', 'progress', 'unit', 'scores', 'sparsity', 'task', 'state', 'keep_found'}
+    ours = {'model', 'dls', 'graph', 'init', 'seed', 'progress', 'unit', 'scores', 'sparsity', 'task', 'state',
+            'keep_found'}
     fn, al = arguments(m.fn)-ours, arguments(alloc)-ours
     for k in args: check_choice(f'argument of {m.name}', k, sorted(fn | al))
     mine, rest = ({k:v for k,v in args.items() if (k in al) == o} for o in (True, False))
@@ -66,7 +67,8 @@ def weights_at(learn, # a `Learner` made by `learner`
 
 # %% ../nbs/19a_chain.ipynb #finished
 def _finished(scores):
-    "`scores`; `KeyboardInterrupt` if they were interrupted, a warning if they are not what the method would have found in the end."
+    """`scores`; `KeyboardInterrupt` if they were interrupted,
+    a warning if they are not what the method would have found in the end."""
     status, gap = scores.meta.get('status'), scores.meta.get('gap')
     if status == 'interrupted': raise KeyboardInterrupt(f"{scores.method}: interrupted while scoring; nothing was cut")
     if status not in (None, 'optimal'):
@@ -76,7 +78,8 @@ def _finished(scores):
 
 # %% ../nbs/19a_chain.ipynb #as-unit
 def _as_unit(scores, unit, graph):
-    "`scores` of the unit wanted: those of weights or blocks as channel scores if asked for; `ValueError` for another change."
+    """`scores` of the unit wanted: those of weights or blocks as channel scores if asked for;
+    `ValueError` for another change."""
     if scores.unit == unit: return scores
     if unit == 'channel':
         if scores.graph is None: scores.graph = graph
@@ -93,9 +96,11 @@ def score_with(learn,      # a `Learner`
                graph=None, # `Graph` of the model
                seed:int=0, progress:bool=False, **args # arguments of the method
               ):
-    "Run a method on `learn`: (`Scores`, `Meter` of seconds and memory). Weight or group scores become channel scores if asked for."
+    """Run a method on `learn`: (`Scores`, `Meter` of seconds and memory).
+    Weight or group scores become channel scores if asked for."""
     known, unit, kept = arguments(m.fn), check_choice('unit', unit or m.unit, UNITS), learn.__dict__.get('rewind')
-    loss = None if isinstance(learn.loss_func, _CrossEntropy) else learn.loss_func # None: cross-entropy, with checked labels
+    # None: cross-entropy, with checked labels
+    loss = None if isinstance(learn.loss_func, _CrossEntropy) else learn.loss_func
     extra = dict(seed=seed, progress=progress, unit=unit, graph=graph, init=getattr(kept, 'init', None), loss_func=loss)
     args = {**{k:v for k,v in extra.items() if k in known}, **args}
     with weights_at(learn, at), metered(next(learn.model.parameters()).device) as meter:
@@ -244,7 +249,8 @@ def remember(self:Chain, scores):
 # %% ../nbs/19a_chain.ipynb #share
 @patch
 def share(self:Chain, scores, size:float):
-    "Sparsity of the candidates that leaves the fraction `size` of the network's parameters, or, if `of=` was asked for, of what that counts."
+    """Sparsity of the candidates that leaves the fraction `size` of the network's parameters, or,
+    if `of=` was asked for, of what that counts."""
     if self.ask.alloc_args.get('of', 'network') != 'network': return float(1-Fraction(str(size)))
     ws, b = layer_weights(self.dense), budget(self.dense, size)
     rest = 0 if scores.unit == 'channel' else sum(ws.values()) - sum(ws[k] for k in scores)
@@ -267,7 +273,8 @@ def cut_to(self:Chain, scores, sparsity):
     "The mask the allocator makes of `scores`, without what has gone before."
     old = None if scores.unit == 'rank' else self.mask # the weights have lost those ranks already
     args = self.ask.alloc_args
-    new = self.ask.alloc(sink(scores, old), **({} if args.get('threshold') is not None else dict(sparsity=sparsity)), **args)
+    new = self.ask.alloc(sink(scores, old), **({} if args.get('threshold') is not None else dict(sparsity=sparsity)),
+                         **args)
     res = narrow(new, old)
     if old is not None:
         res.units.update({k:v for k,v in old.items() if k not in res})
@@ -285,7 +292,8 @@ def decide(self:Chain, scores, i:int):
     self.mask, scale = self.cut_to(scores, value)
     again = self.ask.rewind not in ('none', None) # weights of an earlier moment have had no factor yet
     own = self.mask.scale if again else {k:v for k,v in scale.items()}
-    self.step = Mask(self.mask.units, self.mask.unit, graph=self.mask.graph, labels=self.mask.labels, meta=self.mask.meta, scale=own)
+    self.step = Mask(self.mask.units, self.mask.unit, graph=self.mask.graph, labels=self.mask.labels,
+                     meta=self.mask.meta, scale=own)
     return self.mask
 
 # %% ../nbs/19a_chain.ipynb #redrawn
@@ -301,7 +309,9 @@ def _fresh(model, seed):
         for m in own: m.reset_parameters()
     known = {id(p) for m in own for p in m.parameters(recurse=False)}
     left = [k for k,p in net.named_parameters() if id(p) not in known]
-    if left: raise ValueError(f"rewind='redraw': {left[0]} belongs to no module with reset_parameters; expected another rewind=")
+    if left:
+        raise ValueError(f"rewind='redraw': {left[0]} belongs to no module with reset_parameters; "
+                         "expected another rewind=")
     return net.state_dict()
 
 # %% ../nbs/19a_chain.ipynb #rewound
@@ -331,7 +341,8 @@ def _fitting(model, keeps):
 def cut(self:Chain, i:int):
     "Rewind, and take out what the mask of size `i` drops; the learner is changed in place."
     learn, mask = self.learn, self.step
-    if self.ask.shrink is True: surgery.shrink(learn.model, self.mask, self.few) # a network that cannot be cut is found out now
+    if self.ask.shrink is True:
+        surgery.shrink(learn.model, self.mask, self.few) # a network that cannot be cut is found out now
     self.rewound(i)
     if mask.unit == 'rank':
         learn.model, learn.opt = surgery.shrink(learn.model, mask, self.few), None
@@ -390,7 +401,8 @@ def small(self:Chain, must:bool=False):
     "The network without its zeros, or None where surgery fails and nobody insisted."
     learn, mask = self.learn, self.mask
     if mask.unit == 'rank' or self.origin is not None: return learn.model # it has that form already
-    bare = Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta) # factors are in the weights by now
+    # factors are in the weights by now
+    bare = Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta)
     try: return surgery.shrink(learn.model, bare, self.few)
     except surgery.SurgeryError:
         if must: raise
@@ -402,13 +414,16 @@ def known(self:Chain, i:int, **found):
     ask, scores, (what, value) = self.ask, self.scores, self.ask.sizes[i]
     got = scores if self.found is None else self.found
     meta = got.meta or {}
-    extra = dict(rounds=ask.args.get('rounds', len(ask.sizes)), at=ask.at, rewind=ask.rewind, fine_tune_epochs=ask.epochs)
+    extra = dict(rounds=ask.args.get('rounds', len(ask.sizes)), at=ask.at, rewind=ask.rewind,
+                 fine_tune_epochs=ask.epochs)
     if 'loss' in meta: extra['loss'] = meta['loss']
     if self.old is not None: extra['gone_before'] = self.old.sparsity
     status = meta.get('status') if self.found is None else got.status
-    return dict(method=ask.method.name, method_args=ask.said, seed=ask.seed, step=i, start=ask.start, secs=sum(o.secs for o in self.meters),
+    return dict(method=ask.method.name, method_args=ask.said, seed=ask.seed, step=i, start=ask.start,
+                secs=sum(o.secs for o in self.meters),
                 peak_mib=max((o.peak_mib or 0. for o in self.meters), default=0.), status=status, gap=meta.get('gap'),
-                sparsity=value if what == 'sparsity' else None, density=value if what == 'size' else None, extra=extra, **found)
+                sparsity=value if what == 'sparsity' else None, density=value if what == 'size' else None, extra=extra,
+                **found)
 
 # %% ../nbs/19a_chain.ipynb #files
 ANEW = 'delete the folder it is in, and the chain is made anew'
@@ -437,7 +452,8 @@ def _like(tensors, state, whole=False):
             raise ValueError(f"{k}: not a tensor of this network")
 
 def _bookkeeping(file, i, first, state):
-    "(what is held, origins, header) that step `i` left; `DamagedFileError` for a file that is missing, damaged or of another chain."
+    """(what is held, origins, header) that step `i` left;
+    `DamagedFileError` for a file that is missing, damaged or of another chain."""
     if not file.exists(): raise DamagedFileError(f"path={str(file)!r}: is missing; {ANEW}")
     tensors, h = load_tensors(file, 'chain', ANEW)
     part = lambda p: {k.removeprefix(f'{p}/'):v for k,v in tensors.items() if k.startswith(f'{p}/')}
@@ -455,7 +471,8 @@ def _bookkeeping(file, i, first, state):
 # %% ../nbs/19a_chain.ipynb #read
 @patch
 def read(self:Chain, i:int, folder):
-    "(network, what it holds at zero) of size `i`, the chain's own state with it; `DamagedFileError` for files that cannot be gone on from."
+    """(network, what it holds at zero) of size `i`, the chain's own state with it;
+    `DamagedFileError` for files that cannot be gone on from."""
     learn, file = self.learn, _file(folder, 'size', i)
     try: model, self.mask = surgery.load(file, copy.deepcopy(self.host)), Mask.load(_file(folder, 'mask', i))
     except (DamagedFileError, FileNotFoundError) as e:
@@ -497,7 +514,8 @@ def candidates(model, # any model
     "`Scores` of zeros for all units that may go: weights of layers that do not share them, or removable channels."
     if check_choice('unit', unit, ('weight', 'channel')) == 'channel':
         return Scores({k:torch.zeros(graph.layers[k]['n_out']) for k in graph.removable}, 'channel', graph=graph)
-    return Scores({k:torch.zeros(m.weight.shape) for k,m in layers(model).items() if k not in twins(model)}, 'weight', graph=graph)
+    return Scores({k:torch.zeros(m.weight.shape) for k,m in layers(model).items() if k not in twins(model)}, 'weight',
+                  graph=graph)
 
 # %% ../nbs/19a_chain.ipynb #tried
 @public
@@ -523,7 +541,8 @@ def task(self:Chain, i:int)->Task:
     what, value = self.ask.sizes[i]
     sparsity = self.share(zeros, value) if what == 'size' else value
     zeros = sink(zeros, self.mask)
-    return Task(learn, self.graph, zeros, sparsity, lambda scores: self.cut_to(scores, sparsity)[0], functools.partial(tried, learn))
+    return Task(learn, self.graph, zeros, sparsity, lambda scores: self.cut_to(scores, sparsity)[0],
+                functools.partial(tried, learn))
 
 # %% ../nbs/19a_chain.ipynb #find
 @patch
@@ -540,7 +559,8 @@ def find(self:Chain, i:int, folder=None):
         except KeyboardInterrupt:
             if folder is not None or not last: raise
             found = last[0]; found.status = 'interrupted'
-    if found.status not in ('optimal', 'budget'): warnings.warn(f"{ask.method.name}: the search is not finished, status {found.status!r}")
+    if found.status not in ('optimal', 'budget'):
+        warnings.warn(f"{ask.method.name}: the search is not finished, status {found.status!r}")
     self.meters.append(meter)
     self.found, self.scores, self.mask = found, None, found.mask
     self.step = found.mask
@@ -551,7 +571,8 @@ def _save_found(found, i, folder):
     "Write where a search for size `i` is."
     tensors_ = {k:v for k,v in found.state.items() if isinstance(v, torch.Tensor)}
     plain = {k:v for k,v in found.state.items() if k not in tensors_}
-    save_tensors(Path(folder)/'search.safetensors', tensors_ or {'none': torch.zeros(1)}, dict(kind='search', step=i, plain=plain))
+    save_tensors(Path(folder)/'search.safetensors', tensors_ or {'none': torch.zeros(1)},
+                 dict(kind='search', step=i, plain=plain))
 
 def _load_found(i, folder):
     "The state a search for size `i` goes on from, or None."

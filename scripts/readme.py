@@ -42,7 +42,8 @@ def convert(nb):
 def main(check):
     md, files = convert(json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8')))
     files = {'README.md': md.encode(), **files}
-    stale = [str(p.relative_to(ROOT)) for p in (ROOT/'nbs/images').glob('readme-*.png') if str(p.relative_to(ROOT)) not in files]
+    stale = [str(p.relative_to(ROOT)) for p in (ROOT/'nbs/images').glob('readme-*.png')
+             if str(p.relative_to(ROOT)) not in files]
     if check:
         differ = stale + [f for f, b in files.items() if not (ROOT/f).is_file() or (ROOT/f).read_bytes() != b]
         if differ: sys.exit(f"not what nbs/index.ipynb says: {', '.join(differ)}; run `make readme`")
