@@ -1,4 +1,5 @@
-"""CPU seconds and peak memory of `allocate` on as many weights as VGG-16 has, against `torch.kthvalue` and torch's own global pruning in the same run.
+"""CPU seconds and peak memory of `allocate` on as many weights as VGG-16 has,
+against `torch.kthvalue` and torch's own global pruning in the same run.
 
 python benchmarks/allocate.py               14.7 million weights in 13 layers
 python benchmarks/allocate.py --sparsity .5 another sparsity"""

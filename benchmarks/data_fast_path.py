@@ -1,5 +1,7 @@
-"""Times one epoch (training and validation) of MINT's MLP on MNIST, one CPU thread: torchvision + fastai's default loader,
-`get_dls` + `learner`, and a bare PyTorch loop over a resident float tensor. Runs are interleaved; medians and ratios are printed.
+"""Times one epoch (training and validation) of MINT's MLP on MNIST, one CPU thread:
+torchvision + fastai's default loader,
+`get_dls` + `learner`, and a bare PyTorch loop over a resident float tensor. Runs are interleaved;
+medians and ratios are printed.
 
     python benchmarks/data_fast_path.py --root /path/to/data --epochs 3
 """

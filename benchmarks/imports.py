@@ -2,8 +2,10 @@
 
     python benchmarks/imports.py --repeats 3
 
-Every import is timed together with torch's, which it needs: 1.0 is torch alone. The runs are interleaved, torch's own in
-every round, so that a busy machine slows all of them; printed are medians over the rounds. The first round is a warm-up.
+Every import is timed together with torch's, which it needs: 1.0 is torch alone.
+The runs are interleaved, torch's own in
+every round, so that a busy machine slows all of them; printed are medians over the rounds.
+The first round is a warm-up.
 """
 import argparse, statistics, subprocess, sys
 

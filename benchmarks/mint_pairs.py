@@ -1,10 +1,12 @@
-"""Milliseconds per (child, parent) pair of `mint.dependency` against a straightforward implementation, and how the cost grows.
+"""Milliseconds per (child, parent) pair of `mint.dependency` against a straightforward implementation,
+and how the cost grows.
 
 python benchmarks/mint_pairs.py              the layer of the paper's MLP, one thread, against the double loop
 python benchmarks/mint_pairs.py --curves     points, groups and width in turn
 python benchmarks/mint_pairs.py --jobs 2     the same with two processes
 python benchmarks/mint_pairs.py --device cuda  on a graphics card, against one core of the same machine
-Give --activations FILE (.npz with P [n, parents] and C [n, children]) to use a real layer instead of the artificial one."""
+Give --activations FILE (.npz with P [n, parents] and C [n, children]) to use a real layer instead of the
+artificial one."""
 import os
 os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
 import argparse, time
@@ -51,7 +53,8 @@ def against_loop(P, C, G, n_pairs, **kw):
     ref, slow, _ = timed(lambda: [straightforward(P, C, parent, child, *o) for o in pairs])
     for est in ('cgmi', 'gmi'):
         fast, cpu, wall = per_pair(P, C, G, G, estimator=est, **kw)
-        same = f', largest difference in score {max(abs(r - fast[o]) for r,o in zip(ref, pairs)):.2g}, ratio {1e3*slow/n_pairs/cpu:,.0f}' if est == 'cgmi' else ''
+        apart, ratio = max(abs(r - fast[o]) for r,o in zip(ref, pairs)), 1e3*slow/n_pairs/cpu
+        same = f', largest difference in score {apart:.2g}, ratio {ratio:,.0f}' if est == 'cgmi' else ''
         print(f'{est:5} {G}×{G} groups, {points(len(P))} points: '
               f'{cpu:7.3f} ms/pair CPU, {wall:7.3f} wall, {wall*G*G/1e3:.1f} s in all{same}')
     print(f'straightforward: {1e3*slow/n_pairs:,.0f} ms/pair CPU ({n_pairs} pairs)')

@@ -65,7 +65,8 @@ def main():
           f"{'images of ' + os.path.basename(os.path.normpath(a.data)) if a.data else 'smoothed noise'}, "
           f"{len(batch[1])} images, "
           + (f'greedy training {a.epochs} epochs on {a.n_train} images' if a.epochs else 'fresh weights and heads'))
-    print(f"{'model':10}{'aux':>4}{'scores':>7}{'rows':>9}{'gates':>6}{'build s':>9}{'solve s':>9}{'wall s':>8}{'CPU s':>8}{'<0.3':>6}{'dead':>6}{'MiB':>7}  status")
+    print(f"{'model':10}{'aux':>4}{'scores':>7}{'rows':>9}{'gates':>6}{'build s':>9}{'solve s':>9}"
+          f"{'wall s':>8}{'CPU s':>8}{'<0.3':>6}{'dead':>6}{'MiB':>7}  status")
     for name in a.models:
         net = network(name, a.seed)
         if a.epochs: learn, heads = fit_greedy(net, dls, a.epochs, a.lr, seed=a.seed)
@@ -81,11 +82,13 @@ def main():
             wall, cpu, parts = time.perf_counter()-wall, time.process_time()-cpu, s.meta['parts']
             size = {k:sum(m['size'][k] for m in parts) for k in ('scores', 'rows', 'gates')}
             secs = [sum(m[k] for m in parts) for k in ('build_secs', 'solve_secs')]
-            print(f"{name:10}{aux:4}{size['scores']:7}{size['rows']:9}{size['gates']:6}{secs[0]:9.1f}{secs[1]:9.1f}{wall:8.1f}{cpu:8.1f}"
+            print(f"{name:10}{aux:4}{size['scores']:7}{size['rows']:9}{size['gates']:6}{secs[0]:9.1f}{secs[1]:9.1f}"
+                  f"{wall:8.1f}{cpu:8.1f}"
                   f"{sum(int((v < .3).sum()) for v in s.values()):6}{sum(s.meta['n_dead_on_batch'].values()):6}"
                   f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024:7}  {s.meta['status']}", flush=True)
             for m in parts:
-                print(f"  {m['layer']:8}{m['size']['scores']:11}{m['size']['rows']:9}{m['size']['gates']:6}{m['build_secs']:9.1f}{m['solve_secs']:9.1f}  "
+                print(f"  {m['layer']:8}{m['size']['scores']:11}{m['size']['rows']:9}{m['size']['gates']:6}"
+                      f"{m['build_secs']:9.1f}{m['solve_secs']:9.1f}  "
                       f"box x {m['shrunk']:g}, {m['status']}, gap {m['gap']:.1e}", flush=True)
 
 if __name__ == '__main__': sys.exit(main())

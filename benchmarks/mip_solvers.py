@@ -1,6 +1,8 @@
-"""CPU seconds of the MIP scores: the plain cvxpy model with open solvers against the reduced program, on the same images.
+"""CPU seconds of the MIP scores: the plain cvxpy model with open solvers against the reduced program,
+on the same images.
 
-One thread. Each network has a process of its own, so that its memory goes when it is done; every row says the peak so far.
+One thread. Each network has a process of its own, so that its memory goes when it is done;
+every row says the peak so far.
 python benchmarks/mip_solvers.py --quick    two networks, six lambdas, at most a minute for a slow solver"""
 import os
 os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')

@@ -1,8 +1,10 @@
-"""CPU seconds of the sensitivity pass, of the allocations and of a cut, each against a straightforward implementation in the same run.
+"""CPU seconds of the sensitivity pass, of the allocations and of a cut,
+each against a straightforward implementation in the same run.
 
-python benchmarks/provable_pass.py                 LeNet-300-100 and LeNet-5 on artificial images of MNIST's kind, and ResNet-56
+python benchmarks/provable_pass.py   LeNet-300-100 and LeNet-5 on artificial images of MNIST's kind, and ResNet-56
 python benchmarks/provable_pass.py --root DATA     real MNIST images
-python benchmarks/provable_pass.py --device cuda   the pass on a graphics card, against the loop on one core of the same machine
+python benchmarks/provable_pass.py --device cuda   the pass on a graphics card,
+against the loop on one core of the same machine
 python benchmarks/provable_pass.py --threads 2     for ResNet-56 with two threads (wall seconds)"""
 import os, sys
 if '--threads' not in sys.argv: os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')

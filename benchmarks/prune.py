@@ -1,8 +1,10 @@
-"""CPU seconds of `prune` on ResNet-50 at 64 pixels, and the share of each step: the wiring, the scores, the mask, surgery, the record.
+"""CPU seconds of `prune` on ResNet-50 at 64 pixels, and the share of each step:
+the wiring, the scores, the mask, surgery, the record.
 
 python benchmarks/prune.py                      magnitude of channels, without fine-tuning
 python benchmarks/prune.py --model resnet18     another network of torchvision's
-python benchmarks/prune.py --stem small         the stem for small images, which the zoo chooses at 64 pixels: 16 times the work
+python benchmarks/prune.py --stem small   the stem for small images, which the zoo chooses at 64 pixels:
+16 times the work
 python benchmarks/prune.py --no-latency         a record without clocks"""
 import os
 os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')

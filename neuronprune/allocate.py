@@ -160,7 +160,7 @@ def _lost(graph, keep):
 # %% ../nbs/04_allocate.ipynb #weights-left
 @public
 def weights_left(graph,    # `Graph` of the model
-                 keep:dict # layer -> bool [n_out], or `layer:in` -> bool [n_in], True = kept; layers that are not named keep everything
+                 keep:dict # layer -> bool [n_out], or `layer:in` -> bool [n_in], True = kept; others keep all
                 )->int:
     """Weights of all linear and convolution layers that are left once dropped channels are cut,
     their rows and the columns that read them."""
@@ -379,10 +379,10 @@ def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
              scope:str='global',  # one ranking over all layers, or the same fraction in each: 'global' | 'layer'
-             of:str=None,         # what the fraction counts: 'units' | 'params' | 'macs' | 'network'; None = 'params' for blocks, else 'units'
+             of:str=None,         # counts 'units' | 'params' | 'macs' | 'network'; None = 'params' (blocks) or 'units'
              tied:bool=True,      # rank channels that can only go together as one
              reduce:str='mean',   # score of a tie from its members: 'mean' | 'sum' | 'max' | 'min'
-             caps=None,           # largest sparsity per layer, counted as `of` says: a fraction in [0, 1] or {layer: fraction}; 1 = no cap
+             caps=None,           # largest sparsity per layer, in [0, 1] or {layer: fraction}; 1 = no cap
              round_to:int=1,      # keep a multiple of this many units per layer (budget from below)
              min_keep:int=1,      # units every layer keeps (blocks: per child group)
              keep=(),             # layers to spare, names or patterns

@@ -195,7 +195,7 @@ def attack(model,          # any classifier; left as found, runs in eval mode
            step_size=None, # None = 2.5 eps/steps with projection, eps without
            kind:str='fgsm', # 'fgsm': away from the true class, 'least_likely': towards the least likely one
            project:bool=True, # stay within eps of the clean image? False = the released setting
-           lo=None, hi=None # range of legal images, a number or a tensor like eps; None = smallest and largest value of `xb`
+           lo=None, hi=None # range of legal images, a number or a tensor like eps; None = that of `xb`
           )->torch.Tensor:
     """Adversarial images like `xb`, on the model's device;
     `ValueError` for a negative eps, an empty batch, outputs that are not finite."""

@@ -156,7 +156,7 @@ def _initial(init, mods, who):
 def magnitude(model:nn.Module, # trained model
               dls=None,        # used to trace the wiring if unit='channel' and there is no `graph`
               *, unit:str='weight', # 'weight' | 'channel' | 'group'
-              norm:str='l1',   # of a channel's weights: 'l1' | 'l2' (blocks: mean or root mean square); weights score |w| with either
+              norm:str='l1',   # of a channel's weights: 'l1' | 'l2' (of a block: mean or rms); weights score |w|
               n_groups=None,   # blocks: (parent groups, child groups), None = 20 or the layer's width
               grouping:str='contiguous', # blocks: 'contiguous' or 'random' groups
               layers=None,     # blocks: paths of the layers, None = every one that has blocks

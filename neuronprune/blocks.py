@@ -109,7 +109,7 @@ def block_layers(graph,      # `Graph` of the model
 @public
 def block_labels(graph,          # `Graph` of the model
                  layer:str,      # the layer whose weights are cut into blocks
-                 n_groups=None,  # (parent groups, child groups), 'each' = every channel by itself, None = 20 or the layer's width
+                 n_groups=None,  # (parent groups, child groups), 'each' = every channel alone, None = 20 or the width
                  grouping:str='contiguous', # 'contiguous', 'random' or 'kmeans'
                  seed:int=0,     # of the random and the k-means grouping
                  parents=None,   # activations of the parent channels [n, n_parents], for 'kmeans'

@@ -71,7 +71,7 @@ def check_choice(name:str, # argument name
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{hint}")
 
 # %% ../nbs/00_core.ipynb #tensors
-def tensors(x # a tensor, or a tuple, list or mapping of such (a Hugging Face output is a mapping); anything else holds none
+def tensors(x # a tensor, or a tuple, list or mapping (a Hugging Face output is one) of such; all else holds none
            )->list:
     "The tensors in a batch of inputs or in a model's output, in order."
     if isinstance(x, torch.Tensor): return [x]
@@ -418,7 +418,7 @@ class Task:
     candidates:object
     sparsity:float   # fraction of the candidate units that goes, counted as `allocate` counts
     allocate:object  # function `Scores` like `candidates` -> `Mask` of the size asked for, without what has gone
-    test:object      # function `Mask` -> (fraction of right answers, or minus the loss; mean loss) on validation data, the model left as it was
+    test:object      # `Mask` -> (accuracy, or minus the loss; mean loss) on validation data, the model left as it was
 
 # %% ../nbs/00_core.ipynb #found
 @dataclass

@@ -41,7 +41,7 @@ class Files:
                  c:int=3,         # 1 = grey, 3 = colour
                  size:int=None,   # side, None = as stored (then all must agree)
                  how:str='squash',# 'squash' to a square, or 'centre': short side to 8/7 size, then the central square
-                 crop=None        # seed of a random resized crop per image and `epoch`, a number the loader draws; None = never
+                 crop=None        # seed of a random resized crop per image and `epoch` (by the loader); None = never
                 ):
         self.paths,self.y = list(paths),torch.as_tensor(y).long()
         self.c,self.size,self.how,self.crop,self.epoch = c,size,how,crop,0

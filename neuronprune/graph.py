@@ -111,7 +111,7 @@ def _shared(model):
             res.setdefault(n, o); res.setdefault(o, n)
     return res
 
-# %% ../nbs/03_graph.ipynb #reasons
+# %% ../nbs/03_graph.ipynb #mixer
 def _depthwise(l): return l['groups'] == l['n_out'] == l['n_in'] > 1
 
 def _mixer(probe, ends):
@@ -121,6 +121,14 @@ def _mixer(probe, ends):
         if n in probe.opaque: return f"its channels are mixed by {n!r} ({type(probe.opaque[n]).__name__})"
         if n: return f"its channels are mixed by {n!r}, which is used {probe.calls[n]} times"
 
+def _unfed(n, found, heard, n_in):
+    "Does the depthwise layer `n` read anything but unmixed channels of other layers?"
+    fed = torch.zeros(n_in, dtype=torch.bool)
+    for reach in found.values():
+        if n in reach: fed |= reach[n][0] >= 0
+    return bool((~fed | heard.get(n, False)).any())
+
+# %% ../nbs/03_graph.ipynb #reasons
 def _reasons(probe, found, ends, lost, shared, layers):
     "Layer -> why its channels cannot be removed, from what `Probe.follow` found and the tensors that are shared."
     grouped = {n for n,l in layers.items() if l['groups'] > 1 and not _depthwise(l)}
@@ -152,13 +160,6 @@ def _reasons(probe, found, ends, lost, shared, layers):
         elif _depthwise(layers[n]) and _unfed(n, found, heard, layers[n]['n_in']):
             res[n] = "it reads, channel by channel, what cannot be cut"
     return res
-
-def _unfed(n, found, heard, n_in):
-    "Does the depthwise layer `n` read anything but unmixed channels of other layers?"
-    fed = torch.zeros(n_in, dtype=torch.bool)
-    for reach in found.values():
-        if n in reach: fed |= reach[n][0] >= 0
-    return bool((~fed | heard.get(n, False)).any())
 
 # %% ../nbs/03_graph.ipynb #bundles
 def _bundles(probe, sources):

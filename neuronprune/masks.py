@@ -123,9 +123,9 @@ class Scores(Units):
                  unit:str,         # 'weight', 'channel', 'group' or 'rank'
                  *, method:str='', # name of the method that scored
                  graph=None,       # `Graph` of the model, needed for ties and surgery
-                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'; (row each weight is drawn in, coefficient [1]) for 'weight'
+                 labels:dict=None, # key -> (child_idx, parent_idx), ranks: (directions, centre), weights: (row, factor)
                  cost:dict=None,   # key -> weights per unit, a number or a tensor of the score's shape
-                 tiebreak:dict=None, # key -> tensor of the score's shape; of two equal scores the lower one here goes first
+                 tiebreak:dict=None, # key -> tensor of the score's shape; of equal scores the lower one here goes first
                  gone:dict=None,   # key -> bool tensor, True = removed before: goes first, counts in no mean (`sink`)
                  secs:float=math.nan, # seconds the scoring took
                  meta:dict=None,   # anything else worth keeping, JSON-able
@@ -211,7 +211,7 @@ class Mask(Units):
                  units:dict,       # key -> bool tensor
                  unit:str,         # 'weight', 'channel', 'group' or 'rank'
                  *, graph=None,    # `Graph` of the model
-                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'
+                 labels:dict=None, # key -> (child_idx, parent_idx) of 'group', (directions, centre) of 'rank'
                  scale:dict=None,  # key -> factors >= 0 of the mask's shape, multiplied in once by `apply`
                  meta:dict=None    # requested sparsity, method, …, JSON-able
                 ):

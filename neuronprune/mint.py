@@ -171,7 +171,8 @@ def _kept(file, shape):
         r, job = (kept.get('scores', torch.empty(0)),
                   header.get('job') if header.get('kind') == 'mint' else 'something else')
         if job == file.stem and r.shape == shape and r.dtype == torch.float64 and r.isfinite().all(): return r.numpy()
-        says = f"path={str(file)!r}: holds the scores of {job}, {tuple(r.shape)}; expected {tuple(shape)} of {file.stem}"
+        says = (f"path={str(file)!r}: holds the scores of {job}, {tuple(r.shape)}; "
+                f"expected {tuple(shape)} of {file.stem}")
     except (ValueError, OSError) as e: says = str(e)
     warnings.warn(f"cache: {says}; these scores are computed again and the file is replaced; "
                   "delete the file if this comes back")
@@ -220,7 +221,7 @@ def _check_layer(name, P, C, parent, child, W=None):
 
 # %% ../nbs/13_mint.ipynb #dependencies
 @public
-def dependencies(layers:dict,       # name -> (P [n, p], C [n, c], group of each parent [p], of each child [c]), for 'contribution' with weights [c, p]
+def dependencies(layers:dict, # name -> (P [n, p], C [n, c], groups of P [p], of C [c]), 'contribution': weights [c, p]
                  estimator:str='cgmi', # 'cgmi': I(X;Y|Z), 'gmi': I(X;Y), 'contribution': X against what the block sends
                  n_trials:int=1,    # splits in thirds
                  seed:int=0,        # of the splits
@@ -448,9 +449,9 @@ def score(model:nn.Module,  # trained network; left as found
           dls=None,         # DataLoaders; the images come from the training part, un-augmented, as in the paper
           *, graph=None,    # `Graph` of the model, None = traced here
           n_per_class:int=None, # images per class, None = 250 or the smallest class
-          n_groups=None,    # (parent groups, child groups), 'each' = every channel by itself, None = 20 or the layer's width
+          n_groups=None,    # (parent groups, child groups), 'each' = every channel by itself, None = 20 or the width
           grouping:str='contiguous', # 'contiguous' (the paper), 'kmeans' on the activations, or 'random'
-          estimator:str='cgmi', # 'cgmi': given the other parents (the paper), 'gmi': without conditioning, 'contribution': what the block sends (ours)
+          estimator:str='cgmi', # 'cgmi': given the others (the paper), 'gmi': without, 'contribution': what is sent
           n_trials:int=8,   # splits in thirds, averaged (the paper has one); more than one gives a standard error
           calibrate:bool=False, # subtract the score of permuted children
           weighted:bool=False, # times the mean magnitude of the block's weights (ours)
@@ -464,8 +465,7 @@ def score(model:nn.Module,  # trained network; left as found
           seed:int=0,       # of images, splits and groups
           progress:bool=False # show a bar?
          )->Scores:
-    """Dependency of child group k on parent group g, float32 [K, G] per layer;
-    `meta` has standard errors, dead groups, raw scores if clipped."""
+    "Dependency of child group k on parent group g, float32 [K, G] per layer; `meta` has standard errors, dead groups."
     _check_score(dls, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()
@@ -479,9 +479,9 @@ def score(model:nn.Module,  # trained network; left as found
     groups = {n:block_labels(graph, n, n_groups, grouping, seed, *acts[n][:2]) for n in names}
     pairs = {n:_arrays(model.get_submodule(n), *acts[n], *groups[n]) for n in names}
     rho = dependencies(pairs, estimator, n_trials, seed, calibrate, max_mem, n_jobs, cache, progress)
-    meta = dict(estimator=estimator, n=len(yb), n_per_class=int(yb.bincount().max()) if yb.ndim == 1
-                and yb.dtype == torch.int64 else None, split='train', n_trials=n_trials,
-                calibrate=calibrate, weighted=weighted, clip=clip, tap=tap, grouping=grouping, seed=seed)
+    most = int(yb.bincount().max()) if yb.ndim == 1 and yb.dtype == torch.int64 else None
+    meta = dict(estimator=estimator, n=len(yb), n_per_class=most, split='train', n_trials=n_trials, calibrate=calibrate,
+                weighted=weighted, clip=clip, tap=tap, grouping=grouping, seed=seed)
     return _scores(model, graph, rho, groups, acts, clip, start, skipped, meta)
 
 # %% ../nbs/13_mint.ipynb #released

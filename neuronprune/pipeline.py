@@ -338,14 +338,14 @@ def _learner_for(learn, dls):
 def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; changed in place
           method:str,         # a name of `methods()`
           sparsity:float=None, # fraction of the candidate units to remove; or give threshold= or sizes=
-          *, sizes:object=None, # fractions of the network's parameters that stay, descending; or arguments of `budget.sizes`
+          *, sizes:object=None, # fractions of the parameters that stay, descending; or arguments of `budget.sizes`
           rounds:int=1,       # reach the sparsity in so many prunings, each with its fine-tuning
           schedule:str='geometric', # of the sparsities of the rounds: 'geometric' | 'linear' | 'cubic'
           start:str='previous', # what each size is cut from: the 'previous' one, or the 'dense' network
           fine_tune_epochs:int=3,   # training after each cut
           fine_tunes:int=None, # how many of the sizes are followed by training, None = all
           lr:float=None,      # learning rate of the fine-tuning, None = the learner's
-          shrink:object=None, # False, True (zeros leave at the end), 'each' (channels leave at every cut); None = 'each' with sizes=
+          shrink:object=None, # False, True (zeros leave at the end), 'each' (at every cut); None = 'each' with sizes=
           at=None,            # weights to score: 'trained', 'init', an epoch; None = the method's
           rewind:object=None, # weights to train from: 'none', 'init', 'sign', 'redraw', an epoch; None = the method's
           unit:str=None,      # 'weight', 'channel', 'group', 'rank'; None = the method's
@@ -359,18 +359,16 @@ def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; ch
           dls:object=None,    # beside a model: its loader of (inputs, labels), (train, valid), or (train, valid, test)
           **args              # arguments of the method and of its allocator
          )->Result:
-    """Score or search, cut, fine-tune, shrink and report, size by size; changes `learn` in place.
-    `ValueError` for anything the method does not know."""
+    "Score or search, cut, fine-tune, shrink and report, size by size; changes `learn` in place, or `ValueError`."
     learn = _learner_for(learn, dls)
     ask = _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, unit, scores, fine_tune_epochs,
                fine_tunes, lr, fit_args, tune_args, shrink, seed, latency, progress, args)
     folder = None if folder is None else Path(folder)
     about = None if folder is None else _about(learn, ask, args)
-    before = tested(learn)
-    chain = Chain(learn, ask, first_inputs(learn))
+    before, chain = tested(learn), Chain(learn, ask, first_inputs(learn))
     reports = _begin(chain, folder, about)
-    if folder is not None and len(reports) == len(ask.sizes) and (folder/'record.json').exists():
-        return _done(chain, reports, folder)
+    done = folder is not None and len(reports) == len(ask.sizes) and (folder/'record.json').exists()
+    if done: return _done(chain, reports, folder)
     if reports: chain.resume(len(reports)-1, folder)
     reports = _loop(chain, before, latency, folder, about)
     res = Result(learn.model, chain.mask, chain.scores, reports[-1], _told(reports), chain.found,

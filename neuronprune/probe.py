@@ -453,7 +453,7 @@ def resized(self:Probe, kept, slots):
         res += [(m, k, p[:new]) for k,p in m._buffers.items() if p is not None and p.ndim]
     return res
 
-# %% ../nbs/02a_probe.ipynb #rehearse
+# %% ../nbs/02a_probe.ipynb #emitting
 @patch
 def _emitting(self:Probe, kept, cut):
     "Layers emit `base` with the channels that are not `kept` (layer -> bool [n_out]) cut away, or zero."
@@ -469,6 +469,19 @@ def _emitting(self:Probe, kept, cut):
     self.say = say
     return self
 
+@patch
+def both(self:Probe):
+    "Noise and the given example as one batch."
+    if self.given is self.inputs: return self.inputs
+    a, b = tensors(self.inputs), iter(tensors(self.given)); first = iter(a)
+    return mapped(lambda o: torch.cat([next(first), next(b)]), self.inputs)
+
+def _same(a, b):
+    "Equal up to rounding, NaN to NaN."
+    tol = 1e-8 if a.dtype == torch.float64 else 1e-4
+    return a.shape == b.shape and (torch.equal(a, b) or torch.allclose(a, b, rtol=tol, atol=tol, equal_nan=True))
+
+# %% ../nbs/02a_probe.ipynb #rehearse
 @patch
 @torch.no_grad()
 def rehearse(self:Probe, kept, slots, widths={}):
@@ -493,15 +506,3 @@ def rehearse(self:Probe, kept, slots, widths={}):
         elif not all(map(_same, tensors(raw[k]), tensors(o))):
             return (f"a cut network computes something else at {k.rstrip('#')!r}" if k
                     else "a cut network's output differs")
-
-@patch
-def both(self:Probe):
-    "Noise and the given example as one batch."
-    if self.given is self.inputs: return self.inputs
-    a, b = tensors(self.inputs), iter(tensors(self.given)); first = iter(a)
-    return mapped(lambda o: torch.cat([next(first), next(b)]), self.inputs)
-
-def _same(a, b):
-    "Equal up to rounding, NaN to NaN."
-    tol = 1e-8 if a.dtype == torch.float64 else 1e-4
-    return a.shape == b.shape and (torch.equal(a, b) or torch.allclose(a, b, rtol=tol, atol=tol, equal_nan=True))

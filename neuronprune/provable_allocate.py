@@ -28,8 +28,8 @@ def check_scores(scores,       # what an allocator was given
     a `TypeError` or `ValueError` that says whose they are otherwise."""
     check_type('scores', scores, Scores)
     if scores.method == method and scores.meta.get('variant') in variants: return scores
-    raise ValueError(
-        f"scores: made by {scores.method or 'the user'}{', variant ' + repr(scores.meta['variant']) if 'variant' in scores.meta else ''}; "
+    made = f", variant {scores.meta['variant']!r}" if 'variant' in scores.meta else ''
+    raise ValueError(f"scores: made by {scores.method or 'the user'}{made}; "
                      f"expected {method} with variant {' or '.join(map(repr, variants))}")
 
 # %% ../nbs/12a_provable_allocate.ipynb #predicted-error

@@ -415,7 +415,7 @@ def _verify(masked, small, xb, tol):
 def shrink(model:nn.Module, # dense or masked; not changed
            mask:Mask,       # what to drop
            xb,              # a batch of inputs for the check: a tensor, a tuple or a dictionary
-           tol:float=None   # largest relative difference allowed; None = 1e-5 (in half precision eight times the dtype's `eps`), or none in double precision
+           tol:float=None   # largest relative difference allowed; None = 1e-5, in half precision 8·`eps`
           )->nn.Module:
     """A new, smaller model that computes what the masked one does, or `SurgeryError`;
     what cannot be removed stays as zeros."""

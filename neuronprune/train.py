@@ -229,8 +229,8 @@ def _first_batch(name, dl):
     want = 'a loader of (inputs, labels) batches, such as a torch DataLoader'
     if (isinstance(dl, (torch.Tensor, nn.Module, str, Mapping)) or not hasattr(dl, '__iter__')
         or hasattr(dl, '__next__')):
-        raise TypeError(f"{name}: expected {want}, got "
-                        f"{type(dl).__name__}{'; fastai DataLoaders go to learner(model, dls)' if hasattr(dl, 'loaders') else ''}")
+        hint = '; fastai DataLoaders go to learner(model, dls)' if hasattr(dl, 'loaders') else ''
+        raise TypeError(f"{name}: expected {want}, got {type(dl).__name__}{hint}")
     if isinstance(dl, (list, tuple)) and any(isinstance(o, torch.Tensor) for o in dl):
         raise TypeError(f"{name}: expected {want}, got one batch; wrap it in a list")
     try: n = len(dl)
@@ -260,10 +260,10 @@ def _guessed(out, yb):
 # %% ../nbs/05_train.ipynb #as-learner
 @public
 def as_learner(model:nn.Module, # network, trained or not; it stays on its device
-               train,          # loader of (inputs, labels), such as a torch `DataLoader`; several inputs are (x1, x2, y) or a dictionary (x, y)
+               train,          # loader of (inputs, labels), as of torch; inputs may be many or a dict
                valid=None,     # the same to judge by while training, None = `test`, or else `train`, with a warning
                test=None,      # the same for the accuracies in records, None = `valid`
-               loss_func=None, # (outputs, labels) -> mean loss; None = cross entropy or mean squared error, whichever the labels leave no doubt about
+               loss_func=None, # (outputs, labels) -> mean loss; None = cross entropy or squared error
                lr:float=None,  # default learning rate, None = that of `opt`
                metrics=None,   # None = accuracy for class numbers, else none
                opt='sgd',      # as for `learner`
@@ -359,9 +359,8 @@ def _try_batch(learn):
         y = yb[0]
         if (isinstance(out, torch.Tensor) and out.ndim == 2 and y.dtype == torch.int64 and y.ndim == 1
             and (y.min() < 0 or y.max() >= out.shape[1])):
-            raise ValueError(f"yb: labels from {int(y.min())} to {int(y.max())}, but the network has {out.shape[1]} "
-                             "outputs; "
-                             f"expected labels 0 to {out.shape[1]-1}, or a network built with a larger n_out")
+            raise ValueError(f"yb: labels from {int(y.min())} to {int(y.max())}, but the network has "
+                             f"{out.shape[1]} outputs; expected labels 0 to {out.shape[1]-1}, or a larger n_out of the network")
         if any(hasattr(type(cb), 'after_pred') for cb in learn.cbs):
             return # a callback makes something else of the outputs
         _check_target('the loss', learn.loss_func, out, yb)

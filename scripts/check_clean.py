@@ -1,4 +1,5 @@
-"""check_clean.py GLOB... -- COMMAND...: run a command; fail, and name the files, when it changed any file the globs match."""
+"""check_clean.py GLOB... -- COMMAND...: run a command;
+fail, and name the files, when it changed any file the globs match."""
 import subprocess, sys
 from hashlib import sha256
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""readme.py [--check]: make README.md, and the pictures it shows, from nbs/index.ipynb; with --check only say what differs."""
+"""readme.py [--check]: make README.md, and the pictures it shows, from nbs/index.ipynb;
+with --check only say what differs."""
 import base64, json, re, sys
 from pathlib import Path, PurePosixPath
 

@@ -1,4 +1,5 @@
-"""What several test files share: no deadline for examples (the machine may be busy), and pages that are run again and again in one kernel."""
+"""What several test files share: no deadline for examples (the machine may be busy),
+and pages that are run again and again in one kernel."""
 import copy, os
 from pathlib import Path
 import nbformat, pytest

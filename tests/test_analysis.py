@@ -1,4 +1,5 @@
-"""What a mask did: rows that count right, attacks with known answers, calibration by hand. Nothing borrowed is left changed."""
+"""What a mask did: rows that count right, attacks with known answers, calibration by hand.
+Nothing borrowed is left changed."""
 import copy, math
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders

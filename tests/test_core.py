@@ -241,7 +241,8 @@ def no(*a, **k): raise AssertionError('unpickled')
 pickle.load = pickle.loads = pickle._load = pickle._loads = torch.load = no; pickle.Unpickler = pickle._Unpickler = no
 sys.addaudithook(lambda e, a: no() if e == 'pickle.find_class' else None)
 s, m = Scores.load({str(tmp_path/'new folder'/'s.st')!r}), Mask.load({str(tmp_path/'m.st')!r})
-print(json.dumps(dict(s=s['0'].tolist(), m=[v.tolist() for v in m.values()], scale=m.scale['0'].tolist(), graph=[s.graph.to_dict(), m.graph.to_dict()], meta=s.meta, method=s.method)))"""
+print(json.dumps(dict(s=s['0'].tolist(), m=[v.tolist() for v in m.values()], scale=m.scale['0'].tolist(),
+                      graph=[s.graph.to_dict(), m.graph.to_dict()], meta=s.meta, method=s.method)))"""
     d = json.loads(run(code))
     assert (d['s'] == s['0'].tolist() and d['m'] == [v.tolist() for v in m.values()]
             and d['scale'] == m.scale['0'].tolist())
@@ -395,7 +396,8 @@ import sys, neuronprune.core as c
 table = set(c._modules.values()); loaded = lambda: sorted(m for m in table if f'neuronprune.{m}' in sys.modules)
 names = sorted(c.methods()); 'mint' in c.methods(); repr(c.methods()); len(c.methods()); assert loaded() == [], loaded()
 assert 'neuronprune.graph' not in sys.modules and 'matplotlib.pyplot' not in sys.modules and 'fastai' not in sys.modules
-m = c.methods()['mint']; assert loaded() == ['mint'], loaded(); assert m.name == 'mint' and m.unit in c.UNITS and callable(m)
+m = c.methods()['mint']; assert loaded() == ['mint'], loaded()
+assert m.name == 'mint' and m.unit in c.UNITS and callable(m)
 print(names)""")
     assert eval(out) == sorted(methods())
 

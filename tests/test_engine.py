@@ -1,4 +1,5 @@
-"""The contract of the one loop: sizes, starts, rewinds, interruptions, searches; whatever the unit, the same answers."""
+"""The contract of the one loop: sizes, starts, rewinds, interruptions, searches;
+whatever the unit, the same answers."""
 import copy, json, os, signal, subprocess, sys, time, warnings
 import numpy as np, pandas as pd, pytest, torch
 from neuronprune import chain as C, core, pipeline as P, surgery
@@ -318,7 +319,8 @@ import torch; torch.set_num_threads(1)
 dls = get_dls('digits', n_train=320)
 learn = fit(learner(build('lenet300', 1, 10, 8, seed=0), dls, lr=.05), 2)
 print('ready', flush=True)
-prune(learn, 'magnitude', sizes=[.8, .6, .4, .3, .2, .1], unit='channel', fine_tune_epochs=2, latency=False, folder=sys.argv[1])
+prune(learn, 'magnitude', sizes=[.8, .6, .4, .3, .2, .1], unit='channel', fine_tune_epochs=2, latency=False,
+      folder=sys.argv[1])
 """
 
 @pytest.mark.parametrize('secs', [.05, .6])

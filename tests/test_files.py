@@ -1,4 +1,5 @@
-"""Files that were damaged, cut short, swapped or written by somebody else: one error with the file's name, never a wrong result."""
+"""Files that were damaged, cut short, swapped or written by somebody else:
+one error with the file's name, never a wrong result."""
 import json, os
 from pathlib import Path
 import pytest, torch

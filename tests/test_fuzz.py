@@ -1,4 +1,5 @@
-"""Random networks made of everything that forwards do in the wild, with random numbers in all their tensors: what `trace` calls removable, `shrink` cuts."""
+"""Random networks made of everything that forwards do in the wild, with random numbers in all their tensors:
+what `trace` calls removable, `shrink` cuts."""
 import copy, random, warnings, pytest, torch, torch.nn.functional as F
 from torch import nn
 from neuronprune.allocate import allocate

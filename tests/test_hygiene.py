@@ -19,6 +19,7 @@ GROUND = {'core', 'door', 'files', 'kinds', 'datasets', 'data', 'probe', 'graph'
 METHODS = set('baselines mip provable mint energy anneal lowrank criteria sampling'.split())
 PATHS = re.compile(r'(?<![\w.])/(?:work|root|tmp|home|Users|opt)/[\w.+-]+')
 BARS = re.compile(r'<progress|progress-bar|jupyter-widgets|widget-view|\d%\|[█▏ ]')
+WIDTH = 120 # columns of a line of code
 # Books a reader starts from: their first cell needs no `> sentence`
 FRONT = {'index.ipynb', 'experiments.ipynb'}
 
@@ -86,6 +87,10 @@ def test_exported_cells_are_short(book):
     assert not {k: n for k, n in sizes.items() if n > 40}
 
 @each_book
+def test_code_is_narrow(book):
+    assert not [(c['id'], len(l)) for c in cells(book) for l in source(c).splitlines() if len(l) > WIDTH]
+
+@each_book
 def test_parameters_are_literals(book):
     found = parameters(book)
     assert len(found) == 1 if book == 'experiments.ipynb' else len(found) <= 1
@@ -135,6 +140,15 @@ def test_every_exporting_notebook_has_its_module():
 def test_nothing_else_is_code():
     assert (sorted(str(p.relative_to(LIB)) for p in LIB.rglob('*.py'))
             == sorted(['__init__.py', '_modidx.py', *(f'{m}.py' for m in MODULES)]))
+
+FILES = sorted(str(p.relative_to(ROOT)) for d in ('neuronprune', 'tests', 'benchmarks', 'scripts')
+               for p in (ROOT/d).glob('*.py') if p.name != '_modidx.py')
+
+@pytest.mark.parametrize('file', FILES)
+def test_files_are_narrow(file):
+    "`__all__` is nbdev's, and so are its line breaks."
+    text = re.sub(r'^__all__ = \[.*?\]', '', (ROOT/file).read_text(encoding='utf-8'), flags=re.M | re.S)
+    assert not [l for l in text.splitlines() if len(l) > WIDTH]
 
 @each_module
 def test_modidx(module):

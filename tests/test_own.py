@@ -1,4 +1,5 @@
-"""Networks, loaders and learners that others made: batches in the place of loaders, PyTorch without fastai, fastai's own learners."""
+"""Networks, loaders and learners that others made: batches in the place of loaders, PyTorch without fastai,
+fastai's own learners."""
 import copy, warnings
 import numpy as np, pandas as pd, pytest, torch
 from functools import partial

@@ -143,7 +143,9 @@ def no(*a, **k): raise RuntimeError('unpickled')
 class No(pickle.Unpickler): __init__ = no # a class: torch imports modules at its first use, and some inherit from it
 pickle.load = pickle.loads = torch.load = no; pickle.Unpickler = No
 m = load({str(tmp_path/'run'/'model.safetensors')!r}); print(sum(p.numel() for p in m.parameters()))
-print(Mask.load({str(tmp_path/'run'/'mask.safetensors')!r}).sparsity, Scores.load({str(tmp_path/'run'/'scores.safetensors')!r}).method, Report.load({str(tmp_path/'run'/'record.json')!r}).params_after)
+print(Mask.load({str(tmp_path/'run'/'mask.safetensors')!r}).sparsity,
+      Scores.load({str(tmp_path/'run'/'scores.safetensors')!r}).method,
+      Report.load({str(tmp_path/'run'/'record.json')!r}).params_after)
 """
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True,
                          cwd=os.path.dirname(os.path.dirname(__file__))).stdout.split()

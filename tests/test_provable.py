@@ -201,7 +201,7 @@ def test_calib_size_by_hand():
                      (dict(c=math.nan), 'c=nan: expected a finite')):
         with pytest.raises(ValueError, match=text.replace('(', r'\(').replace(')', r'\)')): calib_size(g, **kw)
 
-# -- allocations ------------------------------------------------------------------------------------------------------------------
+# -- allocations ----------------------------------------------------------------------------------------------
 
 @settings(max_examples=15)
 @given(st.integers(3, 25), st.integers(0, 10**6), st.floats(.05, .95))
@@ -410,7 +410,7 @@ def test_density_one_changes_nothing_pfp(trained, dls, variant):
     m = equalise(pfp(trained.model, dls, variant=variant, n=16), 0.); net = apply(copy.deepcopy(trained.model), m)
     assert not m.scale and all(torch.equal(a, b) for a,b in zip(net.parameters(), trained.model.parameters()))
 
-# -- filters ----------------------------------------------------------------------------------------------------------------------
+# -- filters --------------------------------------------------------------------------------------------------
 
 def made_scores(name, size=32, seed=0):
     "Random sensitivities for the inputs of a network that is not trained; (scores, model, images)."
@@ -481,7 +481,9 @@ def test_pfp_equalises_the_error_and_is_not_a_top_k():
     assert int(m['2:in'].sum()) != int(top['2:in'].sum())
     counts = {k:int(v.sum()) for k,v in m.items()}; tau = m.meta['tau']
     more = []
-    for k,v in sc.items(): # what each layer keeps is what its samples hit, at one and the same predicted error; the one that stopped keeps one more
+    # what each layer keeps is what its samples hit, at one and the same predicted error;
+    # the one that stopped keeps one more
+    for k,v in sc.items():
         draws = tau*float(v.double().sum())*5; alpha = 2*3.*5*float(v.double().sum())
         more.append(counts[k] - math.ceil(float(expected_unique((v/v.sum()).numpy(), draws))))
         assert abs(predicted_error(draws, alpha)-m.meta['error']) < 1e-9

@@ -1,4 +1,5 @@
-"""Bounds against brute force: never broken on the images they are made from, and exact where the mathematics says so."""
+"""Bounds against brute force: never broken on the images they are made from,
+and exact where the mathematics says so."""
 import copy, math, pytest, torch
 import numpy as np
 from hypothesis import given, settings, strategies as st

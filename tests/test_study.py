@@ -96,8 +96,9 @@ def test_resnet56_is_retrained_as_published():
     assert (tuning(None, p['fit_args'], j.params['tune_args'])
             == (.1, 5e-4, dict(schedule='step', milestones=[90, 180, 260], gamma=.2)))
 
-# data set and network: epochs of training and fine-tuning, batch, learning rate, weight decay, Nesterov, milestones, factor,
-# warm-up of training and fine-tuning, first and last size, how many, how many of them fine-tuned, networks, delta
+# data set and network: epochs of training and fine-tuning, batch, learning rate, weight decay, Nesterov, milestones,
+# factor, warm-up of training and fine-tuning, first and last size, how many, how many of them fine-tuned, networks,
+# delta
 PAPERS = {
     'mnist_lenet300':     (40, 40, 64, .01, 1e-4, False, [30, 45], .1, 0, 0, .442, .049, 12, 12, 3, 1e-12),
     'mnist_lenet5':       (40, 40, 64, .01, 1e-4, False, [25, 35], .1, 0, 0, .5, .02, 15, 15, 3, 1e-9),
@@ -115,7 +116,8 @@ PAPERS = {
 
 @pytest.mark.parametrize('name', PAPERS)
 def test_the_papers_configurations_are_there(name):
-    epochs, tune_epochs, bs, lr, wd, nesterov, milestones, gamma, warm, tune_warm, first, last, count, tuned, nets, delta = PAPERS[name]
+    (epochs, tune_epochs, bs, lr, wd, nesterov, milestones, gamma, warm, tune_warm, first, last, count, tuned, nets,
+     delta) = PAPERS[name]
     js = load_jobs(ROOT/'nbs'/'params'/'provable'/f'{name}.yml'); p = {**js[0].params, **js[0].source.params}
     tune_lr, tune_wd, tune = tuning(None, p['fit_args'], p['tune_args'])
     said = (p['epochs'], p['fine_tune_epochs'], p['batch_size'], p['opt'], p['lr'], tune_lr, tune_wd)
@@ -246,10 +248,12 @@ from neuronprune.study import jobs
 real = S._one
 def _one(job, out, pages):
     flag = os.path.join(out, 'died')
-    if job.params['name'] == 'snip' and not os.path.exists(flag): open(flag, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)
+    if job.params['name'] == 'snip' and not os.path.exists(flag):
+        open(flag, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)
     return real(job, out, pages)
 S._one = _one
-js = jobs(dict(model='lenet300', epochs=2, fine_tune_epochs=1, n_train=200, lr=.05, sizes=[.5, .2], methods={'weights': {'method': 'magnitude'}, 'snip': {}}, grid=dict(seed=[0, 1])))
+js = jobs(dict(model='lenet300', epochs=2, fine_tune_epochs=1, n_train=200, lr=.05, sizes=[.5, .2],
+               methods={'weights': {'method': 'magnitude'}, 'snip': {}}, grid=dict(seed=[0, 1])))
 S.study(js, 2, out=OUT, progress=False).to_pickle(OUT + '/df.pkl')
 """
 

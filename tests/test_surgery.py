@@ -466,8 +466,10 @@ def no(*a, **k): raise AssertionError('unpickled')
 class No(pickle.Unpickler): __init__ = no # a class: torch imports modules at its first use, and some inherit from it
 pickle.load = pickle.loads = torch.load = no; pickle.Unpickler = No
 sys.addaudithook(lambda e, a: no() if e == 'pickle.find_class' else None)
-a, b = load({str(tmp_path/'zoo')!r}).eval(), load({str(tmp_path/'own')!r}, nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
-with torch.no_grad(): print(json.dumps([a(torch.tensor({xb.tolist()!r})).tolist(), b(torch.tensor({x.tolist()!r})).tolist()]))"""
+a, b = load({str(tmp_path/'zoo')!r}).eval(), load({str(tmp_path/'own')!r},
+    nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+with torch.no_grad():
+    print(json.dumps([a(torch.tensor({xb.tolist()!r})).tolist(), b(torch.tensor({x.tolist()!r})).tolist()]))"""
     r = subprocess.run([sys.executable, '-'], input=code, capture_output=True, text=True,
                        cwd=Path(surgery.__file__).parents[1])
     assert r.returncode == 0, r.stderr

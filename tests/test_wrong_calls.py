@@ -1,6 +1,7 @@
 """Wrong calls: each is answered with a `ValueError` or `TypeError` that names the argument, before anything is changed.
 
-The calls stand in `wrong_calls.txt`, one a line: a call, and what the message has to name. The calls of `right_calls.txt` pass."""
+The calls stand in `wrong_calls.txt`, one a line: a call, and what the message has to name.
+The calls of `right_calls.txt` pass."""
 import ast, contextlib, inspect, io, json, math, os, re, struct, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -148,7 +149,8 @@ def spoilt(call):
              **{k.arg:k.value for k in e.keywords}}
     for k in [*(k for k,p in ps.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)),
               *(k for k in given if k not in ps)]:
-        yield f"{ast.unparse(e.func)}({', '.join(f'{n}={ast.unparse(v)}' for n,v in given.items() if n != k)}, {k}=Junk())".replace('(, ', '('), k
+        rest = [f'{n}={ast.unparse(v)}' for n,v in given.items() if n != k]
+        yield f"{ast.unparse(e.func)}({', '.join([*rest, f'{k}=Junk()'])})", k
 
 @pytest.mark.parametrize('call', [o[0] for o in table('right_calls.txt')])
 def test_what_cannot_be_meant_is_named(call):
