@@ -360,7 +360,7 @@ def _try_batch(learn):
         if (isinstance(out, torch.Tensor) and out.ndim == 2 and y.dtype == torch.int64 and y.ndim == 1
             and (y.min() < 0 or y.max() >= out.shape[1])):
             raise ValueError(f"yb: labels from {int(y.min())} to {int(y.max())}, but the network has "
-                             f"{out.shape[1]} outputs; expected labels 0 to {out.shape[1]-1}, or a larger n_out of the network")
+                             f"{out.shape[1]} outputs; expected labels 0 to {out.shape[1]-1}, or a larger n_out")
         if any(hasattr(type(cb), 'after_pred') for cb in learn.cbs):
             return # a callback makes something else of the outputs
         _check_target('the loss', learn.loss_func, out, yb)
