@@ -53,6 +53,17 @@ def _gone(scores, ids, n):
     for k,a in ids.items(): gone[a[live[k]]] = False
     return live, gone
 
+# %% ../nbs/04_allocate.ipynb #rest_of_ties
+def _rest_of_ties(scores, units):
+    "Masks of removable layers without scores that are tied to layers with scores."
+    g = scores.graph
+    if scores.unit != 'channel' or g is None: return {}
+    outs = {k:g.out_slots[k] for k in units if not k.endswith(':in')}
+    if not outs: return {}
+    scored, gone = torch.cat(list(outs.values())), torch.cat([o[~units[k]] for k,o in outs.items()])
+    rest = [n for n in g.removable if n not in units and torch.isin(g.out_slots[n], scored).any()]
+    return {n:~torch.isin(g.out_slots[n], gone) for n in rest}
+
 # %% ../nbs/04_allocate.ipynb #unit_cost
 def _unit_cost(scores, k, of):
     "Cost of every unit under key `k`, an array of the score's shape."
@@ -172,6 +183,17 @@ def weights_left(graph,    # `Graph` of the model
         if n in cut: gone = gone | cut[n]
         left += rows*l['weights']//l['n_out'] if l['groups'] > 1 else rows*(l['n_in']-int(gone.sum()))*l['taps']
     return left
+
+# %% ../nbs/04_allocate.ipynb #parts
+def _parts(ids, n, scope):
+    "Bool masks over the atoms, one per budget."
+    if scope == 'global': yield np.ones(n, dtype=bool); return
+    first, edges = np.full(n, -1), []
+    for j,a in enumerate(ids.values()):
+        for o in np.unique(first[a[first[a] >= 0]]): edges.append((j, int(o)))
+        first[a] = np.where(first[a] < 0, j, first[a])
+    lab = _components(len(ids), edges)[1]
+    for k in range(lab.max()+1): yield lab[first] == k
 
 # %% ../nbs/04_allocate.ipynb #evenly
 def _evenly(order, ids, n):
@@ -411,28 +433,6 @@ def allocate(scores:Scores,       # what to rank
     meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope,
                 tied=tied, layers=shares, **(dict(scales=scales) if scales else {}))
     return Mask(units, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)
-
-# %% ../nbs/04_allocate.ipynb #rest_of_ties
-def _rest_of_ties(scores, units):
-    "Masks of removable layers without scores that are tied to layers with scores."
-    g = scores.graph
-    if scores.unit != 'channel' or g is None: return {}
-    outs = {k:g.out_slots[k] for k in units if not k.endswith(':in')}
-    if not outs: return {}
-    scored, gone = torch.cat(list(outs.values())), torch.cat([o[~units[k]] for k,o in outs.items()])
-    rest = [n for n in g.removable if n not in units and torch.isin(g.out_slots[n], scored).any()]
-    return {n:~torch.isin(g.out_slots[n], gone) for n in rest}
-
-# %% ../nbs/04_allocate.ipynb #parts
-def _parts(ids, n, scope):
-    "Bool masks over the atoms, one per budget."
-    if scope == 'global': yield np.ones(n, dtype=bool); return
-    first, edges = np.full(n, -1), []
-    for j,a in enumerate(ids.values()):
-        for o in np.unique(first[a[first[a] >= 0]]): edges.append((j, int(o)))
-        first[a] = np.where(first[a] < 0, j, first[a])
-    lab = _components(len(ids), edges)[1]
-    for k in range(lab.max()+1): yield lab[first] == k
 
 # %% ../nbs/04_allocate.ipynb #ratios
 @public
