@@ -215,41 +215,6 @@ def dl_record(name, dls, train, how, mean, std, augment, said, seed, native)->di
                 normalize=how, mean=mean, std=std, augment='+'.join(names) or 'none',
                 split=said or 'as published', seed=seed, resident=train.resident, bs=dls.train.bs)
 
-# %% ../nbs/01_data.ipynb #get_dls
-@public
-def get_dls(name:str,          # a name from `datasets()`, or the path of an image folder
-            size:int=None,     # side in pixels, bilinear; None = native
-            *,
-            root=None,         # folder of the data; None = $NEURONPRUNE_DATA or ~/.neuronprune/data
-            bs:int=64,         # batch size
-            valid_pct:float=.1,# share of the training images kept for validation, where the set has no such part
-            seed:int=0,        # of the validation part, the order and the augmentation
-            augment=None, # of training batches: 'crop+flip+cutout+rotate', 'resized_crop' (files), functions f(x, g)
-            normalize=None,    # 'unit', 'standard', 'imagenet', (mean, std); None = the set's default
-            device=None,       # None = fastai's default device
-            num_workers:int=0, # decoding processes, for sets that are not resident
-            n_train:int=None,  # keep so many training images, stratified
-            official:bool=False, # flowers102: torchvision's split instead of the energy papers'
-            resident:bool=None,# decode files into memory? None = if it fits 1 GiB
-            c_in:int=None,     # 1 or 3; grey is repeated, colour is averaged (luma); None = native
-            download:bool=False # let torchvision fetch a missing set
-           )->DataLoaders:
-    "fastai `DataLoaders` with `.train .valid .test`, `.c_in .n_out .size .vocab .record`; errors say what is wrong."
-    check_fraction('valid_pct', valid_pct)
-    for k,v,lo in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', seed, None)): check_int(k, v, lo)
-    if size is not None: check_int('size', size, 1)
-    if c_in is not None: check_choice('c_in', c_in, [1, 3])
-    aug = [augment] if augment == 'resized_crop' else augmentations(augment)
-    name,info,src = find_source(name, root, download, official)
-    *parts,said = split_parts(src, valid_pct, n_train, seed)
-    c_in,side = c_in or info.c or src.train.c,size or info.size
-    if size: check_room(f'size={size}, bs={bs}', 4*min(bs, len(parts[0]))*c_in*size**2)
-    if aug == ['resized_crop']: train = _resized_crop(parts[0], side, c_in, seed, resident)
-    else: train = store(parts[0], side, c_in, resident)
-    return _make_dls(name, info, src, [train, *(store(o, side, c_in, resident) for o in parts[1:])], said, aug,
-                     dict(size=size, c_in=c_in, bs=bs, seed=seed, normalize=normalize, device=device,
-                          num_workers=num_workers))
-
 # %% ../nbs/01_data.ipynb #resized_crop
 def _resized_crop(part, side, c_in, seed, resident):
     "Files that are cut anew at every read."
@@ -296,6 +261,41 @@ def _make_dls(name, info, src, parts, said, aug, o):
     dls.record = dl_record(name, dls, train, how, mean, std, aug, said, o['seed'], info.size or side)
     if info is DATASETS['folder']: dls.record['files'] = _listing(src)
     return dls
+
+# %% ../nbs/01_data.ipynb #get_dls
+@public
+def get_dls(name:str,          # a name from `datasets()`, or the path of an image folder
+            size:int=None,     # side in pixels, bilinear; None = native
+            *,
+            root=None,         # folder of the data; None = $NEURONPRUNE_DATA or ~/.neuronprune/data
+            bs:int=64,         # batch size
+            valid_pct:float=.1,# share of the training images kept for validation, where the set has no such part
+            seed:int=0,        # of the validation part, the order and the augmentation
+            augment=None, # of training batches: 'crop+flip+cutout+rotate', 'resized_crop' (files), functions f(x, g)
+            normalize=None,    # 'unit', 'standard', 'imagenet', (mean, std); None = the set's default
+            device=None,       # None = fastai's default device
+            num_workers:int=0, # decoding processes, for sets that are not resident
+            n_train:int=None,  # keep so many training images, stratified
+            official:bool=False, # flowers102: torchvision's split instead of the energy papers'
+            resident:bool=None,# decode files into memory? None = if it fits 1 GiB
+            c_in:int=None,     # 1 or 3; grey is repeated, colour is averaged (luma); None = native
+            download:bool=False # let torchvision fetch a missing set
+           )->DataLoaders:
+    "fastai `DataLoaders` with `.train .valid .test`, `.c_in .n_out .size .vocab .record`; errors say what is wrong."
+    check_fraction('valid_pct', valid_pct)
+    for k,v,lo in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', seed, None)): check_int(k, v, lo)
+    if size is not None: check_int('size', size, 1)
+    if c_in is not None: check_choice('c_in', c_in, [1, 3])
+    aug = [augment] if augment == 'resized_crop' else augmentations(augment)
+    name,info,src = find_source(name, root, download, official)
+    *parts,said = split_parts(src, valid_pct, n_train, seed)
+    c_in,side = c_in or info.c or src.train.c,size or info.size
+    if size: check_room(f'size={size}, bs={bs}', 4*min(bs, len(parts[0]))*c_in*size**2)
+    if aug == ['resized_crop']: train = _resized_crop(parts[0], side, c_in, seed, resident)
+    else: train = store(parts[0], side, c_in, resident)
+    return _make_dls(name, info, src, [train, *(store(o, side, c_in, resident) for o in parts[1:])], said, aug,
+                     dict(size=size, c_in=c_in, bs=bs, seed=seed, normalize=normalize, device=device,
+                          num_workers=num_workers))
 
 # %% ../nbs/01_data.ipynb #balanced
 @public
