@@ -73,8 +73,8 @@ class PrunedCallback(MaskCallback):
 # %% ../nbs/05a_retrain.ipynb #hold
 @public
 def held(learn:Learner)->dict:
-    "Parameter name -> bool tensor (True = kept) of what `learn` holds at zero; empty if nothing."; return (
-learn.pruned.mask if isinstance(learn.__dict__.get('pruned'), PrunedCallback) else {})
+    "Parameter name -> bool tensor (True = kept) of what `learn` holds at zero; empty if nothing."
+    return learn.pruned.mask if isinstance(learn.__dict__.get('pruned'), PrunedCallback) else {}
 
 @public
 def hold(learn:Learner, # changed in place

@@ -347,19 +347,21 @@ def test_broken_tables_of_labels(tmp_path, line):
 
 @pytest.mark.parametrize('kw,said',
                          [(dict(size=16000), 'size=16000.*GiB'), (dict(size=10**7), 'size=10000000: expected'),
-                          (dict(size=10**6, bs=10**9), 'size=1000000'), (dict(
-    normalize=(float('nan'),)*2), 'normalize=.*finite'), (dict(normalize=(.1, float('inf'))), 'normalize'),
-(dict(normalize=((.1,)*3, (.2,)*3)), 'normalize=.*1 each'),
+                          (dict(size=10**6, bs=10**9), 'size=1000000'),
+                          (dict(normalize=(float('nan'),)*2), 'normalize=.*finite'),
+                          (dict(normalize=(.1, float('inf'))), 'normalize'),
+                          (dict(normalize=((.1,)*3, (.2,)*3)), 'normalize=.*1 each'),
                           (dict(normalize=((.1, .2), (.1, .2))), 'normalize=.*one per colour'),
-                          (dict(normalize=((.1,)*3, (.1,)*2), c_in=3), 'normalize'), (dict(
-    normalize=(.5,)), 'normalize'), (dict(normalize=('a', 'b')), 'normalize'), (dict(normalize=(.5, -.5)), 'normalize'),
-(dict(normalize=(.5, 0)), 'normalize'), (dict(normalize=5), 'normalize=5'), (dict(augment=5), 'augment'),
+                          (dict(normalize=((.1,)*3, (.1,)*2), c_in=3), 'normalize'),
+                          (dict(normalize=(.5,)), 'normalize'), (dict(normalize=('a', 'b')), 'normalize'),
+                          (dict(normalize=(.5, -.5)), 'normalize'),
+                          (dict(normalize=(.5, 0)), 'normalize'), (dict(normalize=5), 'normalize=5'), (dict(augment=5), 'augment'),
                           (dict(augment={'crop': 1}), 'augment'), (dict(augment=[5]), 'augment'),
                           (dict(augment=lambda x: x), 'augment: .<lambda>. does not take .x, g.'),
-(dict(augment=lambda x, g: None), 'augment=<lambda>'),
+                          (dict(augment=lambda x, g: None), 'augment=<lambda>'),
                           (dict(augment=lambda x, g: x[:, :, 1:]), 'augment=<lambda>.*out of'),
                           (dict(augment=['flip', lambda x, g: x.long()]), 'augment=random_flip, <lambda>'),
-(dict(augment=lambda x, g: x[0]), 'augment'), (dict(root=5), None)])
+                          (dict(augment=lambda x, g: x[0]), 'augment'), (dict(root=5), None)])
 def test_bad_values_that_only_the_data_show(kw, said):
     if said is None:
         with pytest.raises(TypeError, match='root=5'): get_dls('mnist', **kw)

@@ -210,10 +210,8 @@ def test_svd_means_the_same_error_everywhere(variant, s):
     assert not top or not low or max(top) <= min(low)+1e-12
     if variant == 'uniform' and len(top) > 1: assert max(top)-min(top) <= max(1/len(v) for v in sc.values())+1e-12
     if s == 0:
-        assert mask.sparsity == 0 and all(torch.equal(p, q)
-                                          for p,q in zip(m.state_dict().values(), small.state_dict().values())) and all(
-torch.equal(p, q)
-for p,q in zip(m.state_dict().values(), apply(copy.deepcopy(m), mask).state_dict().values())), 'bit-identical'
+        alike = lambda o: all(map(torch.equal, m.state_dict().values(), o.state_dict().values()))
+        assert mask.sparsity == 0 and alike(small) and alike(apply(copy.deepcopy(m), mask)), 'bit-identical'
 
 def test_plain_allocation_counts_ranks_and_nothing_else():
     m = net(); sc = svd(m); mask = allocate(sc, .5); n = sum(map(len, sc.values()))
