@@ -91,7 +91,8 @@ def test_files_without_a_checksum_are_read(tmp_path):
 @pytest.mark.parametrize('header',
                          ['{', '[]', '[1, 2]', '"Mask"', '3', 'null', '{"kind": ["Mask"]}',
                           {k:v for k,v in GOOD.items() if k != 'graph'}, {k:v for k,v in GOOD.items() if k != 'meta'},
-                          {**GOOD, 'keys': ['a', 'zz']}, {**GOOD, 'keys': ['a', 'a']}, {**GOOD, 'keys': []}, {**GOOD, 'keys': 5},
+                          {**GOOD, 'keys': ['a', 'zz']}, {**GOOD, 'keys': ['a', 'a']}, {**GOOD, 'keys': []},
+                          {**GOOD, 'keys': 5},
                           {**GOOD, 'own': dict(colour='red')}, {**GOOD, 'own': [1]}, {**GOOD, 'unit': 'filter'},
                           {**GOOD, 'graph': {}}, {**GOOD, 'graph': 'x'}, {**GOOD, 'graph': [1]}, {**GOOD, 'meta': 5},
                           {**GOOD, 'own': dict(graph=None)}, {**GOOD, 'kind': 'Scores'}])
