@@ -1,4 +1,5 @@
-"""CPU seconds and peak memory of `allocate` on as many weights as VGG-16 has, against `torch.kthvalue` and torch's own global pruning in the same run.
+"""CPU seconds and peak memory of `allocate` on as many weights as VGG-16 has,
+against `torch.kthvalue` and torch's own global pruning in the same run.
 
 python benchmarks/allocate.py               14.7 million weights in 13 layers
 python benchmarks/allocate.py --sparsity .5 another sparsity"""
@@ -32,8 +33,8 @@ def main():
         torch_prune.global_unstructured([(m, 'weight') for m in mods.values()], torch_prune.L1Unstructured, amount=s)
         for m in mods.values(): torch_prune.remove(m, 'weight')
     rows = {'torch.kthvalue': lambda: torch.kthvalue(flat, int(s*n)), 'allocate': lambda: allocate(scores, s),
-            'allocate, layer by layer': lambda: allocate(scores, s, scope='layer'), 'allocate, ranking': lambda: allocate(scores, s, caps=1.),
-            "torch's global prune": global_prune}
+            'allocate, layer by layer': lambda: allocate(scores, s, scope='layer'),
+            'allocate, ranking': lambda: allocate(scores, s, caps=1.), "torch's global prune": global_prune}
     base = None
     print(f'{n:,} weights, sparsity {s:g}, {torch.__version__}', flush=True)
     for name,f in rows.items():

@@ -1,5 +1,7 @@
-"""Times one epoch (training and validation) of MINT's MLP on MNIST, one CPU thread: torchvision + fastai's default loader,
-`get_dls` + `learner`, and a bare PyTorch loop over a resident float tensor. Runs are interleaved; medians and ratios are printed.
+"""Times one epoch (training and validation) of MINT's MLP on MNIST, one CPU thread:
+torchvision + fastai's default loader,
+`get_dls` + `learner`, and a bare PyTorch loop over a resident float tensor. Runs are interleaved;
+medians and ratios are printed.
 
     python benchmarks/data_fast_path.py --root /path/to/data --epochs 3
 """
@@ -25,7 +27,8 @@ def read(dls):
         for _ in dl: pass
 
 def published_way(root, bs, train, valid):
-    "torchvision's data set with `ToTensor` and `Normalize` per image, fastai's default loader (`DataLoaders.from_dsets`) without workers."
+    """torchvision's data set with `ToTensor` and `Normalize` per image,
+    fastai's default loader (`DataLoaders.from_dsets`) without workers."""
     tfm = transforms.Compose([transforms.ToTensor(), transforms.Normalize((.1307,), (.3081,))])
     ds = datasets.MNIST(root, train=True, download=False, transform=tfm)
     parts = [torch.utils.data.Subset(ds, o.tolist()) for o in (train, valid)]
@@ -38,7 +41,8 @@ def published_way(root, bs, train, valid):
 
 def our_way(root, bs):
     "`get_dls` and `learner`."
-    learn = learner(build('mlp', seed=0), get_dls('mnist', root=root, bs=bs, device='cpu'), lr=LR, momentum=MOMENTUM, metrics=[])
+    learn = learner(build('mlp', seed=0), get_dls('mnist', root=root, bs=bs, device='cpu'), lr=LR, momentum=MOMENTUM,
+                    metrics=[])
     def epoch():
         with learn.no_bar(), learn.no_logging(): learn.fit(1, LR)
     return epoch,partial(read, learn.dls)
@@ -70,9 +74,10 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     valid,train = stratified(datasets.MNIST(a.root, train=True, download=False).targets, 6000, 0)
-    ways = {'torchvision + fastai loader':published_way(a.root, a.bs, train, valid), 'get_dls + learner':our_way(a.root, a.bs),
-            'bare loop':bare_way(a.root, a.bs, train, valid)}
-    print(f'one pass over MNIST (54,000 + 6,000 images), batch {a.bs}, one thread, median of {a.epochs} interleaved runs after a warm-up')
+    ways = {'torchvision + fastai loader':published_way(a.root, a.bs, train, valid),
+            'get_dls + learner':our_way(a.root, a.bs), 'bare loop':bare_way(a.root, a.bs, train, valid)}
+    print(f'one pass over MNIST (54,000 + 6,000 images), batch {a.bs}, one thread, median of {a.epochs} interleaved '
+          'runs after a warm-up')
     for j,what in enumerate(('training epoch', 'batches alone')):
         secs = {k:[] for k in ways}
         for i in range(a.epochs+1):

@@ -1,10 +1,12 @@
-"""Milliseconds per (child, parent) pair of `mint.dependency` against a straightforward implementation, and how the cost grows.
+"""Milliseconds per (child, parent) pair of `mint.dependency` against a straightforward implementation,
+and how the cost grows.
 
 python benchmarks/mint_pairs.py              the layer of the paper's MLP, one thread, against the double loop
 python benchmarks/mint_pairs.py --curves     points, groups and width in turn
 python benchmarks/mint_pairs.py --jobs 2     the same with two processes
 python benchmarks/mint_pairs.py --device cuda  on a graphics card, against one core of the same machine
-Give --activations FILE (.npz with P [n, parents] and C [n, children]) to use a real layer instead of the artificial one."""
+Give --activations FILE (.npz with P [n, parents] and C [n, children]) to use a real layer instead of the
+artificial one."""
 import os
 os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
 import argparse, time
@@ -22,8 +24,10 @@ def network_like(n, p=500, c=300, seed=0):
 def groups(width, n): return np.arange(width)*n//width
 
 def straightforward(P, C, parent, child, k, g, seed=0, trial=0):
-    "Score of one pair from the definition: neighbours by a search tree, one norm per pair of samples, SciPy's spanning tree."
-    s1, s2, s3 = thirds(len(P), np.random.default_rng([seed, trial])); X, Y, Z = C[:, child == k], P[:, parent == g], P[:, parent != g]
+    """Score of one pair from the definition: neighbours by a search tree, one norm per pair of samples,
+    SciPy's spanning tree."""
+    s1, s2, s3 = thirds(len(P), np.random.default_rng([seed, trial]))
+    X, Y, Z = C[:, child == k], P[:, parent == g], P[:, parent != g]
     near = s2[cKDTree(Z[s2]).query(Z[s1])[1]]
     pool = np.r_[np.c_[X[s3], Y[s3], Z[s3]], np.c_[X[s1], Y[near], Z[s1]]]; N, m, n = len(pool), len(s3), len(s1)
     D = np.zeros((N, N))
@@ -49,15 +53,19 @@ def against_loop(P, C, G, n_pairs, **kw):
     ref, slow, _ = timed(lambda: [straightforward(P, C, parent, child, *o) for o in pairs])
     for est in ('cgmi', 'gmi'):
         fast, cpu, wall = per_pair(P, C, G, G, estimator=est, **kw)
-        same = f', largest difference in score {max(abs(r - fast[o]) for r,o in zip(ref, pairs)):.2g}, ratio {1e3*slow/n_pairs/cpu:,.0f}' if est == 'cgmi' else ''
-        print(f'{est:5} {G}×{G} groups, {points(len(P))} points: {cpu:7.3f} ms/pair CPU, {wall:7.3f} wall, {wall*G*G/1e3:.1f} s in all{same}')
+        apart, ratio = max(abs(r - fast[o]) for r,o in zip(ref, pairs)), 1e3*slow/n_pairs/cpu
+        same = f', largest difference in score {apart:.2g}, ratio {ratio:,.0f}' if est == 'cgmi' else ''
+        print(f'{est:5} {G}×{G} groups, {points(len(P))} points: '
+              f'{cpu:7.3f} ms/pair CPU, {wall:7.3f} wall, {wall*G*G/1e3:.1f} s in all{same}')
     print(f'straightforward: {1e3*slow/n_pairs:,.0f} ms/pair CPU ({n_pairs} pairs)')
 
 def curves(jobs):
-    for what, values in (('rows', (500, 1000, 2500, 5000)), ('groups', (5, 10, 20, 50, 100)), ('width', (125, 250, 500, 1000, 2000))):
+    for what, values in (('rows', (500, 1000, 2500, 5000)), ('groups', (5, 10, 20, 50, 100)),
+                         ('width', (125, 250, 500, 1000, 2000))):
         for v in values:
             o = dict(rows=2500, groups=20, width=500) | {what: v}; P, C = network_like(o['rows'], o['width'], 300)
-            cells = [f'{est} {cpu:7.3f} CPU {wall:7.3f} wall' for est in ('cgmi', 'gmi') for _,cpu,wall in [per_pair(P, C, o['groups'], o['groups'], estimator=est, n_jobs=jobs)]]
+            cells = [f'{est} {cpu:7.3f} CPU {wall:7.3f} wall' for est in ('cgmi', 'gmi')
+                     for _,cpu,wall in [per_pair(P, C, o['groups'], o['groups'], estimator=est, n_jobs=jobs)]]
             print(f'{what:6} {v:5}: {points(o["rows"]):5} points, ms/pair: ' + '; '.join(cells), flush=True)
 
 def on_card(P, C, G):
@@ -72,7 +80,8 @@ def on_card(P, C, G):
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,v in dict(rows=2500, groups=20, pairs=2, jobs=1).items(): a.add_argument(f'--{k}', type=int, default=v)
-    a.add_argument('--curves', action='store_true'); a.add_argument('--device', default='cpu'); a.add_argument('--activations')
+    a.add_argument('--curves', action='store_true'); a.add_argument('--device', default='cpu')
+    a.add_argument('--activations')
     a = a.parse_args(); z = np.load(a.activations) if a.activations else None
     P, C = (z['P'], z['C']) if z else network_like(a.rows)
     if a.curves: curves(a.jobs)

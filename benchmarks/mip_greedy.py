@@ -9,11 +9,14 @@ import argparse, os, platform, resource, sys, time, warnings
 
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', nargs='+', default=['vgg7_256', 'vgg7_bn', 'vgg16_dgl'], help='names of the zoo; vgg7_256 is VGG-7 with half the widths, 64 to 256')
-    p.add_argument('--aux', nargs='+', type=int, choices=(0, 1), default=[0, 1], help='score_aux; VGG-16 is scored with 0 only')
+    p.add_argument('--models', nargs='+', default=['vgg7_256', 'vgg7_bn', 'vgg16_dgl'],
+                   help='names of the zoo; vgg7_256 is VGG-7 with half the widths, 64 to 256')
+    p.add_argument('--aux', nargs='+', type=int, choices=(0, 1), default=[0, 1],
+                   help='score_aux; VGG-16 is scored with 0 only')
     p.add_argument('--data', help='image folder such as CIFAR-10 with train/ and test/')
     p.add_argument('--n-train', type=int, default=1000, help='training images')
-    p.add_argument('--epochs', type=int, default=0, help='greedy training; 0 = fresh weights, batch norm statistics measured')
+    p.add_argument('--epochs', type=int, default=0,
+                   help='greedy training; 0 = fresh weights, batch norm statistics measured')
     p.add_argument('--lr', type=float, default=.05)
     p.add_argument('--time-limit', type=float, default=600, help='seconds per block')
     p.add_argument('--threads', type=int, default=1)
@@ -28,7 +31,8 @@ def noise(n_train, seed, bs=50):
     smooth = lambda n: F.interpolate(torch.randn(n, 3, 8, 8, generator=g), size=32, mode='bilinear')
     base = smooth(10)
     def part(n): y = torch.arange(n) % 10; return list(zip(base[y] + .7*smooth(n), y))
-    dls = DataLoaders(*(DataLoader(part(n), bs=bs, shuffle=i == 0, drop_last=i == 0) for i,n in enumerate((n_train, 200))), device='cpu')
+    dls = DataLoaders(*(DataLoader(part(n), bs=bs, shuffle=i == 0, drop_last=i == 0)
+                        for i,n in enumerate((n_train, 200))), device='cpu')
     dls.n_out, dls.c_in, dls.size = 10, 3, 32
     return dls
 
@@ -58,9 +62,11 @@ def main():
     dls = get_dls(a.data, size=32, n_train=a.n_train, seed=a.seed) if a.data else noise(a.n_train, a.seed)
     batch = one_per_class(dls)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {a.threads} threads, torch {torch.__version__}; "
-          f"{'images of ' + os.path.basename(os.path.normpath(a.data)) if a.data else 'smoothed noise'}, {len(batch[1])} images, "
+          f"{'images of ' + os.path.basename(os.path.normpath(a.data)) if a.data else 'smoothed noise'}, "
+          f"{len(batch[1])} images, "
           + (f'greedy training {a.epochs} epochs on {a.n_train} images' if a.epochs else 'fresh weights and heads'))
-    print(f"{'model':10}{'aux':>4}{'scores':>7}{'rows':>9}{'gates':>6}{'build s':>9}{'solve s':>9}{'wall s':>8}{'CPU s':>8}{'<0.3':>6}{'dead':>6}{'MiB':>7}  status")
+    print(f"{'model':10}{'aux':>4}{'scores':>7}{'rows':>9}{'gates':>6}{'build s':>9}{'solve s':>9}"
+          f"{'wall s':>8}{'CPU s':>8}{'<0.3':>6}{'dead':>6}{'MiB':>7}  status")
     for name in a.models:
         net = network(name, a.seed)
         if a.epochs: learn, heads = fit_greedy(net, dls, a.epochs, a.lr, seed=a.seed)
@@ -71,15 +77,18 @@ def main():
         for aux in a.aux:
             if aux and name.startswith('vgg16'): continue
             wall, cpu = time.perf_counter(), time.process_time()
-            s = score(net.eval(), batch=batch, variant='greedy', heads=heads.eval(), score_aux=bool(aux), time_limit=a.time_limit)
+            s = score(net.eval(), batch=batch, variant='greedy', heads=heads.eval(), score_aux=bool(aux),
+                      time_limit=a.time_limit)
             wall, cpu, parts = time.perf_counter()-wall, time.process_time()-cpu, s.meta['parts']
             size = {k:sum(m['size'][k] for m in parts) for k in ('scores', 'rows', 'gates')}
             secs = [sum(m[k] for m in parts) for k in ('build_secs', 'solve_secs')]
-            print(f"{name:10}{aux:4}{size['scores']:7}{size['rows']:9}{size['gates']:6}{secs[0]:9.1f}{secs[1]:9.1f}{wall:8.1f}{cpu:8.1f}"
+            print(f"{name:10}{aux:4}{size['scores']:7}{size['rows']:9}{size['gates']:6}{secs[0]:9.1f}{secs[1]:9.1f}"
+                  f"{wall:8.1f}{cpu:8.1f}"
                   f"{sum(int((v < .3).sum()) for v in s.values()):6}{sum(s.meta['n_dead_on_batch'].values()):6}"
                   f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024:7}  {s.meta['status']}", flush=True)
             for m in parts:
-                print(f"  {m['layer']:8}{m['size']['scores']:11}{m['size']['rows']:9}{m['size']['gates']:6}{m['build_secs']:9.1f}{m['solve_secs']:9.1f}  "
+                print(f"  {m['layer']:8}{m['size']['scores']:11}{m['size']['rows']:9}{m['size']['gates']:6}"
+                      f"{m['build_secs']:9.1f}{m['solve_secs']:9.1f}  "
                       f"box x {m['shrunk']:g}, {m['status']}, gap {m['gap']:.1e}", flush=True)
 
 if __name__ == '__main__': sys.exit(main())

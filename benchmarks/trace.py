@@ -12,13 +12,14 @@ from neuronprune.graph import trace
 from neuronprune.models import build
 
 OWN = ('resnet20', 'resnet56', 'resnet110') # from the zoo; the others are torchvision's
-NETWORKS = ('resnet18@64', 'resnet50@64', 'resnet101@64', 'resnet152@64', 'resnet18@224', 'resnet50@224', 'resnet20@32', 'resnet56@32', 'resnet110@32',
-            'vgg16_bn@224', 'densenet121@224', 'mobilenet_v3_small@224', 'vit_b_16@224')
+NETWORKS = ('resnet18@64', 'resnet50@64', 'resnet101@64', 'resnet152@64', 'resnet18@224', 'resnet50@224', 'resnet20@32',
+            'resnet56@32', 'resnet110@32', 'vgg16_bn@224', 'densenet121@224', 'mobilenet_v3_small@224', 'vit_b_16@224')
 
 def network(spec):
     "(model in evaluation, one example) of 'name@pixels'."
     name, size = spec.split('@'); size = int(size)
-    model = build(name, c_in=3, n_out=10, size=size, seed=0) if name in OWN else getattr(torchvision.models, name)(weights=None)
+    model = (build(name, c_in=3, n_out=10, size=size, seed=0) if name in OWN
+             else getattr(torchvision.models, name)(weights=None))
     return model.eval(), torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 def cpu(f):
@@ -42,6 +43,7 @@ def main():
             theirs.append(cpu(lambda: tp.DependencyGraph().build_dependency(model, xb))[0])
             secs, graph = cpu(lambda: trace(model, xb)); ours.append(secs)
         n = len(graph.layers)
-        print(f"{spec:24s} {n:6d} {min(theirs):11.2f} s {min(ours):6.2f} s {min(ours)/min(theirs):6.1f} {1000*min(ours)/n:12.1f}", flush=True)
+        print(f"{spec:24s} {n:6d} {min(theirs):11.2f} s {min(ours):6.2f} s {min(ours)/min(theirs):6.1f} "
+              f"{1000*min(ours)/n:12.1f}", flush=True)
 
 if __name__ == '__main__': main()

@@ -41,10 +41,16 @@ from .tradeoff import commensurate, plot_budget, plot_tradeoff, save_results
 
 # %% ../nbs/24_all.ipynb #all-scores-mask-method-unsuppo
 _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',
-         'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate', 'ratios',
-         'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback', 'PruneCallback',
-         'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs',
-         'published', 'accounting', 'count_params', 'nonzero_params', 'count_macs', 'latency_ms', 'dead_units', 'prune', 'Result',
-         'one_shot', 'fine_tuned', 'plot_study', 'paired', 'robustness', 'plot_robustness', 'calibration', 'ece', 'plot_reliability',
-         'dense', 'own', 'zoo', 'Job', 'job', 'jobs', 'load_jobs', 'study', 'gather', 'commensurate', 'plot_tradeoff', 'plot_budget', 'save_results',
+         'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate',
+         'ratios',
+         'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback',
+         'PruneCallback',
+         'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare',
+         'verdict', 'differs',
+         'published', 'accounting', 'count_params', 'nonzero_params', 'count_macs', 'latency_ms', 'dead_units', 'prune',
+         'Result',
+         'one_shot', 'fine_tuned', 'plot_study', 'paired', 'robustness', 'plot_robustness', 'calibration', 'ece',
+         'plot_reliability',
+         'dense', 'own', 'zoo', 'Job', 'job', 'jobs', 'load_jobs', 'study', 'gather', 'commensurate', 'plot_tradeoff',
+         'plot_budget', 'save_results',
          'surgery', 'analysis', 'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling']

@@ -53,6 +53,17 @@ def _gone(scores, ids, n):
     for k,a in ids.items(): gone[a[live[k]]] = False
     return live, gone
 
+# %% ../nbs/04_allocate.ipynb #rest_of_ties
+def _rest_of_ties(scores, units):
+    "Masks of removable layers without scores that are tied to layers with scores."
+    g = scores.graph
+    if scores.unit != 'channel' or g is None: return {}
+    outs = {k:g.out_slots[k] for k in units if not k.endswith(':in')}
+    if not outs: return {}
+    scored, gone = torch.cat(list(outs.values())), torch.cat([o[~units[k]] for k,o in outs.items()])
+    rest = [n for n in g.removable if n not in units and torch.isin(g.out_slots[n], scored).any()]
+    return {n:~torch.isin(g.out_slots[n], gone) for n in rest}
+
 # %% ../nbs/04_allocate.ipynb #unit_cost
 def _unit_cost(scores, k, of):
     "Cost of every unit under key `k`, an array of the score's shape."
@@ -64,8 +75,11 @@ def _unit_cost(scores, k, of):
         child, parent = (torch.bincount(o, minlength=s) for o,s in zip(scores.labels[k], v.shape))
         c = child[:, None]*parent*(info['taps'] if info else 1)
     elif info: c = info['weights']/v.numel()
-    else: raise ValueError(f"of={of!r}: the cost of a channel of {n!r} is unknown; expected scores with graph=trace(model, xb) or cost={{…}}")
-    if of == 'macs' and info is None: raise ValueError(f"of='macs': {n!r} is not traced; expected scores with graph=trace(model, xb)")
+    else:
+        raise ValueError(f"of={of!r}: the cost of a channel of {n!r} is unknown; "
+                         f"expected scores with graph=trace(model, xb) or cost={{…}}")
+    if of == 'macs' and info is None:
+        raise ValueError(f"of='macs': {n!r} is not traced; expected scores with graph=trace(model, xb)")
     return np.broadcast_to(np.asarray(c, dtype=float), v.shape) * (info['positions'] if of == 'macs' else 1)
 
 # %% ../nbs/04_allocate.ipynb #layer-costs
@@ -93,7 +107,8 @@ def _figure(v, normalize):
     return float(dict(mean=np.mean, max=np.max)[normalize](np.abs(v))) if len(v) else 0.
 
 def _scale(v, live, normalize, past):
-    "Divisor of a layer's scores `v`: a figure of the live ones, or the earlier scale times its change; `past` = (scale, figure)."
+    """Divisor of a layer's scores `v`: a figure of the live ones, or the earlier scale times its change;
+    `past` = (scale, figure)."""
     now = _figure(v[live], normalize)
     return past[0]*(now/past[1]) if past and past[1] > 0 and now > 0 else now
 
@@ -143,31 +158,47 @@ def _n_within(cost, budget):
 # %% ../nbs/04_allocate.ipynb #lost
 def _lost(graph, keep):
     "(layer -> bool [n_out]: channels that go, layer -> bool [n_in]: columns that are cut) for the pattern `keep`."
-    dead, cut = ({k.removesuffix(':in'):~v for k,v in keep.items() if k.endswith(':in') == inp} for inp in (False, True))
+    dead, cut = ({k.removesuffix(':in'):~v for k,v in keep.items() if k.endswith(':in') == inp}
+                 for inp in (False, True))
     read = {**{n:v for n,v in dead.items() if _depthwise(graph.layers[n])}, **cut}
     for p,v in (graph.unread(read) if read else {}).items(): dead[p] = dead[p] | v if p in dead else v
     for p,o in graph.out_slots.items():
         if p not in dead or not dead[p].all(): continue
-        for res,slots in ((dead, graph.out_slots), (cut, graph.in_slots)): res.update({n:v & (slots[n] != o[0]) for n,v in res.items()})
+        for res,slots in ((dead, graph.out_slots), (cut, graph.in_slots)):
+            res.update({n:v & (slots[n] != o[0]) for n,v in res.items()})
     return dead, cut
 
 # %% ../nbs/04_allocate.ipynb #weights-left
 @public
 def weights_left(graph,    # `Graph` of the model
-                 keep:dict # layer -> bool [n_out], or `layer:in` -> bool [n_in], True = kept; layers that are not named keep everything
+                 keep:dict # layer -> bool [n_out], or `layer:in` -> bool [n_in], True = kept; others keep all
                 )->int:
-    "Weights of all linear and convolution layers that are left once dropped channels are cut, their rows and the columns that read them."
+    """Weights of all linear and convolution layers that are left once dropped channels are cut,
+    their rows and the columns that read them."""
     (dead, cut), left = _lost(graph, keep), 0
     for n,l in graph.layers.items():
         rows = l['n_out'] - int(dead[n].sum()) if n in dead else l['n_out']
-        gone = graph.silent(dead, n) if any(p in dead for p in graph.sources.get(n, ())) else torch.zeros(l['n_in'], dtype=torch.bool)
+        gone = (graph.silent(dead, n) if any(p in dead for p in graph.sources.get(n, ()))
+                else torch.zeros(l['n_in'], dtype=torch.bool))
         if n in cut: gone = gone | cut[n]
         left += rows*l['weights']//l['n_out'] if l['groups'] > 1 else rows*(l['n_in']-int(gone.sum()))*l['taps']
     return left
 
+# %% ../nbs/04_allocate.ipynb #parts
+def _parts(ids, n, scope):
+    "Bool masks over the atoms, one per budget."
+    if scope == 'global': yield np.ones(n, dtype=bool); return
+    first, edges = np.full(n, -1), []
+    for j,a in enumerate(ids.values()):
+        for o in np.unique(first[a[first[a] >= 0]]): edges.append((j, int(o)))
+        first[a] = np.where(first[a] < 0, j, first[a])
+    lab = _components(len(ids), edges)[1]
+    for k in range(lab.max()+1): yield lab[first] == k
+
 # %% ../nbs/04_allocate.ipynb #evenly
 def _evenly(order, ids, n):
-    "The atoms in the order in which the parts of scope='layer' lose equal fractions, each from its own lowest score on."
+    """The atoms in the order in which the parts of scope='layer' lose equal fractions,
+    each from its own lowest score on."""
     turn = np.empty(n)
     for part in _parts(ids, n, 'layer'):
         own = order[part[order]]
@@ -215,7 +246,8 @@ def _spared(ids, n, keys):
 
 # %% ../nbs/04_allocate.ipynb #protected
 def _protected(spared, was, order, scores, ids, layer_costs, caps, min_keep):
-    "Bool per atom, unless it is gone: spared, left by its layer's cap, or of the best `min_keep` of its layer (block: child group)."
+    """Bool per atom, unless it is gone: spared, left by its layer's cap,
+    or of the best `min_keep` of its layer (block: child group)."""
     rank = np.empty(len(order), dtype=np.int64); rank[order] = np.arange(len(order))
     safe = spared.copy()
     def protect(a, n): safe[a if n >= len(a) else a[np.argpartition(rank[a], len(a)-n)[len(a)-n:]]] = True
@@ -230,7 +262,8 @@ def _protected(spared, was, order, scores, ids, layer_costs, caps, min_keep):
 
 # %% ../nbs/04_allocate.ipynb #remove
 def _remove(order, safe, was, cost, sparsity):
-    "(atoms removed of those in `order`, what was gone included; is the request out of reach because of what is protected?)"
+    """(atoms removed of those in `order`, what was gone included;
+    is the request out of reach because of what is protected?)"""
     paid, safe = cost[order], safe[order]
     free, kept, coins = order[~safe], paid[safe], paid[~safe]
     budget = _budget(paid, sparsity)
@@ -254,20 +287,26 @@ def _round(removed, was, ids, order, round_to):
 def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
     "Checked arguments: (normalisation, what is counted, caps per layer, layers to spare)."
     check_type('scores', scores, Scores)
-    if (sparsity is None) == (threshold is None): raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
+    if (sparsity is None) == (threshold is None):
+        raise ValueError(f"sparsity={sparsity}, threshold={threshold}: expected exactly one of the two")
     if sparsity is not None: check_fraction('sparsity', sparsity)
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not np.isfinite(threshold)):
+    if (threshold is not None
+        and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not np.isfinite(threshold))):
         raise ValueError(f"threshold={threshold!r}: expected a finite number in the unit of the scores")
     check_choice('scope', scope, ('global', 'layer'))
     if of is None: of = 'params' if scores.unit == 'group' else 'units'
     check_choice('of', of, ('units', 'params', 'macs', 'network'))
     if scores.unit == 'rank' and of != 'units':
-        raise ValueError(f"of={of!r}: what a rank saves depends on the ranks that stay, so it has no cost of its own; expected of='units', or lowrank.cut, which counts weights")
+        raise ValueError(f"of={of!r}: what a rank saves depends on the ranks that stay, so it has no cost of its own; "
+                         "expected of='units', or lowrank.cut, which counts weights")
     if of == 'network' and (scores.unit != 'channel' or scores.graph is None or threshold is not None):
-        raise ValueError(f"of='network': weights left of the whole network; expected channel scores with graph=trace(model, xb) and sparsity=, "
-                         f"got unit={scores.unit!r}, {'no graph' if scores.graph is None else 'a graph'}, threshold={threshold}")
+        raise ValueError("of='network': weights left of the whole network; "
+                         "expected channel scores with graph=trace(model, xb) and sparsity=, "
+                         f"got unit={scores.unit!r}, {'no graph' if scores.graph is None else 'a graph'}, "
+                         f"threshold={threshold}")
     check_choice('normalize', normalize, ('auto', None, 'mean', 'max'))
-    names, keep = [k.removesuffix(':in') for k in scores], (keep,) if isinstance(keep, str) else tuple(check_type('keep', keep, Iterable, 'names or patterns of layers'))
+    names, keep = [k.removesuffix(':in') for k in scores], (keep,) if isinstance(keep, str) else tuple(
+        check_type('keep', keep, Iterable, 'names or patterns of layers'))
     for p in keep:
         check_type('keep', p, str, 'a name or pattern of layers')
         if not any(fnmatch(n, p) for n in names): check_choice('keep', p, names)
@@ -298,7 +337,8 @@ def _plain_part(vals, second, was, spared, sparsity, threshold, min_keep):
     "(bool per weight of one budget: removed; is the request out of reach?)"
     sizes, v, gone = [o.numel() for o in vals.values()], _flat(vals), _flat(was)
     if v.dtype in (torch.half, torch.bfloat16): v = v.float()
-    second, safe = _flat(second) if second else None, torch.cat([torch.full((n,), k in spared) for k,n in zip(vals, sizes)])
+    second, safe = (_flat(second) if second else None,
+                    torch.cat([torch.full((n,), k in spared) for k,n in zip(vals, sizes)]))
     safe &= ~gone
     def cut():
         v.masked_fill_(gone, -math.inf).masked_fill_(safe, math.inf)
@@ -314,7 +354,8 @@ def _plain_part(vals, second, was, spared, sparsity, threshold, min_keep):
 
 # %% ../nbs/04_allocate.ipynb #plain-2
 def _plain(scores, sparsity, threshold, scope, spared, min_keep):
-    "(key -> bool of the weights removed, share, share per key, (protected, all), is it out of reach?), each weight counting one."
+    """(key -> bool of the weights removed, share, share per key, (protected, all), is it out of reach?),
+    each weight counting one."""
     was = {k:scores.gone.get(k, torch.zeros(v.shape, dtype=torch.bool)) for k,v in scores.items()}
     removed, short = {}, False
     for keys in [list(scores)] if scope == 'global' else [[k] for k in scores]:
@@ -360,16 +401,17 @@ def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
              scope:str='global',  # one ranking over all layers, or the same fraction in each: 'global' | 'layer'
-             of:str=None,         # what the fraction counts: 'units' | 'params' | 'macs' | 'network'; None = 'params' for blocks, else 'units'
+             of:str=None,         # counts 'units' | 'params' | 'macs' | 'network'; None = 'params' (blocks) or 'units'
              tied:bool=True,      # rank channels that can only go together as one
              reduce:str='mean',   # score of a tie from its members: 'mean' | 'sum' | 'max' | 'min'
-             caps=None,           # largest sparsity per layer, counted as `of` says: a fraction in [0, 1] or {layer: fraction}; 1 = no cap
+             caps=None,           # largest sparsity per layer, in [0, 1] or {layer: fraction}; 1 = no cap
              round_to:int=1,      # keep a multiple of this many units per layer (budget from below)
              min_keep:int=1,      # units every layer keeps (blocks: per child group)
              keep=(),             # layers to spare, names or patterns
              normalize='auto'     # divide a layer's scores by their 'mean' or 'max'; 'auto' = 'mean' for channels
             )->Mask:
-    "The mask that removes the lowest scores within the budget; equal scores go by `tiebreak`, then in key order. `ValueError` on bad arguments, a warning when the budget is out of reach."
+    """The mask that removes the lowest scores within the budget; equal scores go by `tiebreak`, then in key order.
+    `ValueError` on bad arguments, a warning when the budget is out of reach."""
     normalize, of, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
     check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
     check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
@@ -377,38 +419,20 @@ def allocate(scores:Scores,       # what to rank
     plain = of == 'units' or of == 'params' and not scores.cost
     if scores.unit == 'weight' and plain and not (caps or normalize or round_to > 1):
         res, scales = _plain(scores, sparsity, threshold, scope, spared, min_keep), {}
-    else: *res, scales = _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, caps, round_to, spared, min_keep)
+    else:
+        *res, scales = _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, caps, round_to, spared,
+                                min_keep)
     removed, got, shares, safe, short = res
     units = {k:~v for k,v in removed.items()}
     if tied: units.update(_rest_of_ties(scores, units))
     if of == 'network': got = 1-weights_left(scores.graph, units)/weights_left(scores.graph, {})
-    if short: warnings.warn(f"allocate: sparsity {sparsity} of the {of} (scope={scope!r}) is out of reach, {got:.4g} achieved; "
-                            f"min_keep, caps and keep protect {safe[0]} of {safe[1]} units")
-    meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope, tied=tied,
-                layers=shares, **(dict(scales=scales) if scales else {}))
+    if short:
+        warnings.warn(f"allocate: sparsity {sparsity} of the {of} (scope={scope!r}) is out of reach, {got:.4g} "
+                      "achieved; "
+                      f"min_keep, caps and keep protect {safe[0]} of {safe[1]} units")
+    meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope,
+                tied=tied, layers=shares, **(dict(scales=scales) if scales else {}))
     return Mask(units, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)
-
-# %% ../nbs/04_allocate.ipynb #rest_of_ties
-def _rest_of_ties(scores, units):
-    "Masks of removable layers without scores that are tied to layers with scores."
-    g = scores.graph
-    if scores.unit != 'channel' or g is None: return {}
-    outs = {k:g.out_slots[k] for k in units if not k.endswith(':in')}
-    if not outs: return {}
-    scored, gone = torch.cat(list(outs.values())), torch.cat([o[~units[k]] for k,o in outs.items()])
-    rest = [n for n in g.removable if n not in units and torch.isin(g.out_slots[n], scored).any()]
-    return {n:~torch.isin(g.out_slots[n], gone) for n in rest}
-
-# %% ../nbs/04_allocate.ipynb #parts
-def _parts(ids, n, scope):
-    "Bool masks over the atoms, one per budget."
-    if scope == 'global': yield np.ones(n, dtype=bool); return
-    first, edges = np.full(n, -1), []
-    for j,a in enumerate(ids.values()):
-        for o in np.unique(first[a[first[a] >= 0]]): edges.append((j, int(o)))
-        first[a] = np.where(first[a] < 0, j, first[a])
-    lab = _components(len(ids), edges)[1]
-    for k in range(lab.max()+1): yield lab[first] == k
 
 # %% ../nbs/04_allocate.ipynb #ratios
 @public

@@ -27,7 +27,8 @@ def removed(model,    # dense or masked
             mask,     # `Mask`, or None for the dense network
             xb        # inputs for the check of the cut network, or None where nothing is cut
            )->dict:
-    "Units pruned, and the percentages of all parameters that are zeroed and physically gone; `SurgeryError` if cutting changes the output."
+    """Units pruned, and the percentages of all parameters that are zeroed and physically gone;
+    `SurgeryError` if cutting changes the output."""
     if mask is None: return dict(units_pruned=0, zeroed_pct=0., params_pct=0.)
     n, own = count_params(model), dict(model.named_parameters())
     zeroed = sum(int((~v).sum()) for k,v in mask.expand(model).items() if k in own)
@@ -58,7 +59,8 @@ def one_shot(learn,      # a trained `Learner`; left as found
              dl=None,    # images to count on, None = test
              *, sizes=removed # function (model, mask, xb) -> dict: how much is gone
             )->pd.DataFrame:
-    "One row per mask, 'dense' first: rule, k, n, accuracy with its Wilson interval lo, hi, loss, and the columns of `sizes`."
+    """One row per mask, 'dense' first: rule, k, n, accuracy with its Wilson interval lo, hi, loss,
+    and the columns of `sizes`."""
     xb, dl = _inputs(learn.dls), _test(learn.dls) if dl is None else dl
     return pd.DataFrame([measured(learn.model, m, dl, xb, sizes, rule=k) for k,m in {'dense': None, **masks}.items()])
 
@@ -73,7 +75,8 @@ def plot_study(df,        # rows with accuracy, lo and hi, such as those of `one
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
     for name,d in df.groupby(by, sort=False):
-        ax.errorbar(d[x], 100*d.accuracy, [100*(d.accuracy-d.lo), 100*(d.hi-d.accuracy)], marker='.', capsize=2, lw=1, label=name)
+        ax.errorbar(d[x], 100*d.accuracy, [100*(d.accuracy-d.lo), 100*(d.hi-d.accuracy)], marker='.', capsize=2, lw=1,
+                    label=name)
     ax.set(xlabel=x.replace('_', ' '), ylabel='accuracy, %'); ax.legend(fontsize=7, ncol=2)
     plt.close(ax.figure); return ax.figure
 
@@ -82,7 +85,9 @@ def _check_same(learn, dls, masks):
     "Raises `ValueError` unless masks and data fit the learner's network."
     for k in ('c_in', 'n_out', 'size'):
         a, b = (getattr(o, k, None) for o in (learn.dls, dls))
-        if a != b: raise ValueError(f"dls: {k}={b}, but the network was built for {k}={a}; expected the same architecture, see size= and c_in= of get_dls")
+        if a != b:
+            raise ValueError(f"dls: {k}={b}, but the network was built for {k}={a}; "
+                             "expected the same architecture, see size= and c_in= of get_dls")
     for name,m in check_type('masks', masks, dict, 'name -> Mask').items():
         try: m.expand(learn.model)
         except ValueError as e: raise ValueError(f"masks[{name!r}]: {e}") from None
@@ -107,7 +112,8 @@ def fine_tuned(learn,      # a trained `Learner`; left as found
                sizes=removed, # function (model, mask, xb) -> dict: how much is gone
                **fit_args  # of `fit`: schedule, seed, …
               )->pd.DataFrame:
-    "Rows as of `one_shot`, after training copies under each mask; 'dense' is trained alike. `ValueError` for masks or data of another architecture."
+    """Rows as of `one_shot`, after training copies under each mask; 'dense' is trained alike.
+    `ValueError` for masks or data of another architecture."""
     dls, rows = learn.dls if dls is None else dls, []; xb = _inputs(dls)
     _check_same(learn, dls, masks)
     for k,m in {'dense': None, **masks}.items():
@@ -130,11 +136,13 @@ def _mean(v):
 def summary(df, by='rule', # rows of a study; columns that name the groups
             value:str='accuracy' # column to average
            )->pd.DataFrame:
-    "One row per group (and part of the data, if the rows tell): repeats, mean, std, and the 95 % t interval lo, hi of the mean."
+    """One row per group (and part of the data, if the rows tell):
+    repeats, mean, std, and the 95 % t interval lo, hi of the mean."""
     by = [by] if isinstance(by, str) else list(by)
     if 'part' in df and 'part' not in by: by.append('part')
     by = by if len(by) > 1 else by[0]
-    return df.groupby(by, sort=False)[value].apply(lambda v: pd.Series([len(v), *_mean(v)], ['repeats', 'mean', 'std', 'lo', 'hi'])).unstack().astype({'repeats': int})
+    return df.groupby(by, sort=False)[value].apply(lambda v: pd.Series(
+        [len(v), *_mean(v)], ['repeats', 'mean', 'std', 'lo', 'hi'])).unstack().astype({'repeats': int})
 
 # %% ../nbs/21_analysis.ipynb #paired
 @public
@@ -171,7 +179,8 @@ def _gradient(model, x, y):
 # %% ../nbs/21_analysis.ipynb #box
 def _box(x, eps, project, lo, hi):
     "Smallest and largest allowed value of each pixel."
-    lo, hi = (torch.as_tensor(f(x) if v is None else v, dtype=x.dtype, device=x.device) for v,f in ((lo, torch.min), (hi, torch.max)))
+    lo, hi = (torch.as_tensor(f(x) if v is None else v, dtype=x.dtype, device=x.device)
+              for v,f in ((lo, torch.min), (hi, torch.max)))
     if not project: return lo-eps, hi+eps
     return torch.minimum(x, torch.maximum(x-eps, lo)), torch.maximum(x, torch.minimum(x+eps, hi))
 
@@ -180,14 +189,15 @@ def _box(x, eps, project, lo, hi):
 def attack(model,          # any classifier; left as found, runs in eval mode
            xb:torch.Tensor, # images as the network is fed, float [n, …]
            yb:torch.Tensor, # true classes, int [n]
-           eps,            # radius of the ball per pixel (`project=False`: size of the steps); a number, or a tensor [c, 1, 1]
+           eps, # radius of the ball per pixel (`project=False`: size of the steps); a number, or a tensor [c, 1, 1]
            *, steps:int=5, # moves
            step_size=None, # None = 2.5 eps/steps with projection, eps without
            kind:str='fgsm', # 'fgsm': away from the true class, 'least_likely': towards the least likely one
            project:bool=True, # stay within eps of the clean image? False = the released setting
-           lo=None, hi=None # range of legal images, a number or a tensor like eps; None = smallest and largest value of `xb`
+           lo=None, hi=None # range of legal images, a number or a tensor like eps; None = that of `xb`
           )->torch.Tensor:
-    "Adversarial images like `xb`, on the model's device; `ValueError` for a negative eps, an empty batch, outputs that are not finite."
+    """Adversarial images like `xb`, on the model's device;
+    `ValueError` for a negative eps, an empty batch, outputs that are not finite."""
     check_choice('kind', kind, KINDS); check_int('steps', steps, 1); check_batch(xb, yb)
     dev = next(model.parameters()).device
     x, y = (o.detach().as_subclass(torch.Tensor).to(dev) for o in (xb, yb))
@@ -209,7 +219,8 @@ def _still(dl):
 
 # %% ../nbs/21_analysis.ipynb #range
 def _range(dl):
-    "(smallest, largest legal value, length of the pixels' range 0 to 1) in units of the network's input; the last None if unknown."
+    """(smallest, largest legal value, length of the pixels' range 0 to 1) in units of the network's input;
+    the last None if unknown."""
     if not isinstance(dl, ImageDL):
         ends = [(float(xb.min()), float(xb.max())) for xb,_ in _batches(dl)]
         if not ends: raise ValueError("dl: no batches; expected a loader with at least one example")
@@ -227,13 +238,17 @@ def robustness(models:dict,  # name -> classifier; left as found
                progress:bool=False, # show a bar?
                **args        # of `attack`: steps, step_size, project
               )->pd.DataFrame:
-    "One row per model, kind and eps: k of n right under attack, accuracy, Wilson interval lo, hi; `ValueError` as of `attack`."
+    """One row per model, kind and eps: k of n right under attack, accuracy, Wilson interval lo, hi;
+    `ValueError` as of `attack`."""
     check_type('models', models, dict, 'name -> nn.Module'); (lo, hi, unit), batches = _range(dl), _still(dl)
-    if pixels and unit is None: raise ValueError(f"pixels=True: how a {type(dl).__name__} normalises is unknown; expected eps in units of the network's input")
+    if pixels and unit is None:
+        raise ValueError(f"pixels=True: how a {type(dl).__name__} normalises is unknown; "
+                         "expected eps in units of the network's input")
     kinds, radii, rows = (kind,) if isinstance(kind, str) else kind, np.atleast_1d(eps).tolist(), []
     todo = [(name, k, e) for name in models for k in kinds for e in radii]
     for name,k,e in progress_bar(todo) if progress else todo:
-        moved = ((attack(models[name], xb, yb, e*unit if pixels else e, kind=k, lo=lo, hi=hi, **args), yb) for xb,yb in batches)
+        moved = ((attack(models[name], xb, yb, e*unit if pixels else e, kind=k, lo=lo, hi=hi, **args), yb)
+                 for xb,yb in batches)
         r = evaluate(models[name], moved)
         rows.append(dict(model=name, kind=k, eps=e, k=r.k, n=r.n, accuracy=r.accuracy, lo=r.lo, hi=r.hi))
     return pd.DataFrame(rows)
@@ -245,8 +260,10 @@ def plot_robustness(df # from `robustness`
     "Accuracy under attack in % with its interval against eps, a panel per kind, a line per model; returns the figure."
     import matplotlib.pyplot as plt
     kinds = df.kind.unique()
-    fig, axs = plt.subplots(1, len(kinds), figsize=(3.6*len(kinds), 2.8), sharey=True, squeeze=False, constrained_layout=True)
-    for ax,k in zip(axs[0], kinds): plot_study(df[df.kind == k], 'eps', 'model', ax); ax.set_title(k.replace('_', ' '), fontsize=9)
+    fig, axs = plt.subplots(1, len(kinds), figsize=(3.6*len(kinds), 2.8), sharey=True, squeeze=False,
+                            constrained_layout=True)
+    for ax,k in zip(axs[0], kinds):
+        plot_study(df[df.kind == k], 'eps', 'model', ax); ax.set_title(k.replace('_', ' '), fontsize=9)
     for ax in axs[0][1:]: ax.set_ylabel('')
     return fig
 
@@ -256,16 +273,20 @@ def reliability(confidence,   # of each answer, in [0, 1], [n]
                 correct,      # was it right? bool [n]
                 n_bins:int=15 # equal bins over [0, 1]
                )->pd.DataFrame:
-    "One row per bin: its ends, k of n right, mean confidence, accuracy with its Wilson interval lo, hi (NaN in an empty bin); `ValueError` for other lengths or values."
+    """One row per bin: its ends, k of n right, mean confidence, accuracy with its Wilson interval lo,
+    hi (NaN in an empty bin); `ValueError` for other lengths or values."""
     p, ok = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=bool)
-    if p.ndim != 1 or p.shape != ok.shape or not len(p): raise ValueError(f"confidence: shape {p.shape}, correct: shape {ok.shape}; expected the same [n]")
-    if not ((p >= 0) & (p <= 1)).all(): raise ValueError(f"confidence: from {p.min():g} to {p.max():g}; expected numbers in [0, 1]")
+    if p.ndim != 1 or p.shape != ok.shape or not len(p):
+        raise ValueError(f"confidence: shape {p.shape}, correct: shape {ok.shape}; expected the same [n]")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"confidence: from {p.min():g} to {p.max():g}; expected numbers in [0, 1]")
     edges = np.linspace(0, 1, check_int('n_bins', n_bins, 1)+1); i = np.searchsorted(edges[1:-1], p)
     count = lambda w=None: np.bincount(i, w, n_bins)
     k, n = count(ok).astype(int), count()
     ends = np.array([wilson(int(a), int(b)) if b else (math.nan, math.nan) for a,b in zip(k, n)])
     with np.errstate(invalid='ignore'):
-        return pd.DataFrame(dict(bin_lo=edges[:-1], bin_hi=edges[1:], k=k, n=n, confidence=count(p)/n, accuracy=k/n, lo=ends[:,0], hi=ends[:,1]))
+        return pd.DataFrame(dict(bin_lo=edges[:-1], bin_hi=edges[1:], k=k, n=n, confidence=count(p)/n, accuracy=k/n,
+                                 lo=ends[:,0], hi=ends[:,1]))
 
 # %% ../nbs/21_analysis.ipynb #ece
 @public
@@ -280,7 +301,8 @@ def ece(df:pd.DataFrame # from `reliability` or `calibration`
 def confidences(model, # classifier; left as found, runs in eval mode
                 dl     # loader of (images, classes); left as found
                )->tuple:
-    "(largest softmax probability float64 [n], is that class right? bool [n]) as arrays; `ValueError` for an empty loader or outputs that are not finite."
+    """(largest softmax probability float64 [n], is that class right? bool [n]) as arrays;
+    `ValueError` for an empty loader or outputs that are not finite."""
     dev, p, ok = next(model.parameters()).device, [], []
     with as_found(model, train=False):
         for xb,yb in _still(dl):
@@ -305,14 +327,17 @@ def calibration(model,  # classifier; left as found, runs in eval mode
 def plot_reliability(tables:dict, # name -> table of `reliability` or `calibration`
                      fewest:int=20 # images a bin needs to be drawn above; the error counts all
                     ):
-    "Accuracy of each bin with its interval against the mean confidence, the diagonal, below the images per bin on a logarithmic axis; returns the figure."
+    """Accuracy of each bin with its interval against the mean confidence, the diagonal,
+    below the images per bin on a logarithmic axis; returns the figure."""
     import matplotlib.pyplot as plt
     check_int('fewest', fewest, 1)
     fig, (ax, below) = plt.subplots(2, 1, figsize=(6, 4.4), sharex=True, height_ratios=(3, 1), constrained_layout=True)
     ax.plot([0, 1], [0, 1], color='grey', lw=.8, ls=':')
     for name,df in tables.items():
         d = df[df.n >= fewest]
-        ax.errorbar(d.confidence, d.accuracy, [d.accuracy-d.lo, d.hi-d.accuracy], marker='.', capsize=2, lw=1, label=f'{name}, ECE {ece(df):.3f}')
+        ax.errorbar(d.confidence, d.accuracy, [d.accuracy-d.lo, d.hi-d.accuracy], marker='.', capsize=2, lw=1,
+                    label=f'{name}, ECE {ece(df):.3f}')
         below.stairs(df.n, [*df.bin_lo, 1.])
-    ax.set(ylabel='accuracy'); ax.legend(fontsize=7); below.set(xlabel='confidence', ylabel='images', yscale='log', ylim=(.8, None))
+    ax.set(ylabel='accuracy'); ax.legend(fontsize=7)
+    below.set(xlabel='confidence', ylabel='images', yscale='log', ylim=(.8, None))
     plt.close(fig); return fig

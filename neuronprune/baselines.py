@@ -33,22 +33,26 @@ def _candidates(model, unit, dls, graph, units=('weight', 'channel')):
     mods = all_layers(model)
     if check_choice('unit', unit, units) == 'weight':
         shared = twins(model)
-        return {k:m for k,m in mods.items() if k not in shared}, graph, {k:f"it shares its weight with {o!r}" for k,o in shared.items()}
+        return ({k:m for k,m in mods.items() if k not in shared}, graph,
+                {k:f"it shares its weight with {o!r}" for k,o in shared.items()})
     g = _wiring(model, dls, graph)
     return {k:mods[k] for k in g.removable}, g, dict(g.fixed)
 
 # %% ../nbs/10_baselines.ipynb #check-groups
 def _check_groups(k, pair, need):
     "Labels of layer `k` are two int64 tensors of the lengths `need`, numbered from 0."
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(o, torch.Tensor) and o.dtype == torch.int64 and o.ndim == 1 for o in pair)):
-        raise TypeError(f"labels[{k!r}]: expected a pair of int64 tensors, the groups of the outputs [n_out] and of the inputs [n_in]")
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2
+            and all(isinstance(o, torch.Tensor) and o.dtype == torch.int64 and o.ndim == 1 for o in pair)):
+        raise TypeError(f"labels[{k!r}]: expected a pair of int64 tensors, the groups of the outputs [n_out] and of "
+                        "the inputs [n_in]")
     got = tuple(map(len, pair))
     if got != need: raise ValueError(f"labels[{k!r}]: (outputs, inputs) = {got}, but the model's layer has {need}")
     for o in pair:
         if o.min() < 0: raise ValueError(f"labels[{k!r}]: group {int(o.min())}; expected groups numbered from 0")
 
 def _given(model, labels):
-    "(labels, why each other layer is left out) for labels of existing scores; `TypeError` or `ValueError` where they do not fit the model."
+    """(labels, why each other layer is left out) for labels of existing scores;
+    `TypeError` or `ValueError` where they do not fit the model."""
     mods = all_layers(model)
     for k,o in check_type('labels', labels, dict, 'scores.labels of existing scores').items():
         check_choice('labels', k, mods); _check_groups(k, o, tuple(mods[k].weight.shape[:2]))
@@ -62,7 +66,8 @@ def _blocks(model, dls, graph, n_groups, grouping, chosen, labels, seed):
             raise ValueError("labels: they say which layers and groups there are; leave out n_groups= and layers=")
         return *_given(model, labels), graph
     if grouping == 'kmeans':
-        raise ValueError("grouping='kmeans': groups of units that behave alike need activations, which a baseline does not look at; "
+        raise ValueError("grouping='kmeans': groups of units that behave alike need activations, which a baseline does "
+                         "not look at; "
                          "pass labels=scores.labels of scores that have such groups")
     graph, res = traced(model, dls, graph), {}
     names, skipped = block_layers(graph, chosen)
@@ -85,7 +90,8 @@ def _block_scores(name, f, model, blocks, start, **meta):
     (labels, skipped, graph), mods = blocks, all_layers(model)
     cost = {k:block_cost(o, mods[k].weight[0,0].numel()) for k,o in labels.items()}
     units = {k:f(k, o, cost[k]).cpu() for k,o in labels.items()}
-    return Scores(units, 'group', method=name, graph=graph, labels=labels, cost=cost, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
+    return Scores(units, 'group', method=name, graph=graph, labels=labels, cost=cost, secs=time.perf_counter()-start,
+                  meta=meta, skipped=skipped)
 
 # %% ../nbs/10_baselines.ipynb #units-weight-channel-group
 _UNITS = ('weight', 'channel', 'group')
@@ -107,7 +113,8 @@ def random(model:nn.Module, # any model
     start, g = time.perf_counter(), generator(seed)
     if unit == 'group':
         blocks = _blocks(model, dls, graph, n_groups, grouping, layers, labels, seed)
-        return _block_scores('random', lambda k,lab,cost: torch.rand(cost.shape, generator=g), model, blocks, start, seed=seed)
+        return _block_scores('random', lambda k,lab,cost: torch.rand(cost.shape, generator=g), model, blocks, start,
+                             seed=seed)
     mods, graph, skipped = _candidates(model, unit, dls, graph, _UNITS)
     if unit == 'weight': units = {k:torch.rand(m.weight.shape, generator=g) for k,m in mods.items()}
     else:
@@ -129,7 +136,8 @@ def _block_norm(w, labels, norm):
 
 # %% ../nbs/10_baselines.ipynb #initial
 def _initial(init, mods, who):
-    "Path -> initial weight on the layer's device; raises `ValueError` when there is none or it does not fit, `TypeError` for no state dict."
+    """Path -> initial weight on the layer's device; raises `ValueError` when there is none or it does not fit,
+    `TypeError` for no state dict."""
     if init is None:
         raise ValueError(f"init=None: {who} needs the initial weights; build the learner with neuronprune's learner(…) "
                          "before training, and pass init=learn.rewind.init")
@@ -148,7 +156,7 @@ def _initial(init, mods, who):
 def magnitude(model:nn.Module, # trained model
               dls=None,        # used to trace the wiring if unit='channel' and there is no `graph`
               *, unit:str='weight', # 'weight' | 'channel' | 'group'
-              norm:str='l1',   # of a channel's weights: 'l1' | 'l2' (blocks: mean or root mean square); weights score |w| with either
+              norm:str='l1',   # of a channel's weights: 'l1' | 'l2' (of a block: mean or rms); weights score |w|
               n_groups=None,   # blocks: (parent groups, child groups), None = 20 or the layer's width
               grouping:str='contiguous', # blocks: 'contiguous' or 'random' groups
               layers=None,     # blocks: paths of the layers, None = every one that has blocks
@@ -159,14 +167,18 @@ def magnitude(model:nn.Module, # trained model
               seed:int=0,      # of random groups; nothing else is drawn
               progress:bool=False # has no effect: nothing takes long
              )->Scores:
-    "|w| [like w], the norm of a channel's weights [out], or a block's mean |w| [K, G]; `ValueError` for at='init' without `init`."
+    """|w| [like w], the norm of a channel's weights [out], or a block's mean |w| [K, G];
+    `ValueError` for at='init' without `init`."""
     start = time.perf_counter()
     check_choice('norm', norm, _ORDERS)
     check_choice('at', at, ('trained', 'init'))
-    def weights(mods): return _initial(init, mods, "magnitude(at='init')") if at == 'init' else {k:_wide(m.weight.detach()) for k,m in mods.items()}
+    def weights(mods):
+        return (_initial(init, mods, "magnitude(at='init')") if at == 'init'
+                else {k:_wide(m.weight.detach()) for k,m in mods.items()})
     if unit == 'group':
         blocks, ws = _blocks(model, dls, graph, n_groups, grouping, layers, labels, seed), weights(all_layers(model))
-        return _block_scores('magnitude', lambda k,lab,cost: _block_norm(ws[k], lab, norm), model, blocks, start, norm=norm, at=at)
+        return _block_scores('magnitude', lambda k,lab,cost: _block_norm(ws[k], lab, norm), model, blocks, start,
+                             norm=norm, at=at)
     mods, graph, skipped = _candidates(model, unit, dls, graph, _UNITS)
     ws = weights(mods)
     units = {k:w.abs() if unit == 'weight' else _row_norm(w, norm) for k,w in ws.items()}
@@ -180,29 +192,36 @@ def loss_name(loss_func # any loss, None = cross-entropy
     if loss_func is None: return 'CrossEntropyLoss'
     f = getattr(loss_func, 'func', loss_func) # of fastai's flattened losses and of partial functions
     said = {k:getattr(f, k, None) for k in ('weight', 'pos_weight', 'label_smoothing', 'gamma', 'eps')}
-    said = [f'{k}={v:g}' if isinstance(v, float) else k for k,v in said.items() if isinstance(v, torch.Tensor) or isinstance(v, float) and v]
+    said = [f'{k}={v:g}' if isinstance(v, float) else k for k,v in said.items() if isinstance(v, torch.Tensor)
+            or isinstance(v, float) and v]
     return getattr(f, '__qualname__', type(f).__name__) + (f"({', '.join(said)})" if said else '')
 
 def _form(x):
     "What `x` is, for a message."
     if isinstance(x, torch.Tensor): return f'a tensor of shape {tuple(x.shape)}'
-    return ' of shapes '.join([f'a {type(x).__name__}', *filter(None, [', '.join(str(tuple(o.shape)) for o in tensors(x))])])
+    return ' of shapes '.join(
+        [f'a {type(x).__name__}', *filter(None, [', '.join(str(tuple(o.shape)) for o in tensors(x))])])
 
 # %% ../nbs/10_baselines.ipynb #loss
 def _loss(out, y, loss_func):
-    "Mean loss of a chunk, one number; cross-entropy on checked labels unless the user brings another. `ValueError` or `TypeError` that names `loss_func`."
+    """Mean loss of a chunk, one number; cross-entropy on checked labels unless the user brings another.
+    `ValueError` or `TypeError` that names `loss_func`."""
     for o in tensors(out): check_finite('outputs of the model', o.detach())
     if loss_func is None:
         if not isinstance(out, torch.Tensor) or out.ndim != 2:
-            raise ValueError(f"loss_func=None: cross-entropy needs outputs [n, classes], got {_form(out)}; pass loss_func=, (outputs, labels) -> mean loss")
+            raise ValueError(f"loss_func=None: cross-entropy needs outputs [n, classes], got {_form(out)}; "
+                             "pass loss_func=, (outputs, labels) -> mean loss")
         check_batch(out.detach(), y, out.shape[1])
         return F.cross_entropy(out, y.long())
-    if not callable(loss_func): raise TypeError(f"loss_func={loss_func!r}: expected a function (outputs, labels) -> mean loss")
+    if not callable(loss_func):
+        raise TypeError(f"loss_func={loss_func!r}: expected a function (outputs, labels) -> mean loss")
     try: loss = loss_func(out, y)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as e:
-        raise ValueError(f"loss_func: {loss_name(loss_func)} cannot take {_form(out)} as outputs and {_form(y)} as labels: {e}") from e
+        raise ValueError(f"loss_func: {loss_name(loss_func)} cannot take {_form(out)} as outputs and {_form(y)} as "
+                         f"labels: {e}") from e
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise ValueError(f"loss_func: {loss_name(loss_func)} returned {_form(loss)}; expected the mean loss, one number with a gradient")
+        raise ValueError(f"loss_func: {loss_name(loss_func)} returned {_form(loss)}; "
+                         "expected the mean loss, one number with a gradient")
     return check_finite(f'loss_func: the value of {loss_name(loss_func)}', loss.reshape(()))
 
 # %% ../nbs/10_baselines.ipynb #gradients
@@ -265,7 +284,8 @@ def snip(model:nn.Module,     # the network before training (or after, as the pr
          seed:int=0,          # of the calibration batch
          progress:bool=False  # a bar over the rounds
         )->Scores:
-    "|w dL/dw| of weights, |sum of w dL/dw| of channels (Lee 2019); `ValueError` without images or, for rounds, `sparsity`."
+    """|w dL/dw| of weights, |sum of w dL/dw| of channels (Lee 2019);
+    `ValueError` without images or, for rounds, `sparsity`."""
     start = time.perf_counter()
     if check_int('rounds', rounds, 1) > 1 and sparsity is None:
         raise ValueError(f"rounds={rounds}: the schedule leads to a final sparsity; pass sparsity=, such as 0.9")
@@ -404,8 +424,8 @@ def taylor(model:nn.Module,     # trained model
     mods, graph, skipped = _candidates(model, 'channel', dls, graph)
     xb, yb = batch_for(model, dls, 'taylor', n_per_class, n, split, seed, classes=loss_func is None)
     units = _taylor(variant, model, mods, graph, skipped, xb, yb, loss_func)
-    return _scores('taylor', units, 'channel', start, graph, skipped, variant=variant, n=len(yb), n_per_class=n_per_class,
-                   split=split, loss=loss_name(loss_func), seed=seed)
+    return _scores('taylor', units, 'channel', start, graph, skipped, variant=variant, n=len(yb),
+                   n_per_class=n_per_class, split=split, loss=loss_name(loss_func), seed=seed)
 
 # %% ../nbs/10_baselines.ipynb #slimmingcallback
 _all_ = ['SlimmingCallback']
@@ -425,7 +445,8 @@ def slimming(model:nn.Module, # trained model with batch norms, at best with `Sl
              seed:int=0,      # has no effect: nothing is drawn
              progress:bool=False # has no effect: nothing takes long
             )->Scores:
-    "|gamma| of the batch norm each channel reaches, the largest of several (Liu 2017); `ValueError` if no layer has one."
+    """|gamma| of the batch norm each channel reaches, the largest of several (Liu 2017);
+    `ValueError` if no layer has one."""
     start = time.perf_counter()
     mods, graph, skipped = _candidates(model, 'channel', dls, graph)
     values = {k:m.weight.detach().abs() for k,m in _norms(model, graph).items()}

@@ -34,9 +34,11 @@ def group_index(width:int,    # units of the layer
                 layer:str='', # for the message
                 features=None # activations of the units, tensor [n, width], for 'kmeans'
                )->torch.Tensor:
-    "Group of each unit, int64 [width], none empty; `ValueError` when n_groups > width, or for 'kmeans' without activations."
+    """Group of each unit, int64 [width], none empty; `ValueError` when n_groups > width,
+    or for 'kmeans' without activations."""
     n = check_int('n_groups', n_groups, 1)
-    if n > width: raise ValueError(f"n_groups={n}: layer {layer!r} has only {width} units to group; expected at most {width}")
+    if n > width:
+        raise ValueError(f"n_groups={n}: layer {layer!r} has only {width} units to group; expected at most {width}")
     check_choice('grouping', grouping, ('contiguous', 'random', 'kmeans'))
     if grouping == 'kmeans':
         x = None if features is None else check_finite('features', torch.as_tensor(features))
@@ -51,10 +53,12 @@ def group_index(width:int,    # units of the layer
 @public
 def check_groups(n_groups # what the user passed: a pair, 'each', or None
                 ):
-    "`n_groups` if it is None, 'each' or a pair (parent groups, child groups) of whole numbers; otherwise a `TypeError` or `ValueError`."
+    """`n_groups` if it is None, 'each' or a pair (parent groups, child groups) of whole numbers;
+    otherwise a `TypeError` or `ValueError`."""
     if n_groups is None or n_groups == 'each': return n_groups
     if not (isinstance(n_groups, (tuple, list)) and len(n_groups) == 2):
-        raise TypeError(f"n_groups={n_groups!r}: expected a pair (parent groups, child groups) such as (20, 20), 'each', or None")
+        raise TypeError(f"n_groups={n_groups!r}: expected a pair (parent groups, child groups) such as (20, 20), "
+                        "'each', or None")
     return tuple(check_int('n_groups', o, 1) for o in n_groups)
 
 # %% ../nbs/08_blocks.ipynb #parent-of
@@ -62,7 +66,8 @@ def check_groups(n_groups # what the user passed: a pair, 'each', or None
 def parent_of(graph,    # `Graph` of the model
               layer:str # consumer
              )->torch.Tensor:
-    "Parent channel of each input column [n_in], numbered from 0 in column order; `ValueError` for a layer not in the graph."
+    """Parent channel of each input column [n_in], numbered from 0 in column order;
+    `ValueError` for a layer not in the graph."""
     import pandas as pd
     check_choice('layer', layer, graph.layers)
     n, sources = graph.layers[layer]['n_in'], graph.sources.get(layer, {}).values()
@@ -87,7 +92,8 @@ def _no_blocks(graph):
 def block_layers(graph,      # `Graph` of the model
                  chosen=None # layer paths, None = every one that has blocks
                 )->tuple:
-    "(paths of the layers that have blocks, layer -> reason for the others); `ValueError` for an unsuitable choice, or none."
+    """(paths of the layers that have blocks, layer -> reason for the others);
+    `ValueError` for an unsuitable choice, or none."""
     why = _no_blocks(graph)
     ok = [n for n in graph.layers if n not in why]
     if not ok: raise ValueError(f"model: no layer has blocks ({', '.join(f'{k}: {v}' for k,v in why.items())})")
@@ -103,13 +109,14 @@ def block_layers(graph,      # `Graph` of the model
 @public
 def block_labels(graph,          # `Graph` of the model
                  layer:str,      # the layer whose weights are cut into blocks
-                 n_groups=None,  # (parent groups, child groups), 'each' = every channel by itself, None = 20 or the layer's width
+                 n_groups=None,  # (parent groups, child groups), 'each' = every channel alone, None = 20 or the width
                  grouping:str='contiguous', # 'contiguous', 'random' or 'kmeans'
                  seed:int=0,     # of the random and the k-means grouping
                  parents=None,   # activations of the parent channels [n, n_parents], for 'kmeans'
                  children=None   # activations of the children [n, n_out], for 'kmeans'
                 )->tuple:
-    "(child group [n_out], parent group [n_parents], parent channel of each input column [n_in]); `ValueError` for too many groups."
+    """(child group [n_out], parent group [n_parents], parent channel of each input column [n_in]);
+    `ValueError` for too many groups."""
     column, n_out, pair = parent_of(graph, layer), graph.layers[layer]['n_out'], check_groups(n_groups)
     n_par = int(column.max())+1
     n_g, n_k = (n_par, n_out) if pair == 'each' else (min(20, n_par), min(20, n_out)) if pair is None else pair
@@ -135,7 +142,8 @@ def block_mean(w,     # one number per weight, tensor [n_out, n_in, ...]
     child, parent = (o.to(w.device) for o in labels)
     if (len(child), len(parent)) != tuple(w.shape[:2]):
         raise ValueError(f"labels: {len(child)} outputs and {len(parent)} inputs, but w has shape {tuple(w.shape)}")
-    n, a = block_cost((child, parent), w[0,0].numel()), w.detach().double().flatten(2).sum(2) if w.ndim > 2 else w.detach().double()
+    n, a = (block_cost((child, parent), w[0,0].numel()),
+            w.detach().double().flatten(2).sum(2) if w.ndim > 2 else w.detach().double())
     rows = a.new_zeros(len(n), a.shape[1]).index_add_(0, child, a)
     return rows.new_zeros(n.shape).index_add_(1, parent, rows)/n
 
@@ -143,9 +151,11 @@ def block_mean(w,     # one number per weight, tensor [n_out, n_in, ...]
 @public
 def dead_units(mask:Mask # unit='group'
               ):
-    "pandas `DataFrame`, one row per layer: its children, those with no block left, its input columns, those no child reads; `ValueError` for other units."
+    """pandas `DataFrame`, one row per layer: its children, those with no block left, its input columns,
+    those no child reads; `ValueError` for other units."""
     import pandas as pd
-    if check_type('mask', mask, Mask).unit != 'group': raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'group'")
+    if check_type('mask', mask, Mask).unit != 'group':
+        raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'group'")
     rows = []
     for k,keep in mask.items():
         child, parent = mask.labels[k]

@@ -50,7 +50,8 @@ def sizes(kind:str='geometric', # one of `KINDS`
           count:float=None, # number of sizes; for 'harmonic' the steps to one half, a real number
           values=None      # of 'manual': the sizes themselves
          )->list:
-    "Descending fractions of the parameters that stay, after Liebenwein et al.'s schedules; `ValueError` for ends that do not descend."
+    """Descending fractions of the parameters that stay, after Liebenwein et al.'s schedules;
+    `ValueError` for ends that do not descend."""
     check_choice('kind', kind, KINDS)
     wants = dict(manual=('values',), harmonic=('lo', 'count')).get(kind, ('hi', 'lo', 'count'))
     for k,v in dict(hi=hi, lo=lo, count=count, values=values).items():
@@ -121,5 +122,6 @@ def trained_steps(n:int, # number of sizes
                  )->list:
     "Indices of the sizes that are fine-tuned: the last of each of `fine_tunes` pieces of nearly equal length."
     if fine_tunes is None: return list(range(n))
-    if check_int('fine_tunes', fine_tunes, 0) > n: raise ValueError(f"fine_tunes={fine_tunes}: there are only {n} sizes")
+    if check_int('fine_tunes', fine_tunes, 0) > n:
+        raise ValueError(f"fine_tunes={fine_tunes}: there are only {n} sizes")
     return [int(o[-1]) for o in np.array_split(np.arange(n), fine_tunes)] if fine_tunes else []

@@ -152,7 +152,8 @@ def remember(self:Chain, scores):
 # %% ../nbs/19a_chain.ipynb #share
 @patch
 def share(self:Chain, scores, size:float):
-    "Sparsity of the candidates that leaves the fraction `size` of the network's parameters, or, if `of=` was asked for, of what that counts."
+    """Sparsity of the candidates that leaves the fraction `size` of the network's parameters, or,
+    if `of=` was asked for, of what that counts."""
     if self.ask.alloc_args.get('of', 'network') != 'network': return float(1-Fraction(str(size)))
     ws, b = layer_weights(self.dense), budget(self.dense, size)
     rest = 0 if scores.unit == 'channel' else sum(ws.values()) - sum(ws[k] for k in scores)
@@ -175,7 +176,8 @@ def cut_to(self:Chain, scores, sparsity):
     "The mask the allocator makes of `scores`, without what has gone before."
     old = None if scores.unit == 'rank' else self.mask # the weights have lost those ranks already
     args = self.ask.alloc_args
-    new = self.ask.alloc(sink(scores, old), **({} if args.get('threshold') is not None else dict(sparsity=sparsity)), **args)
+    new = self.ask.alloc(sink(scores, old), **({} if args.get('threshold') is not None else dict(sparsity=sparsity)),
+                         **args)
     res = narrow(new, old)
     if old is not None:
         res.units.update({k:v for k,v in old.items() if k not in res})
@@ -193,7 +195,8 @@ def decide(self:Chain, scores, i:int):
     self.mask, scale = self.cut_to(scores, value)
     again = self.ask.rewind not in ('none', None) # weights of an earlier moment have had no factor yet
     own = self.mask.scale if again else {k:v for k,v in scale.items()}
-    self.step = Mask(self.mask.units, self.mask.unit, graph=self.mask.graph, labels=self.mask.labels, meta=self.mask.meta, scale=own)
+    self.step = Mask(self.mask.units, self.mask.unit, graph=self.mask.graph, labels=self.mask.labels,
+                     meta=self.mask.meta, scale=own)
     return self.mask
 
 # %% ../nbs/19a_chain.ipynb #redrawn
@@ -209,7 +212,9 @@ def _fresh(model, seed):
         for m in own: m.reset_parameters()
     known = {id(p) for m in own for p in m.parameters(recurse=False)}
     left = [k for k,p in net.named_parameters() if id(p) not in known]
-    if left: raise ValueError(f"rewind='redraw': {left[0]} belongs to no module with reset_parameters; expected another rewind=")
+    if left:
+        raise ValueError(f"rewind='redraw': {left[0]} belongs to no module with reset_parameters; "
+                         "expected another rewind=")
     return net.state_dict()
 
 # %% ../nbs/19a_chain.ipynb #rewound
@@ -239,7 +244,8 @@ def _fitting(model, keeps):
 def cut(self:Chain, i:int):
     "Rewind, and take out what the mask of size `i` drops; the learner is changed in place."
     learn, mask = self.learn, self.step
-    if self.ask.shrink is True: surgery.shrink(learn.model, self.mask, self.few) # a network that cannot be cut is found out now
+    if self.ask.shrink is True:
+        surgery.shrink(learn.model, self.mask, self.few) # a network that cannot be cut is found out now
     self.rewound(i)
     if mask.unit == 'rank':
         learn.model, learn.opt = surgery.shrink(learn.model, mask, self.few), None
@@ -298,7 +304,8 @@ def small(self:Chain, must:bool=False):
     "The network without its zeros, or None where surgery fails and nobody insisted."
     learn, mask = self.learn, self.mask
     if mask.unit == 'rank' or self.origin is not None: return learn.model # it has that form already
-    bare = Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta) # factors are in the weights by now
+    # factors are in the weights by now
+    bare = Mask(mask.units, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta)
     try: return surgery.shrink(learn.model, bare, self.few)
     except surgery.SurgeryError:
         if must: raise
@@ -310,13 +317,16 @@ def known(self:Chain, i:int, **found):
     ask, scores, (what, value) = self.ask, self.scores, self.ask.sizes[i]
     got = scores if self.found is None else self.found
     meta = got.meta or {}
-    extra = dict(rounds=ask.args.get('rounds', len(ask.sizes)), at=ask.at, rewind=ask.rewind, fine_tune_epochs=ask.epochs)
+    extra = dict(rounds=ask.args.get('rounds', len(ask.sizes)), at=ask.at, rewind=ask.rewind,
+                 fine_tune_epochs=ask.epochs)
     if 'loss' in meta: extra['loss'] = meta['loss']
     if self.old is not None: extra['gone_before'] = self.old.sparsity
     status = meta.get('status') if self.found is None else got.status
-    return dict(method=ask.method.name, method_args=ask.said, seed=ask.seed, step=i, start=ask.start, secs=sum(o.secs for o in self.meters),
+    return dict(method=ask.method.name, method_args=ask.said, seed=ask.seed, step=i, start=ask.start,
+                secs=sum(o.secs for o in self.meters),
                 peak_mib=max((o.peak_mib or 0. for o in self.meters), default=0.), status=status, gap=meta.get('gap'),
-                sparsity=value if what == 'sparsity' else None, density=value if what == 'size' else None, extra=extra, **found)
+                sparsity=value if what == 'sparsity' else None, density=value if what == 'size' else None, extra=extra,
+                **found)
 
 # %% ../nbs/19a_chain.ipynb #files
 ANEW = 'delete the folder it is in, and the chain is made anew'
@@ -345,7 +355,8 @@ def _like(tensors, state, whole=False):
             raise ValueError(f"{k}: not a tensor of this network")
 
 def _bookkeeping(file, i, first, state):
-    "(what is held, origins, header) that step `i` left; `DamagedFileError` for a file that is missing, damaged or of another chain."
+    """(what is held, origins, header) that step `i` left;
+    `DamagedFileError` for a file that is missing, damaged or of another chain."""
     if not file.exists(): raise DamagedFileError(f"path={str(file)!r}: is missing; {ANEW}")
     tensors, h = load_tensors(file, 'chain', ANEW)
     part = lambda p: {k.removeprefix(f'{p}/'):v for k,v in tensors.items() if k.startswith(f'{p}/')}
@@ -363,7 +374,8 @@ def _bookkeeping(file, i, first, state):
 # %% ../nbs/19a_chain.ipynb #read
 @patch
 def read(self:Chain, i:int, folder):
-    "(network, what it holds at zero) of size `i`, the chain's own state with it; `DamagedFileError` for files that cannot be gone on from."
+    """(network, what it holds at zero) of size `i`, the chain's own state with it;
+    `DamagedFileError` for files that cannot be gone on from."""
     learn, file = self.learn, _file(folder, 'size', i)
     try: model, self.mask = surgery.load(file, copied(self.host)), Mask.load(_file(folder, 'mask', i))
     except (DamagedFileError, FileNotFoundError) as e:
@@ -405,7 +417,8 @@ def candidates(model, # any model
     "`Scores` of zeros for all units that may go: weights of layers that do not share them, or removable channels."
     if check_choice('unit', unit, ('weight', 'channel')) == 'channel':
         return Scores({k:torch.zeros(graph.layers[k]['n_out']) for k in graph.removable}, 'channel', graph=graph)
-    return Scores({k:torch.zeros(m.weight.shape) for k,m in layers(model).items() if k not in twins(model)}, 'weight', graph=graph)
+    return Scores({k:torch.zeros(m.weight.shape) for k,m in layers(model).items() if k not in twins(model)}, 'weight',
+                  graph=graph)
 
 # %% ../nbs/19a_chain.ipynb #tried
 @public
@@ -431,7 +444,8 @@ def task(self:Chain, i:int)->Task:
     what, value = self.ask.sizes[i]
     sparsity = self.share(zeros, value) if what == 'size' else value
     zeros = sink(zeros, self.mask)
-    return Task(learn, self.graph, zeros, sparsity, lambda scores: self.cut_to(scores, sparsity)[0], functools.partial(tried, learn))
+    return Task(learn, self.graph, zeros, sparsity, lambda scores: self.cut_to(scores, sparsity)[0],
+                functools.partial(tried, learn))
 
 # %% ../nbs/19a_chain.ipynb #find
 @patch
@@ -448,7 +462,8 @@ def find(self:Chain, i:int, folder=None):
         except KeyboardInterrupt:
             if folder is not None or not last: raise
             found = last[0]; found.status = 'interrupted'
-    if found.status not in ('optimal', 'budget'): warnings.warn(f"{ask.method.name}: the search is not finished, status {found.status!r}")
+    if found.status not in ('optimal', 'budget'):
+        warnings.warn(f"{ask.method.name}: the search is not finished, status {found.status!r}")
     self.meters.append(meter)
     self.found, self.scores, self.mask = found, None, found.mask
     self.step = found.mask
@@ -459,7 +474,8 @@ def _save_found(found, i, folder):
     "Write where a search for size `i` is."
     tensors_ = {k:v for k,v in found.state.items() if isinstance(v, torch.Tensor)}
     plain = {k:v for k,v in found.state.items() if k not in tensors_}
-    save_tensors(Path(folder)/'search.safetensors', tensors_ or {'none': torch.zeros(1)}, dict(kind='search', step=i, plain=plain))
+    save_tensors(Path(folder)/'search.safetensors', tensors_ or {'none': torch.zeros(1)},
+                 dict(kind='search', step=i, plain=plain))
 
 def _load_found(i, folder):
     "The state a search for size `i` goes on from, or None."

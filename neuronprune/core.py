@@ -53,7 +53,8 @@ def check_int(name:str, # argument name
     return int(value)
 
 # %% ../nbs/00_core.ipynb #check_choice
-_OTHERS = dict(filter='channel', neuron='channel', kernel='channel', structured='channel', unstructured='weight', element='weight', block='group')
+_OTHERS = dict(filter='channel', neuron='channel', kernel='channel', structured='channel', unstructured='weight',
+               element='weight', block='group')
 
 def check_choice(name:str, # argument name
                  value,    # what the user passed
@@ -61,14 +62,16 @@ def check_choice(name:str, # argument name
                 ):
     "`value` if it is one of `allowed`; otherwise a `ValueError` that lists them and names the nearest."
     allowed = list(allowed)
-    if any(value is o for o in allowed) or not isinstance(value, (bool, torch.Tensor, np.ndarray)) and value in allowed: return value
+    if any(value is o for o in allowed) or not isinstance(value, (bool, torch.Tensor, np.ndarray)) and value in allowed:
+        return value
     said = [str(o) for o in allowed]; word = str(value).lower()
-    near = [o for o in (_OTHERS.get(word.removesuffix('s')),) if o in said] or difflib.get_close_matches(word, said, n=1, cutoff=.5)
+    near = ([o for o in (_OTHERS.get(word.removesuffix('s')),) if o in said]
+            or difflib.get_close_matches(word, said, n=1, cutoff=.5))
     hint = f"; did you mean {near[0]!r}?" if near else ''
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{hint}")
 
 # %% ../nbs/00_core.ipynb #tensors
-def tensors(x # a tensor, or a tuple, list or mapping of such (a Hugging Face output is a mapping); anything else holds none
+def tensors(x # a tensor, or a tuple, list or mapping (a Hugging Face output is one) of such; all else holds none
            )->list:
     "The tensors in a batch of inputs or in a model's output, in order."
     if isinstance(x, torch.Tensor): return [x]
@@ -93,7 +96,8 @@ def take(xb, # a batch of inputs
 def feed(model:nn.Module, # any model
          xb               # a tensor; a tuple of tensors, one per argument; or a dictionary
         ):
-    "`model` called on a batch: a tuple fills its arguments in order, a dictionary those of its names (where `forward` has them, else it is one argument)."
+    """`model` called on a batch: a tuple fills its arguments in order,
+    a dictionary those of its names (where `forward` has them, else it is one argument)."""
     if isinstance(xb, Mapping):
         known = inspect.signature(model.forward).parameters
         named = any(p.kind is p.VAR_KEYWORD for p in known.values()) or set(xb) <= set(known)
@@ -129,18 +133,22 @@ def check_batch(xb,                   # inputs: a tensor [n, ...], or a tuple or
                 yb:torch.Tensor=None, # integer labels [n]
                 n_out:int=None        # number of classes
                ):
-    "Raises `ValueError` for an empty batch, NaN inputs, labels of the wrong length, type or range; `TypeError` if there is no tensor."
+    """Raises `ValueError` for an empty batch, NaN inputs, labels of the wrong length, type or range;
+    `TypeError` if there is no tensor."""
     xs = tensors(xb)
     if not xs: check_type('xb', xb, torch.Tensor, 'or a tuple or dictionary of tensors')
     for o in xs:
-        if o.layout != torch.strided: raise ValueError(f"xb: a {str(o.layout).removeprefix('torch.')} tensor; expected a dense one")
+        if o.layout != torch.strided:
+            raise ValueError(f"xb: a {str(o.layout).removeprefix('torch.')} tensor; expected a dense one")
         if o.ndim == 0 or len(o) == 0: raise ValueError("xb: the batch is empty; expected at least one example")
         check_finite('xb', o)
     if yb is None: return
     check_type('yb', yb, torch.Tensor)
     if yb.ndim != 1: raise ValueError(f"yb: shape {tuple(yb.shape)}; expected one integer class label per input, [n]")
-    if len(yb) != len(xs[0]): raise ValueError(f"yb: {len(yb)} labels for {len(xs[0])} inputs; expected one label per input")
-    if yb.is_floating_point() or yb.dtype == torch.bool: raise ValueError(f"yb: dtype {yb.dtype}; expected integer class labels")
+    if len(yb) != len(xs[0]):
+        raise ValueError(f"yb: {len(yb)} labels for {len(xs[0])} inputs; expected one label per input")
+    if yb.is_floating_point() or yb.dtype == torch.bool:
+        raise ValueError(f"yb: dtype {yb.dtype}; expected integer class labels")
     if yb.min() < 0 or (n_out is not None and yb.max() >= n_out):
         top = 'n_out-1' if n_out is None else n_out-1
         raise ValueError(f"yb: labels from {int(yb.min())} to {int(yb.max())}; expected 0 to {top}")
@@ -150,7 +158,8 @@ def check_batch(xb,                   # inputs: a tensor [n, ...], or a tuple or
 def digesting(*xb,            # the model's inputs
               name:str='xb'   # argument they came from, for the message
              ):
-    "Inside the block the model's error about its inputs becomes a `ValueError` with the shapes of `xb`; lack of memory stays what it is."
+    """Inside the block the model's error about its inputs becomes a `ValueError` with the shapes of `xb`;
+    lack of memory stays what it is."""
     try: yield
     except (RuntimeError, IndexError, TypeError, KeyError) as e:
         if isinstance(e, torch.cuda.OutOfMemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e): raise
@@ -179,7 +188,8 @@ def _comments(f):
 # %% ../nbs/00_core.ipynb #documented
 def _kind(o):
     "An annotation in words."
-    return o if isinstance(o, str) else {nn.Module: 'nn.Module', torch.Tensor: 'torch.Tensor'}.get(o, getattr(o, '__name__', str(o)))
+    return (o if isinstance(o, str)
+            else {nn.Module: 'nn.Module', torch.Tensor: 'torch.Tensor'}.get(o, getattr(o, '__name__', str(o))))
 
 def _documented(f):
     "The docstring of `f` with its arguments, their types, defaults and comments, in NumPy's layout."
@@ -194,7 +204,8 @@ def _documented(f):
         rows.append(f"{k}{' : ' if more else ''}{', '.join(more)}" + (f"\n    {notes[k]}" if notes.get(k) else ''))
     doc = [f.__doc__ or '', *(['Parameters\n----------\n'+'\n'.join(rows)] if rows else [])]
     if ann.get('return') is not None:
-        doc.append(f"Returns\n-------\n{_kind(ann['return'])}" + (f"\n    {notes['return']}" if notes.get('return') else ''))
+        doc.append(f"Returns\n-------\n{_kind(ann['return'])}"
+                   + (f"\n    {notes['return']}" if notes.get('return') else ''))
     return '\n\n'.join(doc)
 
 # %% ../nbs/00_core.ipynb #public
@@ -224,7 +235,8 @@ BATCHNORM = nn.modules.batchnorm._BatchNorm # of 1 to 3 dimensions, synchronised
 
 def layers(model:nn.Module # any model
           )->dict:
-    "Path -> module of the linear and convolution layers, in the order of `named_modules`; `ValueError` if there are none."
+    """Path -> module of the linear and convolution layers, in the order of `named_modules`;
+    `ValueError` if there are none."""
     check_type('model', model, nn.Module)
     res = {n:m for n,m in model.named_modules() if isinstance(m, PRUNABLE)}
     if not res: raise ValueError(f"model={type(model).__name__}: no Linear or Conv layer to prune")
@@ -240,12 +252,14 @@ def twins(model:nn.Module # any model
 # %% ../nbs/00_core.ipynb #untouched
 def untouched(model:nn.Module # any model
              )->dict:
-    "Module (or parameter of the model itself) -> why its weights are no candidates: it holds matrices, but is no linear or convolution layer."
+    """Module (or parameter of the model itself) -> why its weights are no candidates:
+    it holds matrices, but is no linear or convolution layer."""
     res = {}
     for n,m in model.named_modules():
         own = [k for k,p in m._parameters.items() if p is not None and p.ndim > 1]
         if isinstance(m, PRUNABLE) or not own: continue
-        for k in [n] if n else own: res[k] = f"{type(m).__name__}: {', '.join(own) if n else k} belongs to no linear or convolution layer"
+        for k in [n] if n else own:
+            res[k] = f"{type(m).__name__}: {', '.join(own) if n else k} belongs to no linear or convolution layer"
     return res
 
 # %% ../nbs/00_core.ipynb #kappa
@@ -331,14 +345,15 @@ def check_room(what:str, # argument and value, for the message
               ):
     "Raises `ValueError` if `n_bytes` are more than the machine's memory."
     if n_bytes <= (have := memory_size()): return
-    raise ValueError(f"{what}: takes {n_bytes/2**30:.3g} GiB, this machine has {have/2**30:.3g} GiB; expected something smaller")
+    raise ValueError(f"{what}: takes {n_bytes/2**30:.3g} GiB, this machine has {have/2**30:.3g} GiB; "
+                     "expected something smaller")
 
 # %% ../nbs/00_core.ipynb #modules-dict-random-baselines
 UNITS = ('weight', 'channel', 'group', 'rank')
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',
                 taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint',
-                sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling', sampling='sampling',
-                thinet='criteria', bestof='search')
+                sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling',
+                sampling='sampling', thinet='criteria', bestof='search')
 _registry = {}
 
 # %% ../nbs/00_core.ipynb #method
@@ -371,7 +386,8 @@ def _with_batch(f, batch, args, kw):
     for k in ('dls', 'n_per_class', 'n', 'split'):
         if (v := given.get(k)) is None: continue
         said = f'{k}={v!r}' if isinstance(v, (int, str)) else f'{k}: a {type(v).__name__}'
-        raise ValueError(f"batch, {said}: the batch is all that is looked at, nothing is chosen from loaders; expected one of the two")
+        raise ValueError(f"batch, {said}: the batch is all that is looked at, nothing is chosen from loaders; "
+                         "expected one of the two")
     from neuronprune.data import OneBatch
     return dict(kw, dls=OneBatch(batch, classes='loss_func' not in kw))
 
@@ -389,18 +405,20 @@ def method(name:str,        # registered name
            bounds:str=None, # 'module:function' of a table of error bounds
            quick:dict=None  # arguments that make scoring short, for a rehearsal
           ):
-    "Decorator: register a score or search function under `name`; its scores list what holds weights and is no candidate (`untouched`)."
+    """Decorator: register a score or search function under `name`;
+    its scores list what holds weights and is no candidate (`untouched`)."""
     check_choice('unit', unit, UNITS); check_choice('kind', kind, ('score', 'search'))
     for o in needs: check_choice('needs', o, ('data', 'labels', 'gradients', 'training'))
     def _inner(f):
         @wraps(f)
         def scored(model, *args, **kw):
             res = f(model, *args, **kw)
-            if hasattr(res, 'skipped'): res.skipped = {**{k:v for k,v in untouched(model).items() if k not in res}, **res.skipped}
+            if hasattr(res, 'skipped'):
+                res.skipped = {**{k:v for k,v in untouched(model).items() if k not in res}, **res.skipped}
             return res
         scored = public(scored)
-        _registry[name] = Method(name, scored, unit, tuple(needs), at, rewind, {} if allocate is None else allocate, paper, kind, network,
-                                 bounds, quick or {})
+        _registry[name] = Method(name, scored, unit, tuple(needs), at, rewind, {} if allocate is None else allocate,
+                                 paper, kind, network, bounds, quick or {})
         return scored
     return _inner
 
@@ -410,10 +428,11 @@ class Task:
     "What a search is asked for."
     learn:object     # the `Learner`; a search that trains it owns its epochs until it answers
     graph:object     # `Graph` of its model
-    candidates:object # `Scores` of zeros: keys and shapes of the units that may go; `candidates.gone` names those that have gone before
+    # `Scores` of zeros: keys and shapes of the units that may go; `candidates.gone` names those that have gone before
+    candidates:object
     sparsity:float   # fraction of the candidate units that goes, counted as `allocate` counts
     allocate:object  # function `Scores` like `candidates` -> `Mask` of the size asked for, without what has gone
-    test:object      # function `Mask` -> (fraction of right answers, or minus the loss; mean loss) on validation data, the model left as it was
+    test:object      # `Mask` -> (accuracy, or minus the loss; mean loss) on validation data, the model left as it was
 
 # %% ../nbs/00_core.ipynb #found
 @dataclass
@@ -447,6 +466,6 @@ def methods()->Methods: "All registered methods, a dictionary name -> `Method`."
 def frame(self:Methods):
     "pandas `DataFrame`, one row per method; this imports them all."
     import pandas as pd
-    rows = [dict(method=m.name, kind=m.kind, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,
-                 module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()]
+    rows = [dict(method=m.name, kind=m.kind, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at,
+                 rewinds_to=m.rewind, module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()]
     return pd.DataFrame(rows)

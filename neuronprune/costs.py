@@ -16,8 +16,8 @@ import numpy as np, pandas as pd, scipy.sparse, torch
 import neuronprune
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from .core import (as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers, mapped,
-                              public)
+from .core import (as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers,
+                              mapped, public)
 from .masks import Mask
 from .surgery import factorise
 
@@ -35,7 +35,8 @@ def nonzero_params(model:nn.Module # any network
     return sum(int(torch.count_nonzero(p.detach())) for p in check_type('model', model, nn.Module).parameters())
 
 # %% ../nbs/06a_costs.ipynb #layer_macs
-def _device(model): return next((p.device for p in check_type('model', model, nn.Module).parameters()), torch.device('cpu'))
+def _device(model):
+    return next((p.device for p in check_type('model', model, nn.Module).parameters()), torch.device('cpu'))
 
 def _all_macs(model, xb):
     "(MACs of `model` for the first example of `xb`, the same over the non-zero weights of the prunable layers)."
@@ -46,7 +47,8 @@ def _all_macs(model, xb):
     hooks = [m.register_forward_hook(hook) for m in layers(model).values()]
     x = mapped(lambda o: o[:1].to(dev), xb)
     try:
-        with as_found(model, train=False), torch.no_grad(), digesting(x), FlopCounterMode(display=False) as counter: feed(model, x)
+        with as_found(model, train=False), torch.no_grad(), digesting(x), FlopCounterMode(display=False) as counter:
+            feed(model, x)
     finally:
         for h in hooks: h.remove()
     macs = counter.get_total_flops()//2
@@ -68,7 +70,8 @@ def _npz_bytes(w, compressed=True):
     scipy.sparse.save_npz(f, scipy.sparse.csr_matrix(w), compressed=compressed)
     return f.getbuffer().nbytes
 
-_FRAME = _npz_bytes(np.zeros((1, 1), dtype=np.float32), False) - 8 # what the file holds beside values, columns and row ends
+# what the file holds beside values, columns and row ends
+_FRAME = _npz_bytes(np.zeros((1, 1), dtype=np.float32), False) - 8
 
 def _npz_estimate(w, n_nonzero, n=2**16):
     "About the size of the compressed file, from evenly spread rows of `w` with `n` weights."
@@ -107,13 +110,16 @@ def _left(model, mask):
 def accounting(model:nn.Module, # dense or masked; not changed
                mask:Mask        # what is removed
               )->pd.DataFrame:
-    "Rows: each masked layer, all of them, the network; weights, zeros (ranks: weights saved), fraction pruned, MiB dense / csr / csr_npz."
+    """Rows: each masked layer, all of them, the network;
+    weights, zeros (ranks: weights saved), fraction pruned, MiB dense / csr / csr_npz."""
     check_type('mask', mask, Mask)
-    keep, left, rows, hows = {} if mask.unit == 'rank' else mask.expand(model), _left(model, mask), {}, ('dense', 'csr', 'csr_npz')
+    keep, left, rows, hows = ({} if mask.unit == 'rank' else mask.expand(model), _left(model, mask), {},
+                              ('dense', 'csr', 'csr_npz'))
     for n,m in layers(model).items():
         ws, k = left.get(n, [m.weight.detach()]), keep.get(f'{n}.weight')
         zeros = m.weight.numel()-sum(w.numel() for w in ws) if k is None else int((~k).sum())
-        rows[n] = dict(masked=n in left, weights=m.weight.numel(), zeros=zeros, **{h:sum(_stored(w, h) for w in ws)/2**20 for h in hows})
+        rows[n] = dict(masked=n in left, weights=m.weight.numel(), zeros=zeros,
+                       **{h:sum(_stored(w, h) for w in ws)/2**20 for h in hows})
     df = pd.DataFrame(rows).T.infer_objects()
     part = df[df.masked]
     df = pd.concat([part, pd.DataFrame({'masked layers': part.sum(), 'network': df.sum()}).T]).drop(columns='masked')
@@ -170,7 +176,8 @@ def versions()->dict:
 # %% ../nbs/06a_costs.ipynb #meter
 @dataclass
 class Meter:
-    "Cost of a block of code: seconds, and the peak of memory above the start in MiB (None where it cannot be measured)."
+    """Cost of a block of code: seconds, and the peak of memory above the start in MiB
+    (None where it cannot be measured)."""
     secs:float=None
     peak_mib:float=None
 

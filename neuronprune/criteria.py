@@ -18,7 +18,8 @@ from .inputs import batch_for, column_groups, readers, slices, traced
 # %% ../nbs/17_criteria.ipynb #patches
 def _patches(m, x, place, size):
     "Patches of the input `x` under the output places `place` [n, p], flat indices into `size`: [n, p, n_in, taps]."
-    if isinstance(m, nn.Linear): return x.reshape(len(x), -1, x.shape[-1])[torch.arange(len(x), device=x.device)[:, None], place][..., None]
+    if isinstance(m, nn.Linear):
+        return x.reshape(len(x), -1, x.shape[-1])[torch.arange(len(x), device=x.device)[:, None], place][..., None]
     x = F.pad(x, m._reversed_padding_repeated_twice, mode='constant' if m.padding_mode == 'zeros' else m.padding_mode)
     at, d = torch.unravel_index(place, size), len(size)
     index = [torch.arange(len(x), device=x.device).view(-1, *[1]*(d+1))]
@@ -37,16 +38,19 @@ def contributions(m:nn.Module,        # Linear or convolution without groups
                  )->torch.Tensor:
     "What each input channel adds to the chosen outputs, float64 [n*p, n_in]; bias left out."
     a, w = _patches(m, x, place, size), m.weight.detach()
-    w = (w[..., None] if w.ndim == 2 else w.flatten(2)).to(torch.promote_types(w.dtype, torch.float32)) # half precision would round the sums
+    # half precision would round the sums
+    w = (w[..., None] if w.ndim == 2 else w.flatten(2)).to(torch.promote_types(w.dtype, torch.float32))
     return torch.einsum('npct,npct->npc', a.to(w.dtype), w[chan]).flatten(0, 1).cpu().double()
 
 # %% ../nbs/17_criteria.ipynb #greedy-order
 @public
 def greedy_order(G # Gram matrix of the contributions, float64 [c, c]
                 )->np.ndarray:
-    "Channels in the order in which they join the set of smallest joint contribution, int64 [c]; equal ones in index order; `ValueError` unless square and finite."
+    """Channels in the order in which they join the set of smallest joint contribution, int64 [c];
+    equal ones in index order; `ValueError` unless square and finite."""
     G = np.asarray(G, dtype=np.float64)
-    if G.ndim != 2 or G.shape[0] != G.shape[1]: raise ValueError(f"G: shape {G.shape}; expected a square Gram matrix [c, c]")
+    if G.ndim != 2 or G.shape[0] != G.shape[1]:
+        raise ValueError(f"G: shape {G.shape}; expected a square Gram matrix [c, c]")
     if not np.isfinite(G).all(): raise ValueError("G: NaN or infinite entries; expected finite numbers")
     rise, order = np.diag(G).copy(), np.empty(len(G), dtype=np.int64)
     for i in range(len(G)):
@@ -56,16 +60,23 @@ def greedy_order(G # Gram matrix of the contributions, float64 [c, c]
 
 # %% ../nbs/17_criteria.ipynb #grams
 def _grams(model, names, graph, xb, n_positions, seed, bs=64):
-    "Layer -> Gram matrix of the contributions of its input channels, float64 [groups, groups]; `ValueError` for images that do not suit the model or the graph."
-    mods, gen, groups, first = layers(model), generator(seed), {k:column_groups(graph, k) for k in names}, tensors(xb)[0]
-    drawn = {k:[torch.randint(o, (len(first), n_positions), generator=gen).to(first.device) for o in (graph.layers[k]['positions'], graph.layers[k]['n_out'])] for k in names}
+    """Layer -> Gram matrix of the contributions of its input channels, float64 [groups, groups];
+    `ValueError` for images that do not suit the model or the graph."""
+    mods, gen, groups, first = (layers(model), generator(seed), {k:column_groups(graph, k) for k in names},
+                                tensors(xb)[0])
+    drawn = {k:[torch.randint(o, (len(first), n_positions), generator=gen).to(first.device)
+                for o in (graph.layers[k]['positions'], graph.layers[k]['n_out'])] for k in names}
     res = {k:torch.zeros(int(g.max())+1, int(g.max())+1, dtype=torch.float64) for k,g in groups.items()}
     def hook(k, at):
         def look(m, inp, out):
             got, traced_ = slots(m, out).shape[2], graph.layers[k]['positions']
-            if got != traced_: raise ValueError(f"graph: traced with other images than those of dls: layer {k!r} has {traced_} positions there and "
-                                                f"{got} for images of shape {tuple(first.shape[1:])}; expected graph=trace(model, xb) with such images")
-            X = contributions(m, inp[0], *[o[at:at+len(out)] for o in drawn[k]], () if isinstance(m, nn.Linear) else tuple(out.shape[2:]))
+            if got != traced_:
+                raise ValueError("graph: traced with other images than those of dls: "
+                                 f"layer {k!r} has {traced_} positions there and "
+                                 f"{got} for images of shape {tuple(first.shape[1:])}; "
+                                 "expected graph=trace(model, xb) with such images")
+            X = contributions(m, inp[0], *[o[at:at+len(out)] for o in drawn[k]],
+                              () if isinstance(m, nn.Linear) else tuple(out.shape[2:]))
             X = X.new_zeros(len(X), len(res[k])).index_add_(1, groups[k], X)
             res[k] += X.T @ X
         return look
@@ -88,7 +99,8 @@ def thinet(model:nn.Module, # trained model
            seed:int=0,      # of the images and outputs
            progress:bool=False # has no effect: nothing takes long
           )->Scores:
-    "Place of every input channel in the greedy order of removal, `path:in` [n_in] in [0, 1) (Luo 2017); `ValueError` without images or readable inputs, for NaN, or a graph traced at another size."
+    """Place of every input channel in the greedy order of removal, `path:in` [n_in] in [0, 1) (Luo 2017);
+    `ValueError` without images or readable inputs, for NaN, or a graph traced at another size."""
     start = time.perf_counter()
     check_choice('compat', compat, (None, 'released')); check_int('n_positions', n_positions, 1)
     for k,m in layers(model).items(): check_finite(f'{k}.weight', m.weight)

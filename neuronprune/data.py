@@ -79,7 +79,8 @@ def augmentations(augment # None, names as in 'crop+flip', a list of names, or f
 
 # %% ../nbs/01_data.ipynb #prep
 class Prep:
-    "Callable (uint8 or float images [n, c, h, w], generator) -> float32 batch; resize, grey to colour, augment, normalise."
+    """Callable (uint8 or float images [n, c, h, w], generator) -> float32 batch;
+    resize, grey to colour, augment, normalise."""
     def __init__(self,
                  mean=None,  # per channel, None = leave in [0, 1]
                  std=None,   # per channel
@@ -121,7 +122,8 @@ def resize(x:torch.Tensor, # images [n, c, h, w], uint8 or float
 
 # %% ../nbs/01_data.ipynb #imagedl
 class ImageDL(DataLoader):
-    "fastai `DataLoader` of (float32 [bs, c, h, w], int64 [bs]) batches over `Images` (index slices) or `Files` (workers)."
+    """fastai `DataLoader` of (float32 [bs, c, h, w], int64 [bs]) batches over `Images` (index slices) or
+    `Files` (workers)."""
     def __init__(self,
                  dataset,    # `Images` or `Files`
                  bs:int=64,  # batch size
@@ -146,7 +148,8 @@ class ImageDL(DataLoader):
     def get_idxs(self):
         return torch.randperm(self.n, generator=self.g).tolist() if self.shuffle else list(range(self.n))
     def before_iter(self):
-        if getattr(self.dataset, 'crop', None) is not None: self.dataset.epoch = int(torch.randint(2**31, (), generator=self.g))
+        if getattr(self.dataset, 'crop', None) is not None:
+            self.dataset.epoch = int(torch.randint(2**31, (), generator=self.g))
     def after_batch(self, b): return self.prep(b[0], self.g),b[1]
     def to(self, device):
         self.device = device
@@ -212,41 +215,6 @@ def dl_record(name, dls, train, how, mean, std, augment, said, seed, native)->di
                 normalize=how, mean=mean, std=std, augment='+'.join(names) or 'none',
                 split=said or 'as published', seed=seed, resident=train.resident, bs=dls.train.bs)
 
-# %% ../nbs/01_data.ipynb #get_dls
-@public
-def get_dls(name:str,          # a name from `datasets()`, or the path of an image folder
-            size:int=None,     # side in pixels, bilinear; None = native
-            *,
-            root=None,         # folder of the data; None = $NEURONPRUNE_DATA or ~/.neuronprune/data
-            bs:int=64,         # batch size
-            valid_pct:float=.1,# share of the training images kept for validation, where the set has no such part
-            seed:int=0,        # of the validation part, the order and the augmentation
-            augment=None,      # of training batches: 'crop+flip+cutout+rotate', 'resized_crop' (files), functions f(x, g)
-            normalize=None,    # 'unit', 'standard', 'imagenet', (mean, std); None = the set's default
-            device=None,       # None = fastai's default device
-            num_workers:int=0, # decoding processes, for sets that are not resident
-            n_train:int=None,  # keep so many training images, stratified
-            official:bool=False, # flowers102: torchvision's split instead of the energy papers'
-            resident:bool=None,# decode files into memory? None = if it fits 1 GiB
-            c_in:int=None,     # 1 or 3; grey is repeated, colour is averaged (luma); None = native
-            download:bool=False # let torchvision fetch a missing set
-           )->DataLoaders:
-    "fastai `DataLoaders` with `.train .valid .test`, `.c_in .n_out .size .vocab .record`; errors say what is wrong."
-    check_fraction('valid_pct', valid_pct)
-    for k,v,lo in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', seed, None)): check_int(k, v, lo)
-    if size is not None: check_int('size', size, 1)
-    if c_in is not None: check_choice('c_in', c_in, [1, 3])
-    aug = [augment] if augment == 'resized_crop' else augmentations(augment)
-    name,info,src = find_source(name, root, download, official)
-    *parts,said = split_parts(src, valid_pct, n_train, seed)
-    c_in,side = c_in or info.c or src.train.c,size or info.size
-    if size: check_room(f'size={size}, bs={bs}', 4*min(bs, len(parts[0]))*c_in*size**2)
-    if aug == ['resized_crop']: train = _resized_crop(parts[0], side, c_in, seed, resident)
-    else: train = store(parts[0], side, c_in, resident)
-    return _make_dls(name, info, src, [train, *(store(o, side, c_in, resident) for o in parts[1:])], said, aug,
-                     dict(size=size, c_in=c_in, bs=bs, seed=seed, normalize=normalize, device=device,
-                          num_workers=num_workers))
-
 # %% ../nbs/01_data.ipynb #resized_crop
 def _resized_crop(part, side, c_in, seed, resident):
     "Files that are cut anew at every read."
@@ -265,7 +233,8 @@ def _tried(prep, x, seed):
             raise TypeError(f'{got.dtype} {list(got.shape)} out of {list(plain.shape)}')
     except Exception as e: # the functions are the user's
         names = ', '.join(getattr(f, '__name__', repr(f)) for f in prep.augment)
-        raise ValueError(f"augment={names}: {type(e).__name__}: {e}; expected functions f(x, g) of float images [n, c, h, w] "
+        raise ValueError(f"augment={names}: {type(e).__name__}: {e}; "
+                         "expected functions f(x, g) of float images [n, c, h, w] "
                          "and a generator, that give such images back") from e
 
 # %% ../nbs/01_data.ipynb #make-dls
@@ -292,6 +261,41 @@ def _make_dls(name, info, src, parts, said, aug, o):
     dls.record = dl_record(name, dls, train, how, mean, std, aug, said, o['seed'], info.size or side)
     if info is DATASETS['folder']: dls.record['files'] = _listing(src)
     return dls
+
+# %% ../nbs/01_data.ipynb #get_dls
+@public
+def get_dls(name:str,          # a name from `datasets()`, or the path of an image folder
+            size:int=None,     # side in pixels, bilinear; None = native
+            *,
+            root=None,         # folder of the data; None = $NEURONPRUNE_DATA or ~/.neuronprune/data
+            bs:int=64,         # batch size
+            valid_pct:float=.1,# share of the training images kept for validation, where the set has no such part
+            seed:int=0,        # of the validation part, the order and the augmentation
+            augment=None, # of training batches: 'crop+flip+cutout+rotate', 'resized_crop' (files), functions f(x, g)
+            normalize=None,    # 'unit', 'standard', 'imagenet', (mean, std); None = the set's default
+            device=None,       # None = fastai's default device
+            num_workers:int=0, # decoding processes, for sets that are not resident
+            n_train:int=None,  # keep so many training images, stratified
+            official:bool=False, # flowers102: torchvision's split instead of the energy papers'
+            resident:bool=None,# decode files into memory? None = if it fits 1 GiB
+            c_in:int=None,     # 1 or 3; grey is repeated, colour is averaged (luma); None = native
+            download:bool=False # let torchvision fetch a missing set
+           )->DataLoaders:
+    "fastai `DataLoaders` with `.train .valid .test`, `.c_in .n_out .size .vocab .record`; errors say what is wrong."
+    check_fraction('valid_pct', valid_pct)
+    for k,v,lo in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', seed, None)): check_int(k, v, lo)
+    if size is not None: check_int('size', size, 1)
+    if c_in is not None: check_choice('c_in', c_in, [1, 3])
+    aug = [augment] if augment == 'resized_crop' else augmentations(augment)
+    name,info,src = find_source(name, root, download, official)
+    *parts,said = split_parts(src, valid_pct, n_train, seed)
+    c_in,side = c_in or info.c or src.train.c,size or info.size
+    if size: check_room(f'size={size}, bs={bs}', 4*min(bs, len(parts[0]))*c_in*size**2)
+    if aug == ['resized_crop']: train = _resized_crop(parts[0], side, c_in, seed, resident)
+    else: train = store(parts[0], side, c_in, resident)
+    return _make_dls(name, info, src, [train, *(store(o, side, c_in, resident) for o in parts[1:])], said, aug,
+                     dict(size=size, c_in=c_in, bs=bs, seed=seed, normalize=normalize, device=device,
+                          num_workers=num_workers))
 
 # %% ../nbs/01_data.ipynb #balanced
 @public
@@ -326,7 +330,8 @@ def _loader(dls, split):
     if not isinstance(ls, (list, tuple)) or not all(map(good, ls)):
         raise TypeError(f"dls: expected DataLoaders, a training and a validation loader, got {type(dls).__name__}")
     if i >= len(ls):
-        raise ValueError(f"split={split!r}: these DataLoaders hold {len(ls)} loaders; expected a third one for the test set")
+        raise ValueError(f"split={split!r}: these DataLoaders hold {len(ls)} loaders; "
+                         "expected a third one for the test set")
     return ls[i]
 
 # %% ../nbs/01_data.ipynb #batches
@@ -346,7 +351,8 @@ def _batches(dl):
     "The batches of a foreign loader in a fixed order, un-augmented where the data set can be told."
     n_inp = getattr(dl, 'n_inp', None)
     if isinstance(dl, TorchLoader):
-        dl = TorchLoader(dl.dataset, batch_size=dl.batch_size or 64, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+        dl = TorchLoader(dl.dataset, batch_size=dl.batch_size or 64, collate_fn=dl.collate_fn,
+                         num_workers=dl.num_workers)
     elif hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)
     quiet = getattr(getattr(dl, 'dataset', None), 'set_split_idx', None)
     with quiet(1) if quiet else nullcontext():
@@ -369,7 +375,8 @@ def _fetch(dl, idx):
 # %% ../nbs/01_data.ipynb #one-batch
 @public
 class OneBatch(DataLoaders):
-    "A batch (xb, yb) in the place of all loaders; `TypeError` or `ValueError` unless it is a pair with one label per input."
+    """A batch (xb, yb) in the place of all loaders; `TypeError` or `ValueError` unless it is a pair with one
+    label per input."""
     def __init__(self, batch,      # inputs (a tensor, or a tuple or dictionary of such) and labels
                  classes:bool=True # must the labels be class numbers?
                 ):
@@ -380,7 +387,9 @@ class OneBatch(DataLoaders):
         try: check_batch(xb, check_type('yb', yb, torch.Tensor) if classes else None)
         except (TypeError, ValueError) as e: raise type(e)(f'batch: {e}') from None
         n = {len(o) for o in tensors([xb, yb])}
-        if len(n) > 1: raise ValueError(f"batch: tensors of {', '.join(map(str, sorted(n)))} examples; expected equally many inputs and labels")
+        if len(n) > 1:
+            raise ValueError(f"batch: tensors of {', '.join(map(str, sorted(n)))} examples; "
+                             "expected equally many inputs and labels")
         xb = tuple(xb) if isinstance(xb, list) else xb
         self.batch = xb,yb.long() if classes else yb
         super().__init__(*[[self.batch]]*3, device=tensors(xb)[0].device)
@@ -410,8 +419,10 @@ def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders
                 device=None,        # None = the device of `dls`
                 classes:bool=True   # must labels be class numbers? False: others count as one class
                )->tuple:
-    "(xb float32 [k, ...], yb int64 [k]), un-augmented, normalised as in training; several inputs are a tuple. `ValueError` if there are too few."
-    if n is not None and n_per_class is not None: raise ValueError(f"n={n}, n_per_class={n_per_class}: give one of the two")
+    """(xb float32 [k, ...], yb int64 [k]), un-augmented, normalised as in training; several inputs are a tuple.
+    `ValueError` if there are too few."""
+    if n is not None and n_per_class is not None:
+        raise ValueError(f"n={n}, n_per_class={n_per_class}: give one of the two")
     device = device or getattr(dls, 'device', None) or 'cpu'
     if isinstance(dls, OneBatch): return mapped(lambda o: o.to(device), dls.batch)
     dl,ours = _loader(dls, split),False

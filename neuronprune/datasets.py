@@ -41,7 +41,7 @@ class Files:
                  c:int=3,         # 1 = grey, 3 = colour
                  size:int=None,   # side, None = as stored (then all must agree)
                  how:str='squash',# 'squash' to a square, or 'centre': short side to 8/7 size, then the central square
-                 crop=None        # seed of a random resized crop per image and `epoch`, a number the loader draws; None = never
+                 crop=None        # seed of a random resized crop per image and `epoch` (by the loader); None = never
                 ):
         self.paths,self.y = list(paths),torch.as_tensor(y).long()
         self.c,self.size,self.how,self.crop,self.epoch = c,size,how,crop,0
@@ -94,12 +94,14 @@ def read(self:Files,
 @patch
 @public
 def items(self:Files, idx):
-    "The images `idx`, un-augmented, uint8 [len(idx), c, h, w]; raises `ValueError` when sizes differ and `size` is None."
+    """The images `idx`, un-augmented, uint8 [len(idx), c, h, w];
+    raises `ValueError` when sizes differ and `size` is None."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as ex:
         ims = list(ex.map(self.read, torch.as_tensor(idx).tolist()))
     shapes = {tuple(o.shape[1:]) for o in ims}
     if len(shapes) > 1:
-        raise ValueError(f"size=None: the images have {len(shapes)} different sizes, e.g. {sorted(shapes)[:2]}; give size=")
+        raise ValueError(f"size=None: the images have {len(shapes)} different sizes, e.g. {sorted(shapes)[:2]}; "
+                         "give size=")
     return torch.stack(ims)
 
 # %% ../nbs/00c_datasets.ipynb #load
@@ -163,7 +165,8 @@ def idx_array(path,    # file, gzipped if its name ends so
         size = os.path.getsize(path)*(1032 if gz else 1) # deflate packs no tighter
         x = f.read(n+1) if 0 < n <= size else b''
         if len(x) != n or n == 0:
-            raise ValueError(f"claims {' x '.join(map(str, shape))} bytes, and holds {'more' if len(x) > n else 'fewer'}")
+            raise ValueError(f"claims {' x '.join(map(str, shape))} bytes, and holds "
+                             f"{'more' if len(x) > n else 'fewer'}")
         return torch.frombuffer(bytearray(x), dtype=torch.uint8).view(shape)
 
 # %% ../nbs/00c_datasets.ipynb #read_idx
@@ -201,7 +204,8 @@ def read_cifar(name, root, download, official):
     if not download: find(cls.__name__, [root], cls.base_folder, get='pass download=True')
     with _local(root/cls.base_folder, download):
         parts = [cls(root, train=t, download=download) for t in (True, False)]
-    train,test = (Images(torch.from_numpy(o.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(o.targets)) for o in parts)
+    train,test = (Images(torch.from_numpy(o.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(o.targets))
+                  for o in parts)
     return Source(train, None, test, parts[0].classes)
 
 # %% ../nbs/00c_datasets.ipynb #read_flowers
@@ -335,7 +339,8 @@ def _own_stats(how, c_in):
         mean,std = (np.atleast_1d(np.asarray(o, dtype=float)).tolist() for o in how)
         good = len(mean) == len(std) in (1, c_in) and min(std) > 0 and all(map(math.isfinite, mean+std))
     except (TypeError, ValueError): good = False
-    if not good: raise ValueError(f"normalize={how}: expected (mean, std), finite, positive std, one number or {c_in} each")
+    if not good:
+        raise ValueError(f"normalize={how}: expected (mean, std), finite, positive std, one number or {c_in} each")
     return mean,std
 
 @public
@@ -356,7 +361,8 @@ def norm_stats(normalize, # 'unit', 'standard', 'imagenet', or (mean, std)
 @public
 def find_source(name, root, download, official):
     "(name, `Set`, `Source`) of a data set by name or by the path of an image folder."
-    if not isinstance(name, (str, os.PathLike)): raise TypeError(f"name={name!r}: expected a data set, or a folder of images")
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"name={name!r}: expected a data set, or a folder of images")
     if name not in DATASETS and (Path(str(name)).is_dir() or os.sep in str(name)): name,root = 'folder',name
     if name == 'folder' and root is None:
         raise ValueError("root=None: name='folder' needs root=, the folder of images; or pass its path as name")

@@ -13,21 +13,27 @@ from .core import check_type, public
 def _rows(q):
     "`q` as float64 with rows that sum to 1 (or to 0); `ValueError` for NaN, negative entries or other sums."
     q = np.asarray(q, dtype=np.float64)
-    if q.ndim == 0 or q.shape[-1] == 0: raise ValueError(f"q: shape {q.shape}; expected rows of probabilities, [..., k]")
+    if q.ndim == 0 or q.shape[-1] == 0:
+        raise ValueError(f"q: shape {q.shape}; expected rows of probabilities, [..., k]")
     if not np.isfinite(q).all() or (q < 0).any():
         bad = q[~np.isfinite(q) | (q < 0)]
-        raise ValueError(f"q: {len(bad)} of {q.size} entries are negative, NaN or infinite, such as {bad[0]:g}; expected probabilities in [0, 1]")
+        raise ValueError(f"q: {len(bad)} of {q.size} entries are negative, NaN or infinite, such as {bad[0]:g}; "
+                         "expected probabilities in [0, 1]")
     total = q.sum(-1, keepdims=True)
     off = (np.abs(total-1) > 1e-4) & (total != 0)
-    if off.any(): raise ValueError(f"q: a row sums to {total[off][0]:g}; expected 1, or 0 for a row with nothing to draw from")
+    if off.any():
+        raise ValueError(f"q: a row sums to {total[off][0]:g}; expected 1, or 0 for a row with nothing to draw from")
     return q/np.where(total > 0, total, 1)
 
 def _per_row(name, x, q, lo, hi, whole=False):
     "`x` as float64 [rows of q]; `ValueError` for NaN, entries outside [lo, hi] or, where it matters, fractions."
     try: res = np.broadcast_to(np.asarray(x, dtype=np.float64), q.shape[:-1])
-    except ValueError: raise ValueError(f"{name}: shape {np.shape(x)}; expected a number, or one per row, {q.shape[:-1]}") from None
+    except ValueError:
+        raise ValueError(f"{name}: shape {np.shape(x)}; expected a number, or one per row, {q.shape[:-1]}") from None
     bad = ~((res >= lo) & (res <= hi)) | (whole & (res != np.floor(res)))
-    if bad.any(): raise ValueError(f"{name}: {res[bad][0]:g}; expected {'whole numbers' if whole else 'numbers'} in [{lo:g}, {hi:g}]")
+    if bad.any():
+        raise ValueError(
+            f"{name}: {res[bad][0]:g}; expected {'whole numbers' if whole else 'numbers'} in [{lo:g}, {hi:g}]")
     return res
 
 # %% ../nbs/09_draws.ipynb #log-miss
@@ -39,7 +45,8 @@ def _log_miss(q):
 def expected_unique(q, # probabilities [..., k]
                     n  # number of draws per row, [...] or one number, `inf` too
                    )->np.ndarray:
-    "Expected number of distinct items in `n` draws with replacement, float64 [...]; `ValueError` for bad rows or negative `n`."
+    """Expected number of distinct items in `n` draws with replacement, float64 [...];
+    `ValueError` for bad rows or negative `n`."""
     q = _rows(q)
     n = _per_row('n', n, q, 0, np.inf)[..., None]
     return -np.expm1(np.multiply(n, _log_miss(q), out=np.zeros(q.shape), where=q > 0)).sum(-1)
@@ -48,7 +55,8 @@ def expected_unique(q, # probabilities [..., k]
 MAX_DRAWS = 2**53
 
 def _newton(l, n, room):
-    "Whole `n` [rows], raised until the expected number of items missed, sum(exp(n l)), is at most `room`; `l` is -inf where q = 0."
+    """Whole `n` [rows], raised until the expected number of items missed, sum(exp(n l)), is at most `room`;
+    `l` is -inf where q = 0."""
     todo = np.arange(len(n))
     while len(todo):
         e = np.exp(n[todo, None]*l[todo])
@@ -64,7 +72,8 @@ def _newton(l, n, room):
 def draws_for(q,     # probabilities [..., k]
               target # distinct items wanted per row, in [0, k], [...] or one number
              )->np.ndarray:
-    "Smallest number of draws with `expected_unique` >= `target`, int64 [...], the target cut to all items but one; `ValueError` for bad rows or targets."
+    """Smallest number of draws with `expected_unique` >= `target`, int64 [...], the target cut to all items but one;
+    `ValueError` for bad rows or targets."""
     q = _rows(q)
     rows, t = q.reshape(-1, q.shape[-1]), _per_row('target', target, q, 0, q.shape[-1]).ravel()
     nnz = (rows > 0).sum(1)
@@ -79,7 +88,8 @@ def draws_for(q,     # probabilities [..., k]
 def draws_near(q,     # probabilities [..., k]
                target # distinct items wanted per row, in [0, k], [...] or one number
               )->np.ndarray:
-    "`draws_for`, less one draw in rows chosen so that the expected numbers add up nearest to the targets, int64 [...]; `ValueError` for bad rows or targets."
+    """`draws_for`, less one draw in rows chosen so that the expected numbers add up nearest to the targets,
+    int64 [...]; `ValueError` for bad rows or targets."""
     q = _rows(q)
     nnz, n = (q > 0).sum(-1), np.asarray(draws_for(q, target))
     want = np.minimum(_per_row('target', target, q, 0, q.shape[-1]), np.where(nnz > 1, nnz-1, nnz))
@@ -97,7 +107,8 @@ def draw(q,  # probabilities [..., k]
          n,  # draws per row, whole, [...] or one number
          rng:np.random.Generator # from `np.random.default_rng(seed)`
         )->np.ndarray:
-    "How often each item came in `n` draws with replacement, int64 [..., k]; `ValueError` for bad rows, or draws from an all-zero row."
+    """How often each item came in `n` draws with replacement, int64 [..., k];
+    `ValueError` for bad rows, or draws from an all-zero row."""
     q = _rows(q); check_type('rng', rng, np.random.Generator, 'such as np.random.default_rng(0)')
     n = _per_row('n', n, q, 0, MAX_DRAWS, whole=True).astype(np.int64)
     if (n[~q.any(-1)] > 0).any(): raise ValueError("n: draws from a row without probabilities; expected n = 0 there")
@@ -113,7 +124,8 @@ def reweigh(q,      # probabilities [..., k]
             counts, # from `draw`, [..., k]
             exact:bool|np.ndarray=False # rows kept as they are, bool, [...] or one value; to be decided before drawing
            )->np.ndarray:
-    "Factors counts/(n q), float64 [..., k]: 0 where q is 0 or nothing was drawn, 1 for all q > 0 in `exact` rows; `ValueError` for bad rows or shapes."
+    """Factors counts/(n q), float64 [..., k]: 0 where q is 0 or nothing was drawn, 1 for all q > 0 in `exact` rows;
+    `ValueError` for bad rows or shapes."""
     q, counts = _rows(q), np.asarray(counts)
     if counts.shape != q.shape: raise ValueError(f"counts: shape {counts.shape}; expected that of q, {q.shape}")
     nq = _per_row('n', n, q, 0, np.inf)[..., None]*q
@@ -126,7 +138,8 @@ def sample(q,      # probabilities [..., k]
            target, # distinct items wanted per row, in [0, k], [...] or one number
            rng:np.random.Generator # from `np.random.default_rng(seed)`
           )->tuple:
-    "(factors float64 [..., k] with mean 1 where q and target are > 0, draws int64 [...], 0 for rows kept whole), targets met in total; `ValueError` for bad rows or targets."
+    """(factors float64 [..., k] with mean 1 where q and target are > 0, draws int64 [...], 0 for rows kept whole),
+    targets met in total; `ValueError` for bad rows or targets."""
     q = _rows(q)
     exact = _per_row('target', target, q, 0, q.shape[-1]) >= (q > 0).sum(-1)
     n = np.where(exact, 0, draws_near(q, np.where(exact, 0, target)))

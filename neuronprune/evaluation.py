@@ -23,7 +23,8 @@ from fastai.torch_core import find_bs
 # %% ../nbs/04a_evaluation.ipynb #split_batch
 def _classes(y):
     "Class numbers [n] of any integer type as int64; other targets as they are."
-    whole = isinstance(y, torch.Tensor) and y.ndim == 1 and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    whole = (isinstance(y, torch.Tensor) and y.ndim == 1
+             and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool))
     return y.long() if whole else y
 
 @public
@@ -31,7 +32,8 @@ def split_batch(b,          # batch of a loader
                 dev=None,   # device to move it to, None = where it is
                 n_inp=None  # inputs among its parts, None = all but the last
                )->tuple:
-    "(inputs, tuple of targets): a single input as it is, several as a tuple; `ValueError` for anything else, dictionaries included."
+    """(inputs, tuple of targets): a single input as it is, several as a tuple;
+    `ValueError` for anything else, dictionaries included."""
     n = n_inp or (len(b)-1 if isinstance(b, (tuple, list)) else 0)
     if not isinstance(b, (tuple, list)) or not 0 < n < len(b):
         what = f"a {type(b).__name__}" + (f" with {', '.join(map(repr, b))}" if isinstance(b, Mapping) else '')
@@ -59,7 +61,8 @@ def wilson(k:int,           # right answers
 @public
 @dataclass(frozen=True)
 class Evaluation:
-    "Right answers `k` of `n`, mean `loss`, labels `k5` among the five largest outputs, with a Wilson 95 % interval; without a classification k is None and `metrics` has the learner's own."
+    """Right answers `k` of `n`, mean `loss`, labels `k5` among the five largest outputs, with a Wilson 95 % interval;
+    without a classification k is None and `metrics` has the learner's own."""
     k:int=None
     n:int=None
     loss:float=None
@@ -74,7 +77,9 @@ class Evaluation:
     @property
     def hi(self): "Upper end of the interval."; return None if self.k is None else wilson(self.k, self.n)[1]
     @property
-    def score(self): "What selections go by, larger = better: the accuracy, or minus the loss."; return -self.loss if self.k is None else self.accuracy
+    def score(self):
+        "What selections go by, larger = better: the accuracy, or minus the loss."
+        return -self.loss if self.k is None else self.accuracy
     def __repr__(self):
         if self.k is None: return ', '.join(f'{k} {v:.4g}' for k,v in dict(loss=self.loss, **self.metrics).items())
         interval = f"95 % interval {100*self.lo:.1f}–{100*self.hi:.1f}"
@@ -86,7 +91,8 @@ class Evaluation:
         return f"<p><b>{100*self.accuracy:.2f} %</b> right ({self.k} of {self.n}), {interval}{loss}</p>"
 
 # %% ../nbs/04a_evaluation.ipynb #tally
-def _said(x): return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
+def _said(x):
+    return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
 
 def _named(f): return getattr(f, '__name__', type(f).__name__)
 
@@ -102,12 +108,14 @@ def _target(yb):
     y = yb[0]
     if isinstance(y, torch.Tensor) and y.ndim == 2 and y.shape[1] == 1: y = _classes(y[:,0]) # as fastai's tables have them
     if len(yb) > 1 or not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or y.ndim != 1:
-        raise _NotClasses(TypeError(f"dls: labels yb are {_said(yb)}; expected one class number per input, int64 (n,), to count right answers, "
+        raise _NotClasses(TypeError(f"dls: labels yb are {_said(yb)}; expected one class number per input, int64 (n,), "
+                                    "to count right answers, "
                                     "or a Learner, which has a loss and metrics of its own"))
     return y.as_subclass(torch.Tensor)
 
 def _tally(model, dl, dev):
-    "[right, among the first five, sum of losses, labels out of range, outputs not finite] and the number of images, one transfer for all."
+    """[right, among the first five, sum of losses, labels out of range, outputs not finite] and the number of images,
+    one transfer for all."""
     tot, n = torch.zeros(5, dtype=torch.float32 if dev.type == 'mps' else torch.float64, device=dev), 0
     for b in dl:
         xb, yb = split_batch(b, dev, getattr(dl, 'n_inp', None)); yb = _target(yb)
@@ -120,7 +128,8 @@ def _tally(model, dl, dev):
             out = out.float().as_subclass(torch.Tensor)
             first5 = (out > out.gather(1, yb[:,None])).sum(1) < 5
             loss = F.cross_entropy(out, yb, reduction='sum')
-            tot += torch.stack([(out.argmax(1) == yb).sum(), first5.sum(), loss, bad.sum(), (~torch.isfinite(out)).sum()]).to(tot.dtype)
+            tot += torch.stack([(out.argmax(1) == yb).sum(), first5.sum(), loss, bad.sum(),
+                                (~torch.isfinite(out)).sum()]).to(tot.dtype)
         n += len(yb)
     return tot.tolist(), n
 
@@ -138,7 +147,8 @@ def _shown(learn, progress):
 
 # %% ../nbs/04a_evaluation.ipynb #own-metrics
 class _Metrics(Callback):
-    "Means of the learner's loss and of its metrics over a loader; named as fastai names what only predicts, so that no model is saved."
+    """Means of the learner's loss and of its metrics over a loader;
+    named as fastai names what only predicts, so that no model is saved."""
     name = 'gather_preds'
     def before_validate(self):
         self.meters,self.n = [AvgLoss(), *copy.deepcopy(self.learn.metrics)],0
@@ -165,7 +175,8 @@ def _own_metrics(learn, dl, why):
             for cb,v in kept.items(): vars(cb).update(v)
     if own.n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
     loss, *rest = (_number(m.value) for m in own.meters)
-    if not math.isfinite(loss): raise ValueError(f"learn: the loss is {loss}; expected a finite one (are all outputs numbers?)")
+    if not math.isfinite(loss):
+        raise ValueError(f"learn: the loss is {loss}; expected a finite one (are all outputs numbers?)")
     names = [m.name for m in own.meters[1:]]
     named = [k if k not in names[:i] else f'{k}_{1+names[:i].count(k)}' for i,k in enumerate(names)]
     return Evaluation(n=own.n, loss=loss, metrics=dict(zip(named, rest)))
@@ -175,7 +186,8 @@ def _own_metrics(learn, dl, why):
 def evaluate(model_or_learn, # an nn.Module or a fastai `Learner`
              dl              # loader of (inputs, labels), such as `dls.valid` or `dls.test`
             )->Evaluation:
-    "Count the right answers on `dl`, or, where a `Learner` does not classify, take its own loss and metrics; raises `ValueError` for an empty loader, labels out of range, outputs not finite."
+    """Count the right answers on `dl`, or, where a `Learner` does not classify, take its own loss and metrics;
+    raises `ValueError` for an empty loader, labels out of range, outputs not finite."""
     model = model_or_learn.model if isinstance(model_or_learn, Learner) else model_or_learn
     if not isinstance(model, nn.Module):
         raise TypeError(f"model_or_learn: expected an nn.Module or a Learner, got {type(model).__name__}")

@@ -38,7 +38,8 @@ class DamagedFileError(ValueError):
 def reading(path,    # file whose contents are used in the block
             cure:str=CURE # what to do about a damaged one
            ):
-    "Inside the block whatever is wrong with `path` becomes one `DamagedFileError`; a file that is not there stays a `FileNotFoundError`."
+    """Inside the block whatever is wrong with `path` becomes one `DamagedFileError`;
+    a file that is not there stays a `FileNotFoundError`."""
     try: yield
     except (FileNotFoundError, DamagedFileError): raise
     except Exception as e: # the contents may be anything, and so may the errors
@@ -61,13 +62,16 @@ def save_tensors(path,         # file to write
                  tensors:dict, # name -> tensor
                  header:dict   # JSON-able
                 ):
-    "Safetensors file with a JSON header under the key 'neuronprune' and a checksum; `TypeError` for a header that JSON cannot hold."
+    """Safetensors file with a JSON header under the key 'neuronprune' and a checksum;
+    `TypeError` for a header that JSON cannot hold."""
     try: text = json.dumps(header, default=_jsonable)
     except (TypeError, ValueError) as e:
-        raise TypeError(f"path={os.fspath(path)!r}: the header cannot be written as JSON ({e}); expected that of meta and the rest") from None
+        raise TypeError(f"path={os.fspath(path)!r}: the header cannot be written as JSON ({e}); "
+                        "expected that of meta and the rest") from None
     with replacing(path) as tmp:
         own = {k:v.detach().cpu().contiguous().clone() for k,v in tensors.items()} # safetensors refuses shared memory
-        save_file(own, tmp, {'neuronprune': f'sha256:{_checksum(text, own)} {text}'}) # one entry: the order of several is not fixed
+        # one entry: the order of several is not fixed
+        save_file(own, tmp, {'neuronprune': f'sha256:{_checksum(text, own)} {text}'})
 
 # %% ../nbs/00b_files.ipynb #load_tensors
 def _verified(meta, tensors):
@@ -76,7 +80,8 @@ def _verified(meta, tensors):
     text = meta['neuronprune']
     if text.startswith('sha256:'): # later than the first files
         found, _, text = text.removeprefix('sha256:').partition(' ')
-        if found != _checksum(text, tensors): raise ValueError("the checksum is not that of the contents; the file was changed or damaged")
+        if found != _checksum(text, tensors):
+            raise ValueError("the checksum is not that of the contents; the file was changed or damaged")
     return check_type('header', json.loads(text), dict)
 
 @public
@@ -84,14 +89,18 @@ def load_tensors(path,         # file written by `save_tensors`
                  kind:str=None, # what its header must say it holds, None = anything
                  cure:str=CURE # what to do about a damaged file
                 )->tuple:
-    "(tensors, header); `DamagedFileError`, a `ValueError`, when the file is not ours, not whole, or holds something else."
+    """(tensors, header); `DamagedFileError`, a `ValueError`, when the file is not ours, not whole,
+    or holds something else."""
     with reading(path, cure):
         try:
-            with safe_open(os.fspath(path), 'pt') as f: meta, tensors = f.metadata() or {}, {k:f.get_tensor(k) for k in f.keys()}
+            with safe_open(os.fspath(path), 'pt') as f:
+                meta, tensors = f.metadata() or {}, {k:f.get_tensor(k) for k in f.keys()}
         except FileNotFoundError: raise
-        except (SafetensorError, OSError) as e: raise ValueError(f"not a safetensors file, or not a whole one ({e})") from e
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"not a safetensors file, or not a whole one ({e})") from e
         header = _verified(meta, tensors)
-        if kind is not None and header.get('kind') != kind: raise ValueError(f"holds {header.get('kind')!r}, expected {kind!r}")
+        if kind is not None and header.get('kind') != kind:
+            raise ValueError(f"holds {header.get('kind')!r}, expected {kind!r}")
     return tensors, header
 
 # %% ../nbs/00b_files.ipynb #save-json
@@ -109,7 +118,8 @@ def load_json(path, # file written by `save_json`
               known, # names it may hold
               cure:str=CURE # what to do about a damaged file
              )->dict:
-    "The dictionary in the file; `DamagedFileError`, a `ValueError`, if that is not what `save_json` wrote, or has other names."
+    """The dictionary in the file; `DamagedFileError`, a `ValueError`, if that is not what `save_json` wrote,
+    or has other names."""
     with reading(path, cure):
         try:
             with open(path, encoding='utf-8') as f: d = json.load(f)

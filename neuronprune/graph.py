@@ -31,11 +31,13 @@ class Graph:
     twins: dict = field(default_factory=dict) # layer -> another layer that holds the same weight
     widths: dict = field(default_factory=dict) # 'module.attribute' -> place whose number of slots this whole number is
 
-    def __repr__(self): return f"Graph({len(self.layers)} layers, {len(self.removable)} with removable channels, {len(self.ties)} ties)"
+    def __repr__(self):
+        return f"Graph({len(self.layers)} layers, {len(self.removable)} with removable channels, {len(self.ties)} ties)"
     def _repr_html_(self): return f"<p>{self!r}</p>{self.frame().to_html(index=False)}"
 
     @property
-    def removable(self): "Layers whose channels can be removed."; return [n for n in self.out_slots if n not in self.fixed]
+    def removable(self):
+        "Layers whose channels can be removed."; return [n for n in self.out_slots if n not in self.fixed]
     @property
     def producers(self):
         "Layer -> the layers whose channels it reads."
@@ -55,7 +57,8 @@ def ties(self:Graph)->list:
     "Lists of layers that share bundles, each list longer than one."
     names, ids = list(self.out_slots), [v.unique().numpy() for v in self.out_slots.values()]
     if not names: return []
-    edges = np.concatenate([np.stack([np.full(len(v), i), len(names)+v], 1) for i,v in enumerate(ids)]) # layers and bundles as two kinds of nodes
+    # layers and bundles as two kinds of nodes
+    edges = np.concatenate([np.stack([np.full(len(v), i), len(names)+v], 1) for i,v in enumerate(ids)])
     lab = _components(len(names)+1+max(int(v.max()) for v in ids), edges)[1][:len(names)]; groups = {}
     for n,l in zip(names, lab.tolist()): groups.setdefault(l, []).append(n)
     return [o for o in groups.values() if len(o) > 1]
@@ -73,8 +76,10 @@ def frame(self:Graph):
     "pandas `DataFrame`, one row per layer: shape, who reads it, with whom it is tied, and whether its channels can go."
     import pandas as pd
     tied, cons = {n:[o for o in t if o != n] for t in self.ties for n in t}, self.consumers
-    return pd.DataFrame([dict(layer=n, kind=l['kind'], out=l['n_out'], inputs=l['n_in'], read_by=', '.join(cons[n]) or '–',
-                              tied_to=', '.join(tied.get(n, [])) or '–', removable=self.fixed.get(n, 'yes')) for n,l in self.layers.items()])
+    return pd.DataFrame(
+        [dict(layer=n, kind=l['kind'], out=l['n_out'], inputs=l['n_in'], read_by=', '.join(cons[n]) or '–',
+              tied_to=', '.join(tied.get(n, [])) or '–', removable=self.fixed.get(n, 'yes'))
+         for n,l in self.layers.items()])
 
 # %% ../nbs/03_graph.ipynb #mixed
 def _mixed(found):
@@ -106,7 +111,7 @@ def _shared(model):
             res.setdefault(n, o); res.setdefault(o, n)
     return res
 
-# %% ../nbs/03_graph.ipynb #reasons
+# %% ../nbs/03_graph.ipynb #mixer
 def _depthwise(l): return l['groups'] == l['n_out'] == l['n_in'] > 1
 
 def _mixer(probe, ends):
@@ -116,13 +121,23 @@ def _mixer(probe, ends):
         if n in probe.opaque: return f"its channels are mixed by {n!r} ({type(probe.opaque[n]).__name__})"
         if n: return f"its channels are mixed by {n!r}, which is used {probe.calls[n]} times"
 
+def _unfed(n, found, heard, n_in):
+    "Does the depthwise layer `n` read anything but unmixed channels of other layers?"
+    fed = torch.zeros(n_in, dtype=torch.bool)
+    for reach in found.values():
+        if n in reach: fed |= reach[n][0] >= 0
+    return bool((~fed | heard.get(n, False)).any())
+
+# %% ../nbs/03_graph.ipynb #reasons
 def _reasons(probe, found, ends, lost, shared, layers):
     "Layer -> why its channels cannot be removed, from what `Probe.follow` found and the tensors that are shared."
     grouped = {n for n,l in layers.items() if l['groups'] > 1 and not _depthwise(l)}
     bends = {n:b for n,m in probe.layers.items() if n in layers and (b := _bends(m))}
-    loud, mixed = {k:v for k,v in probe.loud().items() if v.any()}, _mixed(found); heard = {k:mixed.get(k, False) | v for k,v in lost.items()} | mixed
+    loud, mixed = {k:v for k,v in probe.loud().items() if v.any()}, _mixed(found)
+    heard = {k:mixed.get(k, False) | v for k,v in lost.items()} | mixed
     res = {n:f"used {c} times in the forward pass" for n in probe.layers if (c := probe.calls.get(n, 0)) != 1}
-    res.update({n:"its output has no dimension for the examples of a batch" for n in probe.layers if n not in found and n not in res})
+    res.update({n:"its output has no dimension for the examples of a batch" for n in probe.layers if n not in found
+                and n not in res})
     for n,reach in found.items():
         to = [k for k in reach if k in layers]
         at = lambda bad: next((k for k,(c,_) in reach.items() if k in bad and (bad[k] & (c >= 0)).any()), None)
@@ -133,20 +148,18 @@ def _reasons(probe, found, ends, lost, shared, layers):
         elif not to: res[n] = "no layer reads its channels one by one"
         elif (k := at(heard)) is not None: res[n] = f"its channels are mixed on the way to {k!r}"
         elif again: res[n] = f"{again[0].rstrip('#')!r}, on its way, is used more than once"
-        elif (k := next((k for k in reach if k in shared), None)) is not None: res[n] = f"{k!r}, which reads it, shares its weight with {shared[k]!r}"
-        elif (k := at({o:loud[o] for o in to if o in loud})) is not None: res[n] = f"a dropped channel would not be zero at {k!r}"
-        elif 'rows' in bends.get(n, ()): res[n] = "its forward is not that of a plain layer: an output depends on more than its own weights"
-        elif (k := next((k for k in to if 'columns' in bends.get(k, ())), None)) is not None: res[n] = f"{k!r}, which reads it, has a forward of its own, in which no input can be cut"
+        elif (k := next((k for k in reach if k in shared), None)) is not None:
+            res[n] = f"{k!r}, which reads it, shares its weight with {shared[k]!r}"
+        elif (k := at({o:loud[o] for o in to if o in loud})) is not None:
+            res[n] = f"a dropped channel would not be zero at {k!r}"
+        elif 'rows' in bends.get(n, ()):
+            res[n] = "its forward is not that of a plain layer: an output depends on more than its own weights"
+        elif (k := next((k for k in to if 'columns' in bends.get(k, ())), None)) is not None:
+            res[n] = f"{k!r}, which reads it, has a forward of its own, in which no input can be cut"
         elif n in grouped or grouped & set(to): res[n] = "grouped convolution: groups must stay equally wide"
-        elif _depthwise(layers[n]) and _unfed(n, found, heard, layers[n]['n_in']): res[n] = "it reads, channel by channel, what cannot be cut"
+        elif _depthwise(layers[n]) and _unfed(n, found, heard, layers[n]['n_in']):
+            res[n] = "it reads, channel by channel, what cannot be cut"
     return res
-
-def _unfed(n, found, heard, n_in):
-    "Does the depthwise layer `n` read anything but unmixed channels of other layers?"
-    fed = torch.zeros(n_in, dtype=torch.bool)
-    for reach in found.values():
-        if n in reach: fed |= reach[n][0] >= 0
-    return bool((~fed | heard.get(n, False)).any())
 
 # %% ../nbs/03_graph.ipynb #bundles
 def _bundles(probe, sources):
@@ -174,7 +187,8 @@ def _place(n, src, out_slots):
 def _info(m, positions):
     "The facts of one layer that later chapters need."
     lin = isinstance(m, nn.Linear)
-    return dict(kind=type(m).__name__, n_out=len(m.weight), n_in=m.in_features if lin else m.in_channels, taps=1 if lin else math.prod(m.kernel_size),
+    return dict(kind=type(m).__name__, n_out=len(m.weight), n_in=m.in_features if lin else m.in_channels,
+                taps=1 if lin else math.prod(m.kernel_size),
                 groups=getattr(m, 'groups', 1), positions=positions, weights=m.weight.numel(), bias=m.bias is not None)
 
 # %% ../nbs/03_graph.ipynb #odd-layers
@@ -197,7 +211,8 @@ def _bends(m):
     m = copy.deepcopy(m).eval().float().cpu(); vars(m).pop('forward', None) # the probe's answer
     for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=generator(0))+.5)
     size = () if lin or channel_dim(m) == -1 else tuple(d*(k-1)+3 for k,d in zip(m.kernel_size, m.dilation))
-    x = torch.randn(2, m.in_features if lin else m.in_channels, *size, generator=generator(1)); half = (x.shape[1]+1)//2; bad = set()
+    x = torch.randn(2, m.in_features if lin else m.in_channels, *size, generator=generator(1)); half = (x.shape[1]+1)//2
+    bad = set()
     for what in ('rows',) if deep else ('rows', 'columns'):
         rows = what == 'rows'; x0 = x.clone(); x0[:, :half] = x0[:, :half] if rows else 0
         try: y, z = m(x0), _halved(m, rows, not rows)(x0[:, half:] if deep or not rows else x0)
@@ -214,11 +229,15 @@ def _cure(m):
     return 'remove_spectral_norm(layer)' if hasattr(m, 'weight_u') else "prune.remove(layer, 'weight')"
 
 def _check_plain(model):
-    "Raises `ValueError` for a layer whose weight is computed from other parameters, and for a layer that is the whole model."
+    """Raises `ValueError` for a layer whose weight is computed from other parameters,
+    and for a layer that is the whole model."""
     for n,m in layers(model).items():
-        if not n: raise ValueError(f"model: a bare {type(m).__name__} has no name in a mask; expected it in a container, nn.Sequential(layer)")
+        if not n:
+            raise ValueError(f"model: a bare {type(m).__name__} has no name in a mask; "
+                             "expected it in a container, nn.Sequential(layer)")
         if 'weight' in m._parameters: continue
-        raise ValueError(f"model: the weight of {n!r} is reparametrised; make it plain first, with torch.nn.utils.{_cure(m)}")
+        raise ValueError(f"model: the weight of {n!r} is reparametrised; "
+                         f"make it plain first, with torch.nn.utils.{_cure(m)}")
 
 # %% ../nbs/03_graph.ipynb #halves
 def _unions(g, names):
@@ -241,7 +260,8 @@ def spared(g:Graph,         # wiring
           )->torch.Tensor:
     "`gone` without those bundles whose loss would leave a layer without any output or any input."
     places = [*g.out_slots.values(), *g.in_slots.values()]
-    lost = (torch.cat([gone, gone.new_zeros(1)])[torch.cat(places)]).split([len(ids) for ids in places]) # -1 is never gone
+    # -1 is never gone
+    lost = (torch.cat([gone, gone.new_zeros(1)])[torch.cat(places)]).split([len(ids) for ids in places])
     for ids in [ids for ids,v in zip(places, lost) if v.all()]:
         if gone[ids].all(): gone[ids[0]] = False
     return gone
@@ -250,9 +270,12 @@ def spared(g:Graph,         # wiring
 def kept_slots(g:Graph,           # wiring
                gone:torch.Tensor  # bool [bundles], True = cut
               )->tuple:
-    "(layer -> bool [n_out], layer or norm -> bool [slots]): what stays when the bundles `gone` are cut; only what loses something in the first."
+    """(layer -> bool [n_out], layer or norm -> bool [slots]): what stays when the bundles `gone` are cut;
+    only what loses something in the first."""
     stays = torch.cat([~gone, gone.new_ones(1)]) # -1 always stays
-    def at(slots): return dict(zip(slots, stays[torch.cat([*slots.values()])].split([len(o) for o in slots.values()]))) if slots else {}
+    def at(slots):
+        return (dict(zip(slots, stays[torch.cat([*slots.values()])].split([len(o) for o in slots.values()]))) if slots
+                else {})
     return {n:k for n,k in at(g.out_slots).items() if not k.all()}, at({**g.in_slots, **g.norm_slots})
 
 # %% ../nbs/03_graph.ipynb #try-cut
@@ -275,7 +298,8 @@ def _rehearse(probe, g):
     while unions := _unions(g, g.removable):
         if (why := _faulty(probe, g, unions)) is None: break
         bad = _culprits(probe, g, unions, why)
-        if not bad and (why := _faulty(probe, g, unions)): bad = [(u, why) for u in unions] # each alone is right, together they are not
+        if not bad and (why := _faulty(probe, g, unions)):
+            bad = [(u, why) for u in unions] # each alone is right, together they are not
         for union,why in bad: g.fixed.update({n:why for n in union})
         if not bad: break
     return g
@@ -287,13 +311,15 @@ def new_widths(g:Graph,   # wiring
                ins:dict   # layer or norm -> bool [slots], what stays
               )->dict:
     "'module.attribute' -> its value in the cut network, for those attributes of `g.widths` that change."
-    n = lambda place: int((outs.get(place.removesuffix(':out'), torch.ones(0)) if place.endswith(':out') else ins[place]).sum())
+    n = lambda place: int(
+        (outs.get(place.removesuffix(':out'), torch.ones(0)) if place.endswith(':out') else ins[place]).sum())
     return {a:n(p) for a,p in g.widths.items() if not p.endswith(':out') or p.removesuffix(':out') in outs}
 
 def _candidates(probe, g, outs, ins):
     "[(attribute, place)]: whole numbers in the modules that equal the width of a place that would change."
     changed = {f'{n}:out':len(k) for n,k in outs.items()} | {n:len(k) for n,k in ins.items() if not k.all()}
-    own = [(f'{n}.{a}'.lstrip('.'), v) for n,m in probe.model.named_modules() if n not in probe.layers and n not in probe.norms
+    own = [(f'{n}.{a}'.lstrip('.'), v) for n,m in probe.model.named_modules() if n not in probe.layers
+           and n not in probe.norms
            for a,v in vars(m).items() if type(v) is int and v > 1]
     return [(a, p) for a,v in own for p,w in changed.items() if v == w]
 
@@ -347,7 +373,7 @@ def _with_ties(fixed, out_slots):
 # %% ../nbs/03_graph.ipynb #trace-2
 @public
 def trace(model:nn.Module, # any model; left as it was found
-          xb               # a batch of inputs: a tensor [n, ...], a tuple of tensors, or a dictionary; one example is used
+          xb # a batch of inputs: a tensor [n, ...], a tuple of tensors, or a dictionary; one example is used
          )->Graph:
     "The `Graph` of `model`. Raises `ValueError` for a model without prunable layers or an input it cannot digest."
     _check_plain(model); check_batch(xb)
@@ -359,7 +385,8 @@ def trace(model:nn.Module, # any model; left as it was found
     in_slots = {n:_place(l['n_in'], sources.get(n, {}), out_slots) for n,l in live.items()}
     norm_slots = {n:_place(probe.width[n], sources.get(n, {}), out_slots) for n in probe.norms if n in probe.width}
     mixed = {k:v.nonzero()[:,0] for k,v in _either(lost, _mixed(found), probe.fed()).items()}
-    g = _rehearse(probe, Graph(live, sources, out_slots, in_slots, norm_slots, [n for n,e in ends.items() if '' in e], fixed, mixed, _twins(model)))
+    g = _rehearse(probe, Graph(live, sources, out_slots, in_slots, norm_slots, [n for n,e in ends.items() if '' in e],
+                               fixed, mixed, _twins(model)))
     g.fixed = {n:g.fixed[n] for n in probe.layers if n in g.fixed}
     return g
 
@@ -384,7 +411,8 @@ def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = d
 @public
 def unread(self:Graph, cut:dict # consumer -> bool tensor [n_in], True = input column cut
           )->dict:
-    "Producer -> bool [n_out]: channels all of whose readers have cut them. Channels that reach the output are always read."
+    """Producer -> bool [n_out]: channels all of whose readers have cut them.
+    Channels that reach the output are always read."""
     res = {p:torch.ones(len(v), dtype=torch.bool) for p,v in self.out_slots.items() if p not in self.fixed}
     for n,src in self.sources.items():
         if n not in self.layers: continue
@@ -402,7 +430,8 @@ def to_dict(self:Graph)->dict:
     src = {k:{p:[s.tolist(), c.tolist()] for p,(s,c) in v.items()} for k,v in self.sources.items()}
     slots = {o:{k:v.tolist() for k,v in getattr(self, o).items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
     mixed = {k:v.tolist() for k,v in self.mixed.items()}
-    return dict(layers=self.layers, sources=src, outputs=self.outputs, fixed=self.fixed, mixed=mixed, twins=self.twins, widths=self.widths, **slots)
+    return dict(layers=self.layers, sources=src, outputs=self.outputs, fixed=self.fixed, mixed=mixed, twins=self.twins,
+                widths=self.widths, **slots)
 
 # %% ../nbs/03_graph.ipynb #from-dict
 @patch(cls_method=True)
@@ -414,4 +443,5 @@ def from_dict(cls:Graph, d:dict # what `to_dict` gave
     src = {k:{p:(t(s), t(c)) for p,(s,c) in v.items()} for k,v in d['sources'].items()}
     slots = {o:{k:t(v) for k,v in d[o].items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
     mixed = {k:t(v) for k,v in d['mixed'].items()}
-    return cls(layers=d['layers'], sources=src, outputs=d['outputs'], fixed=d['fixed'], mixed=mixed, twins=d.get('twins', {}), widths=d.get('widths', {}), **slots)
+    return cls(layers=d['layers'], sources=src, outputs=d['outputs'], fixed=d['fixed'], mixed=mixed,
+               twins=d.get('twins', {}), widths=d.get('widths', {}), **slots)

@@ -25,7 +25,9 @@ def traced(model:nn.Module, # any model
     facts = lambda l: [l[o] for o in ('n_out', 'n_in', 'taps', 'groups')]
     have = {k:facts(_info(m, m.weight.shape[:1])) for k,m in mods.items()}
     bad = [k for k,l in check_type('graph', graph, Graph).layers.items() if have.get(k) != facts(l)]
-    if bad: raise ValueError(f"graph: its layer {bad[0]!r} does not fit the model; expected graph=trace(model, xb) of this very model")
+    if bad:
+        raise ValueError(f"graph: its layer {bad[0]!r} does not fit the model; "
+                         "expected graph=trace(model, xb) of this very model")
     return graph
 
 # %% ../nbs/09a_inputs.ipynb #batch-for
@@ -37,7 +39,9 @@ def batch_for(model:nn.Module,    # any model
              )->tuple:
     "(xb, yb) of `calib_batch` on the model's device, floating inputs in its precision; `ValueError` without `dls`."
     from neuronprune.data import calib_batch
-    if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits'), or batch=(xb, yb) to methods()[{who!r}]")
+    if dls is None:
+        raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits'), or "
+                         f"batch=(xb, yb) to methods()[{who!r}]")
     p = next(p for p in model.parameters() if p.is_floating_point())
     xb, yb = calib_batch(dls, n_per_class, n, split=split, seed=seed, device=p.device, classes=classes)
     return mapped(lambda o: o.to(p.device, p.dtype if o.is_floating_point() else o.dtype), xb), yb
@@ -54,7 +58,8 @@ def slices(xb,   # a batch of inputs: a tensor, or a tuple or dictionary of tens
 def own_input(graph,    # `Graph` of the model
               layer:str # a layer of it
              )->torch.Tensor:
-    "Bool per input channel [n_in]: is it the network's own input, or a constant? `ValueError` for a layer not in the graph."
+    """Bool per input channel [n_in]: is it the network's own input, or a constant?
+    `ValueError` for a layer not in the graph."""
     own = graph.in_slots[check_choice('layer', layer, graph.layers)] < 0
     if layer in graph.mixed: own = own.index_fill(0, graph.mixed[layer], False)
     return own
@@ -71,7 +76,9 @@ def readers(graph,        # `Graph` of the model
         elif l['groups'] > 1: why[n] = "grouped convolution: an input column belongs to several channels"
         elif not own and own_input(graph, n).any(): why[n] = "reads the network's own input"
     names = [n for n in graph.layers if n not in why]
-    if not names: raise ValueError(f"model: no layer has inputs that can be cut ({', '.join(f'{k}: {v}' for k,v in why.items())})")
+    if not names:
+        raise ValueError(
+            f"model: no layer has inputs that can be cut ({', '.join(f'{k}: {v}' for k,v in why.items())})")
     return names, why
 
 # %% ../nbs/09a_inputs.ipynb #column-groups
@@ -79,7 +86,8 @@ def readers(graph,        # `Graph` of the model
 def column_groups(graph,    # `Graph` of the model
                   layer:str # a layer of it
                  )->torch.Tensor:
-    "Group of each input column [n_in], int64, numbered from 0 in column order; `ValueError` for a layer not in the graph."
+    """Group of each input column [n_in], int64, numbered from 0 in column order;
+    `ValueError` for a layer not in the graph."""
     import pandas as pd
     ids = graph.in_slots[check_choice('layer', layer, graph.layers)]
     return torch.from_numpy(pd.factorize(torch.where(ids < 0, -1-torch.arange(len(ids)), ids).numpy())[0])

@@ -40,9 +40,12 @@ class Job:
     @property
     def about(self): # one sentence for the head of a page
         p, m = self.params, methods()[self.params['method']]
-        how = (f"what scores below {p['threshold']}" if p['threshold'] is not None else f"{p['sparsity']:.0%} of the {p['unit'] or m.unit}s"
-               if p['sizes'] is None else f"{p['unit'] or m.unit}s, down to {size_list(p['sizes'])[-1]:.1%} of the parameters")
-        return (f"**{p['method']}** ({m.paper}) removes {how} of **{self.source.name}**. Rounds of pruning: {p['rounds']}; "
+        how = (f"what scores below {p['threshold']}"
+               if p['threshold'] is not None else f"{p['sparsity']:.0%} of the {p['unit'] or m.unit}s"
+               if p['sizes'] is None else f"{p['unit'] or m.unit}s, down to {size_list(p['sizes'])[-1]:.1%} of the "
+                                          "parameters")
+        return (f"**{p['method']}** ({m.paper}) removes {how} of **{self.source.name}**. Rounds of pruning: "
+                f"{p['rounds']}; "
                 f"fine-tuning epochs after each cut: {p['fine_tune_epochs']}.").replace('%', ' %')
     def folder(self, out='runs'): return Path(out)/self.id
     def but(self, **changes): # the same run with other values
@@ -58,18 +61,21 @@ def job(method:str='mint', # a name of `methods()`
     "A job, checked; `ValueError` or `TypeError` for an unknown name or a wrong value."
     p = check_values(complete(dict(params, method=method)))
     if source is None: source = zoo(**{k:p[k] for k in SOURCE})
-    elif mine := [k for k in params if k in SOURCE]: raise ValueError(f"{mine[0]}: the source has been given; expected one of the two")
+    elif mine := [k for k in params if k in SOURCE]:
+        raise ValueError(f"{mine[0]}: the source has been given; expected one of the two")
     return Job(check_type('source', source, Source), {k:v for k,v in p.items() if k in PRUNING})
 
 # %% ../nbs/22b_job.ipynb #prune-args
 def _prune_args(p):
     "Arguments of `prune`."
     given = {k:p[k] for k in ('scope', 'of', 'threshold') if p[k] is not None}
-    same = ('sparsity', 'sizes', 'rounds', 'start', 'at', 'rewind', 'unit', 'fine_tune_epochs', 'fine_tunes', 'tune_args', 'seed')
+    same = ('sparsity', 'sizes', 'rounds', 'start', 'at', 'rewind', 'unit', 'fine_tune_epochs', 'fine_tunes',
+            'tune_args', 'seed')
     return dict({k:p[k] for k in same}, shrink=settled({**PARAMETERS, **p})['shrink'], **given, **p['method_args'])
 
 def _snapshots(job, learn, out):
-    "Give `learn` the weights of the epochs that the job goes back to; `ValueError` where a learner of your own has not kept them."
+    """Give `learn` the weights of the epochs that the job goes back to;
+    `ValueError` where a learner of your own has not kept them."""
     states = getattr(learn.__dict__.get('rewind'), 'states', {})
     for k in ('at', 'rewind'):
         e = job.params[k]
@@ -85,7 +91,8 @@ def _snapshots(job, learn, out):
 @public
 def rehearse(self:Job, out='runs' # where the results will go
             ):
-    "Score and cut the untrained network as the run will the trained one; `ValueError` with what it would say, `OSError` for a folder that cannot be written."
+    """Score and cut the untrained network as the run will the trained one;
+    `ValueError` with what it would say, `OSError` for a folder that cannot be written."""
     folder = self.folder(out); folder.mkdir(parents=True, exist_ok=True)
     save_json(folder/'try.json', {}); (folder/'try.json').unlink()
     if self.source.raw is None or self.source.cached(self.params['seed'], out): return
@@ -93,7 +100,8 @@ def rehearse(self:Job, out='runs' # where the results will go
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning) # the run says the same
-            rehearsed(self.source.raw(p['seed']), p['method'], **{**_prune_args(p), 'at': 'trained', 'fit_args': {}, **methods()[p['method']].quick})
+            rehearsed(self.source.raw(p['seed']), p['method'],
+                      **{**_prune_args(p), 'at': 'trained', 'fit_args': {}, **methods()[p['method']].quick})
     except (ValueError, TypeError) as e: raise type(e)(f"{self.params['name']}: {e}") from e
 
 # %% ../nbs/22b_job.ipynb #bounds
@@ -104,7 +112,8 @@ def _bounds(m, dense, res, dls, folder):
     try: table = getattr(importlib.import_module(f'neuronprune.{module}'), name)(dense, res.scores, res.mask, dls)
     except ValueError: return # draws that no bound is known of
     save_json(folder/'bounds.json', dict(rows=table.to_dict('records')))
-    res.report.bounds = {r.layer:dict(bound=r.bound, measured=r.measured_test, verdict=r.verdict) for r in table.itertuples()}
+    res.report.bounds = {r.layer:dict(bound=r.bound, measured=r.measured_test, verdict=r.verdict)
+                         for r in table.itertuples()}
 
 @patch
 @public
@@ -119,13 +128,15 @@ def bounds(self:Job, out='runs' # where the runs live
 @public
 def twin(self:Job, out='runs' # where the runs live
         ):
-    "The finished run as `Result` of the same scores spent on whole channels, made if it is not there; None for masks of other units."
+    """The finished run as `Result` of the same scores spent on whole channels, made if it is not there;
+    None for masks of other units."""
     f, p = self.folder(out), self.params
     mask = Mask.load(f/'mask.safetensors')
     if mask.unit != 'group' or not p['channel_form']: return
     scores = Scores.load(f/'scores.safetensors')
     args = {k:v for k,v in p['method_args'].items() if k != 'caps'}
-    own = Job(self.source, dict(p, unit='channel', method_args=args, sparsity=mask.sparsity, threshold=None, sizes=None, of=None, scope=None))
+    own = Job(self.source, dict(p, unit='channel', method_args=args, sparsity=mask.sparsity, threshold=None, sizes=None,
+                                of=None, scope=None))
     return own.pruned(f/'channel', out, scores=scores)
 
 # %% ../nbs/22b_job.ipynb #pruned
@@ -137,13 +148,17 @@ def pruned(self:Job, folder, out, progress=False, **more):
     _snapshots(self, learn, out)
     curve, done = list(learn.__dict__.get('history', [])), (folder/'record.json').exists()
     dense = copy.deepcopy(learn.model) if m.bounds and not done else None
-    res = prune(learn, p['method'], folder=folder, progress=progress, fit_args=self.source.fit_args, **_prune_args(p), **more)
+    res = prune(learn, p['method'], folder=folder, progress=progress, fit_args=self.source.fit_args, **_prune_args(p),
+                **more)
     for r in res.reports: r.name, r.extra['run'] = p['name'], self.id
     if not done:
         if dense is not None: _bounds(m, dense, res, learn.dls, folder)
-        res.report.dense_curve = {k:[o[k] for o in curve] for k in (curve[0] if curve else ()) if k not in ('fit', 'epoch')}
+        res.report.dense_curve = {k:[o[k] for o in curve] for k in (curve[0] if curve else ())
+                                  if k not in ('fit', 'epoch')}
         res.report.save(folder/'record.json')
-    else: kept = Report.load(folder/'record.json'); res.report.bounds, res.report.dense_curve = kept.bounds, kept.dense_curve
+    else:
+        kept = Report.load(folder/'record.json')
+        res.report.bounds, res.report.dense_curve = kept.bounds, kept.dense_curve
     return res
 
 # %% ../nbs/22b_job.ipynb #run
@@ -156,5 +171,6 @@ def run(self:Job, out='runs', # where the runs live
     folder = self.folder(out)
     if not (folder/'job.json').exists():
         self.rehearse(out)
-        save_json(folder/'job.json', dict(source=self.source.name, key=self.key, params=self.params, parameters=self.parameters))
+        save_json(folder/'job.json',
+                  dict(source=self.source.name, key=self.key, params=self.params, parameters=self.parameters))
     return self.pruned(folder, out, progress)

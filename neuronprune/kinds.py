@@ -12,15 +12,18 @@ from .core import PRUNABLE
 
 # %% ../nbs/02a_kinds.ipynb #is-norm
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
-OPAQUE = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention, *([nn.RMSNorm] if hasattr(nn, 'RMSNorm') else []))
+OPAQUE = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention,
+          *([nn.RMSNorm] if hasattr(nn, 'RMSNorm') else []))
 _STATS = ('weight', 'bias', 'running_mean', 'running_var')
 
 def is_norm(m:nn.Module # any module
            )->bool:
-    "Does it hold one number per channel, which goes with the channel? Batch and instance norms, frozen ones too, and PReLU per channel."
+    """Does it hold one number per channel, which goes with the channel?
+    Batch and instance norms, frozen ones too, and PReLU per channel."""
     if isinstance(m, nn.PReLU): return m.num_parameters > 1
     frozen = {k:v for k,v in m._buffers.items() if k in _STATS and v is not None}
-    return isinstance(m, NORMS) or len(frozen) == 4 and len({v.shape for v in frozen.values()}) == 1 and frozen['weight'].ndim == 1
+    return (isinstance(m, NORMS) or len(frozen) == 4 and len({v.shape for v in frozen.values()}) == 1
+            and frozen['weight'].ndim == 1)
 
 def norm_width(m:nn.Module # a norm
               )->int:
@@ -28,7 +31,9 @@ def norm_width(m:nn.Module # a norm
     return m.num_parameters if isinstance(m, nn.PReLU) else getattr(m, 'num_features', None) or len(m.running_mean)
 
 # %% ../nbs/02a_kinds.ipynb #slots
-def channel_dim(m): "Where the channels of a layer or norm are: -1 in linear layers, 1 elsewhere."; return getattr(m, 'channel_dim', -1 if isinstance(m, nn.Linear) else 1)
+def channel_dim(m):
+    "Where the channels of a layer or norm are: -1 in linear layers, 1 elsewhere."
+    return getattr(m, 'channel_dim', -1 if isinstance(m, nn.Linear) else 1)
 
 def slots(m:nn.Module,     # a layer or norm
           x:torch.Tensor   # its input or output [batch, …]
@@ -41,16 +46,21 @@ def _own_forward(m): return type(m).forward in [o.forward for o in PRUNABLE]
 
 def _out_shape(m, x, n):
     "Shape of the output of layer `m` for the input `x`; `RuntimeError` if it does not fit."
-    lin = channel_dim(m) == -1; n_in, n_out = (m.in_features if isinstance(m, nn.Linear) else m.in_channels), len(m.weight)
+    lin = channel_dim(m) == -1
+    n_in, n_out = (m.in_features if isinstance(m, nn.Linear) else m.in_channels), len(m.weight)
     have = x.shape[channel_dim(m)] if x.ndim > 1 or lin else 0
-    if not (x.is_floating_point() or x.is_complex()): raise RuntimeError(f"{n!r} expects floating-point numbers, got {x.dtype}")
-    if have != n_in: raise RuntimeError(f"{n!r} expects {n_in} channels, got {have} in an input of shape {tuple(x.shape)}")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise RuntimeError(f"{n!r} expects floating-point numbers, got {x.dtype}")
+    if have != n_in:
+        raise RuntimeError(f"{n!r} expects {n_in} channels, got {have} in an input of shape {tuple(x.shape)}")
     if lin: return (*x.shape[:-1], n_out)
     if not _own_forward(m): return type(m).forward(m, x.detach().to(m.weight.dtype)).shape
-    if x.ndim != m.weight.ndim: raise RuntimeError(f"{n!r} expects {m.weight.ndim} dimensions, got an input of shape {tuple(x.shape)}")
+    if x.ndim != m.weight.ndim:
+        raise RuntimeError(f"{n!r} expects {m.weight.ndim} dimensions, got an input of shape {tuple(x.shape)}")
     size = []
     for i,s in enumerate(x.shape[2:]):
-        pad = m.dilation[i]*(m.kernel_size[i]-1) if m.padding == 'same' else 0 if m.padding == 'valid' else 2*m.padding[i]
+        pad = (m.dilation[i]*(m.kernel_size[i]-1) if m.padding == 'same' else 0 if m.padding == 'valid'
+               else 2*m.padding[i])
         size.append((s+pad-m.dilation[i]*(m.kernel_size[i]-1)-1)//m.stride[i]+1)
     if min(size) < 1: raise RuntimeError(f"{n!r}: the kernel is larger than its input of shape {tuple(x.shape)}")
     return (len(x), n_out, *size)

@@ -28,12 +28,15 @@ def folded(model:nn.Module # any model
     shared, res, skipped = _twins(model), {}, {}
     for n,m in layers(model).items():
         w = check_finite(f'{n}.weight', m.weight.detach()).cpu().double().flatten(1)
-        if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear): skipped[n] = "attention reads its weight itself"
+        if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            skipped[n] = "attention reads its weight itself"
         elif getattr(m, 'groups', 1) > 1: skipped[n] = "grouped convolution: its weight is not one matrix"
         elif n in shared: skipped[n] = f"it shares its weight with {shared[n]!r}"
         elif sum(w.shape) >= w.numel(): skipped[n] = "one rank has as many weights as the layer"
         else: res[n] = w
-    if not res: raise ValueError(f"model={type(model).__name__}: no layer can be factored ({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
+    if not res:
+        raise ValueError(f"model={type(model).__name__}: no layer can be factored "
+                         f"({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
     return res, skipped
 
 # %% ../nbs/16_lowrank.ipynb #spectrum
@@ -61,22 +64,28 @@ def tail_error(s:torch.Tensor, # singular values [r], largest first
 # %% ../nbs/16_lowrank.ipynb #tables
 def _tables(scores):
     "Layer -> [(groups, weights per rank, score of each rank [r])], the whole matrix first."
-    if check_type('scores', scores, Scores).unit != 'rank': raise ValueError(f"scores: unit={scores.unit!r}; expected scores of unit 'rank'")
+    if check_type('scores', scores, Scores).unit != 'rank':
+        raise ValueError(f"scores: unit={scores.unit!r}; expected scores of unit 'rank'")
     res, more = {}, scores.meta.get('groupings', {})
     for n,v in scores.items():
-        if v.ndim != 1: raise ValueError(f"scores[{n!r}]: shape {tuple(v.shape)}; expected one score per component of the whole matrix, [r]")
-        if n not in scores.cost: raise ValueError(f"scores.cost: no entry for {n!r}; expected the weights of one rank, outputs + inputs")
+        if v.ndim != 1:
+            raise ValueError(f"scores[{n!r}]: shape {tuple(v.shape)}; "
+                             "expected one score per component of the whole matrix, [r]")
+        if n not in scores.cost:
+            raise ValueError(f"scores.cost: no entry for {n!r}; expected the weights of one rank, outputs + inputs")
         res[n] = [(1, int(scores.cost[n]), v.double().numpy())] + [(k, c, np.array(e)) for k,c,e in more.get(n, [])]
     return res
 
 # %% ../nbs/16_lowrank.ipynb #schedule
 def _schedule(tables, keep, min_keep):
-    "(layer -> for each of its tables the step at which every rank goes, the scores in that order); the last step means never."
+    """(layer -> for each of its tables the step at which every rank goes, the scores in that order);
+    the last step means never."""
     flat = [t[2] for o in tables.values() for t in o]
     vals, table = np.concatenate(flat), np.repeat(np.arange(len(flat)), [len(v) for v in flat])
     order = np.lexsort((-np.concatenate([np.arange(len(v)) for v in flat]), table, vals))
     step = np.empty(len(vals), dtype=np.int64); step[order] = np.arange(len(vals))
-    parts = iter(np.split(step, np.cumsum([len(v) for v in flat])[:-1])); res = {n:[next(parts) for _ in o] for n,o in tables.items()}
+    parts = iter(np.split(step, np.cumsum([len(v) for v in flat])[:-1]))
+    res = {n:[next(parts) for _ in o] for n,o in tables.items()}
     for n,o in res.items():
         spare = any(fnmatch(n, p) for p in keep)
         for a in o: a[slice(None) if spare else np.argsort(a)[-min_keep:]] = len(vals)
@@ -84,9 +93,11 @@ def _schedule(tables, keep, min_keep):
 
 # %% ../nbs/16_lowrank.ipynb #form
 def _form(tables, steps, t):
-    "(weights, groups, bool [r]) of a layer's cheapest form when the ranks of the first `t` steps have gone; the whole layer if factors do not pay."
+    """(weights, groups, bool [r]) of a layer's cheapest form when the ranks of the first `t` steps have gone;
+    the whole layer if factors do not pay."""
     r = len(steps[0]); whole = r*(tables[0][1]-r)
-    form = lambda k, c, v, kept: (c*int(kept.sum()), v[~kept].max(initial=-np.inf), k, kept) # of equally many weights the smaller error
+    # of equally many weights the smaller error
+    form = lambda k, c, v, kept: (c*int(kept.sum()), v[~kept].max(initial=-np.inf), k, kept)
     w, _, k, kept = min((form(*o, a >= t) for o,a in zip(tables, steps)), key=lambda o: o[:3])
     return (w, k, kept) if w < whole else (whole, 1, np.ones(r, dtype=bool))
 
@@ -98,8 +109,10 @@ def cut(scores:Scores,       # unit='rank', one score per component, with `cost`
         keep=(),             # layers to leave whole, names or patterns
         min_keep:int=1       # ranks every layer (and group) keeps
        )->Mask:
-    "The mask of ranks, [r] or [k, r], that one threshold over all layers gives; `ValueError` on bad arguments, a warning when the budget is out of reach."
-    tables = _tables(scores); *_, keep = _setup(scores, sparsity, threshold, scope='global', of='units', normalize=None, caps=None, keep=keep)
+    """The mask of ranks, [r] or [k, r], that one threshold over all layers gives;
+    `ValueError` on bad arguments, a warning when the budget is out of reach."""
+    tables = _tables(scores)
+    *_, keep = _setup(scores, sparsity, threshold, scope='global', of='units', normalize=None, caps=None, keep=keep)
     steps, vals = _schedule(tables, keep, check_int('min_keep', min_keep, 1))
     forms = lambda t: {n:_form(o, steps[n], t) for n,o in tables.items()}
     total, left = sum(o[0] for o in forms(0).values()), lambda t: sum(o[0] for o in forms(t).values())
@@ -108,10 +121,13 @@ def cut(scores:Scores,       # unit='rank', one score per component, with `cost`
         budget = math.floor(Fraction(str(sparsity))*total)
         t = bisect.bisect_right(range(len(vals)+1), budget, key=lambda t: total-left(t))-1
         if t == len(vals) and budget-(total-left(t)) >= min(o[0][1] for o in tables.values()):
-            warnings.warn(f"cut: sparsity {sparsity} of the weights is out of reach, {1-left(t)/total:.4g} achieved; min_keep and keep protect the rest")
+            warnings.warn(f"cut: sparsity {sparsity} of the weights is out of reach, {1-left(t)/total:.4g} achieved; "
+                          "min_keep and keep protect the rest")
     res, whole = forms(t), forms(0)
-    units = {n:torch.from_numpy(v) if k == 1 else torch.from_numpy(v).expand(k, -1).clone() for n,(_,k,v) in res.items()}
-    meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=1-left(t)/total, of='params', scope='global',
+    units = {n:torch.from_numpy(v) if k == 1 else torch.from_numpy(v).expand(k, -1).clone()
+             for n,(_,k,v) in res.items()}
+    meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=1-left(t)/total, of='params',
+                scope='global',
                 layers={n:1-o[0]/whole[n][0] for n,o in res.items()}, groups={n:o[1] for n,o in res.items()})
     return Mask(units, 'rank', graph=scores.graph, labels=scores.labels, meta=meta)
 
@@ -126,7 +142,8 @@ def svd(model:nn.Module,  # trained model
         seed:int=0,       # has no effect: nothing is drawn
         progress:bool=False # has no effect: nothing takes long
        )->Scores:
-    "Relative error of every layer from each singular value on, as rank scores; `ValueError` when no layer can be factored."
+    """Relative error of every layer from each singular value on, as rank scores;
+    `ValueError` when no layer can be factored."""
     start = time.perf_counter(); mats, skipped = folded(model)
     units = {n:tail_error(spectrum(w)[0], variant) for n,w in mats.items()}
     return Scores(units, 'rank', method='svd', graph=graph, cost={n:_cost(w) for n,w in mats.items()}, skipped=skipped,
@@ -139,9 +156,11 @@ def groupings(w:torch.Tensor, # matrix [O, K]
               max_groups:int=None, # most groups tried, None = any number
               bound:bool=False # times √k?
              )->list:
-    "[groups k, weights per common rank K + kO, error of dropping rank i and all behind it [r]] for every divisor k > 1 of `channels` that can pay."
+    """[groups k, weights per common rank K + kO, error of dropping rank i and all behind it [r]] for every divisor k >
+    1 of `channels` that can pay."""
     (o, n), top = w.shape, spectrum(w)[0, 0].clamp(min=torch.finfo(w.dtype).tiny)
-    ks = [k for k in range(2, channels+1) if channels % k == 0 and n+k*o < o*n and (max_groups is None or k <= max_groups)]
+    ks = [k for k in range(2, channels+1) if channels % k == 0 and n+k*o < o*n
+          and (max_groups is None or k <= max_groups)]
     return [[k, n+k*o, (spectrum(w, k).amax(0)/top*(k**.5 if bound else 1)).tolist()] for k in ks]
 
 # %% ../nbs/16_lowrank.ipynb #alds
@@ -154,7 +173,8 @@ def alds(model:nn.Module,  # trained model
          seed:int=0,       # has no effect: nothing is drawn
          progress:bool=False # has no effect: nothing takes long
         )->Scores:
-    "Relative operator-norm errors by rank, of the whole matrix and (in `meta`) of every grouping; `ValueError` when no layer can be factored."
+    """Relative operator-norm errors by rank, of the whole matrix and (in `meta`) of every grouping;
+    `ValueError` when no layer can be factored."""
     start = time.perf_counter(); mats, skipped = folded(model)
     if max_groups is not None: check_int('max_groups', max_groups, 1)
     channels = {n:layers(model)[n].weight.shape[1] for n in mats}
@@ -165,7 +185,8 @@ def alds(model:nn.Module,  # trained model
 
 # %% ../nbs/16_lowrank.ipynb #moments
 def _moments(y, pick, got):
-    "Add the outputs `y` [n, O, P] at the positions `pick` to `got` = (columns, their sum [O], the sum of their products [O, O])."
+    """Add the outputs `y` [n, O, P] at the positions `pick` to `got` =
+    (columns, their sum [O], the sum of their products [O, O])."""
     cols = y[..., pick].movedim(1, 0).flatten(1).cpu().double()
     return [a+b for a,b in zip(got, (cols.shape[1], cols.sum(1), cols @ cols.T))] + [y.shape[2]]
 
@@ -178,7 +199,8 @@ def output_moments(model:nn.Module, # left as found
                    seed:int=0,      # of the positions
                    bs:int=128       # images at a time
                   )->dict:
-    "Layer -> [number of columns, sum [O], sum of products [O, O], positions per image] of its outputs, float64; layers that are never reached are absent."
+    """Layer -> [number of columns, sum [O], sum of products [O, O], positions per image] of its outputs, float64;
+    layers that are never reached are absent."""
     got, g, mods, n_images = {}, generator(seed), {n:model.get_submodule(n) for n in names}, len(tensors(xb)[0])
     def watch(n, m):
         def hook(_, inp, out):
@@ -201,7 +223,8 @@ def principal(n:int,              # number of columns
               square:torch.Tensor, # the sum of their products [O, O]
               centred:bool=True   # around the mean, or around 0
              )->tuple:
-    "(eigenvalues [O], largest first, directions [O, O] as columns, centre [O]) of the covariance, or of the second moment."
+    """(eigenvalues [O], largest first, directions [O, O] as columns, centre [O]) of the covariance,
+    or of the second moment."""
     m = total/n if centred else torch.zeros_like(total)
     lam, u = torch.linalg.eigh(square/n - torch.outer(m, m))
     return lam.flip(0).clamp(min=0), u.flip(1), m
@@ -218,15 +241,19 @@ def pca(model:nn.Module,    # trained model
         seed:int=0,         # of the images and positions
         progress:bool=False # has no effect: nothing takes long
        )->Scores:
-    "Explained share per price of every principal direction of each layer's outputs; the directions are in `labels`. `ValueError` without images."
-    start = time.perf_counter(); mats, skipped = folded(model); check_choice('per', per, ('params', 'macs')); check_int('max_columns', max_columns, 1)
+    """Explained share per price of every principal direction of each layer's outputs; the directions are in `labels`.
+    `ValueError` without images."""
+    start = time.perf_counter(); mats, skipped = folded(model); check_choice('per', per, ('params', 'macs'))
+    check_int('max_columns', max_columns, 1)
     xb, yb = batch_for(model, dls, 'pca', n=n, split=split, seed=seed, classes=False)
     got = output_moments(model, xb, mats, max_columns, seed)
     skipped |= {k:'never reached in the forward pass' for k in mats if k not in got}
     units, labels, cost = {}, {}, {}
     for k in [k for k in mats if k in got]:
-        lam, u, m = principal(*got[k][:3], centred=model.get_submodule(k).bias is not None); r = min(mats[k].shape); cost[k] = _cost(mats[k])
+        lam, u, m = principal(*got[k][:3], centred=model.get_submodule(k).bias is not None); r = min(mats[k].shape)
+        cost[k] = _cost(mats[k])
         share = lam/lam.cumsum(0).clamp(min=torch.finfo(lam.dtype).tiny)
         units[k], labels[k] = share[:r]/(cost[k]*(1 if per == 'params' else got[k][3])), (u[:, :r], m)
-    return Scores(units, 'rank', method='pca', graph=graph, labels=labels, cost=cost, skipped=skipped, secs=time.perf_counter()-start,
+    return Scores(units, 'rank', method='pca', graph=graph, labels=labels, cost=cost, skipped=skipped,
+                  secs=time.perf_counter()-start,
                   meta=dict(n=len(yb), split=split, per=per, max_columns=max_columns, seed=seed))

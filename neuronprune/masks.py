@@ -20,7 +20,8 @@ from .graph import Graph, _check_plain
 def _tensor(name, value):
     "`value` as a detached CPU tensor; a `TypeError` that names it otherwise."
     try: t = torch.as_tensor(value).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name}: expected a tensor, got {type(value).__name__} ({e})") from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__} ({e})") from None
     if t.layout != torch.strided or t.is_quantized or t.is_complex():
         what = str(t.layout if t.layout != torch.strided else t.dtype).removeprefix('torch.')
         raise TypeError(f"{name}: a tensor of {what}; expected a dense one of real numbers or bools")
@@ -34,7 +35,8 @@ def _tensors(name, d):
 def _pairs(name, d):
     "Key -> two tensors of a dictionary that may be None."
     for k,v in check_type(name, d or {}, Mapping, 'key -> two tensors').items():
-        if len(check_type(f'{name}[{k!r}]', v, (tuple, list))) != 2: raise ValueError(f"{name}[{k!r}]: {len(v)} tensors; expected two")
+        if len(check_type(f'{name}[{k!r}]', v, (tuple, list))) != 2:
+            raise ValueError(f"{name}[{k!r}]: {len(v)} tensors; expected two")
     return {k:tuple(_tensor(f'{name}[{k!r}]', o) for o in v) for k,v in (d or {}).items()}
 
 # %% ../nbs/03a_masks.ipynb #check-labels
@@ -44,26 +46,32 @@ def _check_labels(key, t, labels):
     if t.ndim != 2: raise ValueError(f"units[{key!r}]: shape {tuple(t.shape)}; expected [K, G] for unit='group'")
     for idx,n,side in zip(labels[key], t.shape, ('child', 'parent')):
         if idx.ndim != 1 or idx.is_floating_point() or idx.dtype == torch.bool:
-            raise TypeError(f"labels[{key!r}]: {side} groups {idx.dtype} of shape {tuple(idx.shape)}; expected one whole number per channel")
+            raise TypeError(f"labels[{key!r}]: {side} groups {idx.dtype} of shape {tuple(idx.shape)}; "
+                            "expected one whole number per channel")
         bad = idx[(idx < 0) | (idx >= n)]
         if len(bad): raise ValueError(f"labels[{key!r}]: {side} group {int(bad[0])} out of range; expected 0 to {n-1}")
 
 def _check_graph(graph, units):
     "A graph that comes with channels has their layers and widths."
-    if not hasattr(graph, 'layers') or isinstance(graph, nn.Module): raise TypeError(f"graph: expected a Graph, as from trace(model, xb), got {type(graph).__name__}")
+    if not hasattr(graph, 'layers') or isinstance(graph, nn.Module):
+        raise TypeError(f"graph: expected a Graph, as from trace(model, xb), got {type(graph).__name__}")
     for k,v in units.items() if hasattr(graph, 'out_slots') else ():
         slots = graph.in_slots.get(k.removesuffix(':in')) if k.endswith(':in') else graph.out_slots.get(k)
         if slots is None or len(slots) != len(v):
-            what = f"layer {k!r} is not in the model" if slots is None else f"shape {tuple(v.shape)}, but its layer needs ({len(slots)},)"
-            raise ValueError(f"units[{k!r}]: {what} that the graph describes; expected graph=trace(model, xb) of the same network")
+            what = (f"layer {k!r} is not in the model" if slots is None
+                    else f"shape {tuple(v.shape)}, but its layer needs ({len(slots)},)")
+            raise ValueError(f"units[{k!r}]: {what} that the graph describes; "
+                             "expected graph=trace(model, xb) of the same network")
 
 def _check_ranks(key, t, labels):
     "Rank scores are [r] or [k, r]; directions [out, r] and centre [out] belong to the former only."
-    if t.ndim not in (1, 2): raise ValueError(f"units[{key!r}]: shape {tuple(t.shape)}; expected [r] or [k, r] for unit='rank'")
+    if t.ndim not in (1, 2):
+        raise ValueError(f"units[{key!r}]: shape {tuple(t.shape)}; expected [r] or [k, r] for unit='rank'")
     if key not in labels: return
     u, centre = (check_finite(f'labels[{key!r}]', o) for o in labels[key])
     if t.ndim != 1 or u.ndim != 2 or u.shape != (len(centre), len(t)):
-        raise ValueError(f"labels[{key!r}]: directions {tuple(u.shape)} and centre {tuple(centre.shape)}; expected [out, {t.shape[-1]}] and [out]")
+        raise ValueError(f"labels[{key!r}]: directions {tuple(u.shape)} and centre {tuple(centre.shape)}; "
+                         f"expected [out, {t.shape[-1]}] and [out]")
 
 # %% ../nbs/03a_masks.ipynb #units
 class Units(Mapping):
@@ -91,15 +99,19 @@ def _check_cost(cost, units):
     "A cost is one number >= 0 per layer, or one for every score."
     for k,v in cost.items():
         if k not in units: raise ValueError(f"cost: {k!r} is no key of the scores; expected {', '.join(units)}")
-        if v.ndim and v.shape != units[k].shape: raise ValueError(f"cost[{k!r}]: shape {tuple(v.shape)}; expected a number or {tuple(units[k].shape)}")
-        if (check_finite(f'cost[{k!r}]', v) < 0).any(): raise ValueError(f"cost[{k!r}]: {float(v.min()):g}; expected weights per unit, at least 0")
+        if v.ndim and v.shape != units[k].shape:
+            raise ValueError(f"cost[{k!r}]: shape {tuple(v.shape)}; expected a number or {tuple(units[k].shape)}")
+        if (check_finite(f'cost[{k!r}]', v) < 0).any():
+            raise ValueError(f"cost[{k!r}]: {float(v.min()):g}; expected weights per unit, at least 0")
 
 def _check_tiebreak(tiebreak, units):
     "A second key has one finite number for every score."
     if set(tiebreak) != set(units):
         raise ValueError(f"tiebreak: layers {', '.join(tiebreak)}; expected those of the scores, {', '.join(units)}")
     for k,v in tiebreak.items():
-        if v.shape != units[k].shape: raise ValueError(f"tiebreak[{k!r}]: shape {tuple(v.shape)}; expected {tuple(units[k].shape)}, that of the scores")
+        if v.shape != units[k].shape:
+            raise ValueError(f"tiebreak[{k!r}]: shape {tuple(v.shape)}; "
+                             f"expected {tuple(units[k].shape)}, that of the scores")
         check_finite(f'tiebreak[{k!r}]', v)
 
 # %% ../nbs/03a_masks.ipynb #scores-2
@@ -111,16 +123,17 @@ class Scores(Units):
                  unit:str,         # 'weight', 'channel', 'group' or 'rank'
                  *, method:str='', # name of the method that scored
                  graph=None,       # `Graph` of the model, needed for ties and surgery
-                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'; (row each weight is drawn in, coefficient [1]) for 'weight'
+                 labels:dict=None, # key -> (child_idx, parent_idx), ranks: (directions, centre), weights: (row, factor)
                  cost:dict=None,   # key -> weights per unit, a number or a tensor of the score's shape
-                 tiebreak:dict=None, # key -> tensor of the score's shape; of two equal scores the lower one here goes first
+                 tiebreak:dict=None, # key -> tensor of the score's shape; of equal scores the lower one here goes first
                  gone:dict=None,   # key -> bool tensor, True = removed before: goes first, counts in no mean (`sink`)
                  secs:float=math.nan, # seconds the scoring took
                  meta:dict=None,   # anything else worth keeping, JSON-able
                  skipped:dict=None # layer -> reason it was not scored
                 ):
         super().__init__(units, unit, graph, labels, meta)
-        for k,v in self.units.items(): self.units[k] = check_finite(f'scores[{k!r}]', v if v.is_floating_point() else v.float())
+        for k,v in self.units.items():
+            self.units[k] = check_finite(f'scores[{k!r}]', v if v.is_floating_point() else v.float())
         self.method,self.secs,self.skipped = method,secs,dict(skipped or {})
         self.cost, self.tiebreak = _tensors('cost', cost), _tensors('tiebreak', tiebreak)
         self.gone = _tensors('gone', gone)
@@ -129,7 +142,8 @@ class Scores(Units):
 
     def __repr__(self):
         n = sum(v.numel() for v in self.values())
-        return f"Scores({self.method or 'user'}, {n:,} {self.unit} units in {len(self)} layers, {len(self.skipped)} skipped)"
+        return (f"Scores({self.method or 'user'}, {n:,} {self.unit} units in {len(self)} layers, {len(self.skipped)} "
+                "skipped)")
 
 # %% ../nbs/03a_masks.ipynb #frame
 @patch
@@ -157,7 +171,8 @@ def plot(self:Scores, n_max:int=4 # most block matrices drawn
     if self.unit == 'group':
         fig, axs = _panels(min(len(self), n_max))
         for ax,(k,v) in zip(axs, self.items()):
-            fig.colorbar(ax.imshow(v, aspect='auto'), ax=ax); ax.set(title=k, xlabel='parent group', ylabel='child group')
+            fig.colorbar(ax.imshow(v, aspect='auto'), ax=ax)
+            ax.set(title=k, xlabel='parent group', ylabel='child group')
     else:
         fig, (ax,) = _panels(1, 6)
         for (k,v),c in zip(self.items(), plt.get_cmap('viridis')(np.linspace(0, .9, len(self)))):
@@ -177,10 +192,13 @@ def to_channels(self:Scores, reduce:str='mean' # 'mean', 'sum', 'max' or 'min' o
     "Channel scores [out] from weight or group scores; the output layer, if the graph is known, is left out."
     f = _reduce[check_choice('reduce', reduce, _reduce)]
     if self.unit == 'channel': return self
-    if self.unit == 'rank': raise ValueError("scores: a rank belongs to no channel; expected scores of unit 'weight' or 'group'")
+    if self.unit == 'rank':
+        raise ValueError("scores: a rank belongs to no channel; expected scores of unit 'weight' or 'group'")
     skip = {} if self.graph is None else {k:self.graph.fixed[k] for k in self if k in self.graph.fixed}
     units = {k:f(v.flatten(1), 1) for k,v in self.items() if k not in skip}
-    if not units: raise ValueError("scores: no layer has channels that can be removed; " + '; '.join(f'{k!r}: {r}' for k,r in skip.items()))
+    if not units:
+        raise ValueError(
+            "scores: no layer has channels that can be removed; " + '; '.join(f'{k!r}: {r}' for k,r in skip.items()))
     if self.unit == 'group': units = {k:v[self.labels[k][0]] for k,v in units.items()}
     return Scores(units, 'channel', method=self.method, graph=self.graph, secs=self.secs, meta=self.meta,
                   skipped={**self.skipped, **skip})
@@ -193,7 +211,7 @@ class Mask(Units):
                  units:dict,       # key -> bool tensor
                  unit:str,         # 'weight', 'channel', 'group' or 'rank'
                  *, graph=None,    # `Graph` of the model
-                 labels:dict=None, # key -> (child_idx [out], parent_idx [in]) for 'group'; (directions [out, r], centre [out]) for 'rank'
+                 labels:dict=None, # key -> (child_idx, parent_idx) of 'group', (directions, centre) of 'rank'
                  scale:dict=None,  # key -> factors >= 0 of the mask's shape, multiplied in once by `apply`
                  meta:dict=None    # requested sparsity, method, …, JSON-able
                 ):
@@ -209,7 +227,8 @@ class Mask(Units):
     @classmethod
     def ones_like(cls, o:Units): # scores or mask whose keys and shapes to take
         "The mask that keeps everything."
-        return cls({k:torch.ones(v.shape, dtype=torch.bool) for k,v in o.items()}, o.unit, graph=o.graph, labels=o.labels)
+        return cls({k:torch.ones(v.shape, dtype=torch.bool) for k,v in o.items()}, o.unit, graph=o.graph,
+                   labels=o.labels)
 
     @property
     def tied(self): "Do channels that can only go together count as one?"; return self.meta.get('tied', True)
@@ -220,7 +239,8 @@ class Mask(Units):
 def counts(self:Mask)->tuple:
     "(units kept, units in all); tied channels count once."
     g = self.graph
-    if self.unit != 'channel' or g is None or not self.tied: return sum(int(v.sum()) for v in self.values()), sum(v.numel() for v in self.values())
+    if self.unit != 'channel' or g is None or not self.tied:
+        return sum(int(v.sum()) for v in self.values()), sum(v.numel() for v in self.values())
     ids = torch.cat([g.in_slots[k.removesuffix(':in')] if k.endswith(':in') else g.out_slots[k] for k in self])
     keep, alone = torch.cat(list(self.values())), ids < 0
     return len(ids[keep & ~alone].unique()) + int(keep[alone].sum()), len(ids[~alone].unique()) + int(alone.sum())
@@ -304,7 +324,8 @@ def _block_mask(keep, child, parent, w):
 def _rank_shape(v, w):
     "Shape that the rank entries `v` must have for the weight `w`: [r], or [k, r] where k divides the input channels."
     k = len(v) if v.ndim == 2 else 1
-    if w.shape[1] % k: raise ValueError(f"mask: {k} groups of ranks; expected a divisor of the layer's {w.shape[1]} input channels")
+    if w.shape[1] % k:
+        raise ValueError(f"mask: {k} groups of ranks; expected a divisor of the layer's {w.shape[1]} input channels")
     r = min(len(w), w[0].numel()//k)
     return (r,) if v.ndim == 1 else (k, r)
 
@@ -314,12 +335,15 @@ def _check_fit(mask, params):
     for k,v in mask.items():
         n = k.removesuffix(':in'); w = params.get(f'{n}.weight')
         if w is None:
-            known = ', '.join(o.removesuffix('.weight') for o,p in params.items() if o.endswith('.weight') and p.ndim > 1)
+            known = ', '.join(o.removesuffix('.weight') for o,p in params.items() if o.endswith('.weight')
+                              and p.ndim > 1)
             raise ValueError(f"mask: layer {n!r} is not in the model; expected one of {known}")
         if mask.unit == 'group': got, need = tuple(map(len, mask.labels[k])), tuple(w.shape[:2])
         elif mask.unit == 'rank': got, need = tuple(v.shape), _rank_shape(v, w)
         else: got, need = tuple(v.shape), tuple(w.shape) if mask.unit == 'weight' else (w.shape[1 if k != n else 0],)
-        if got != need: raise ValueError(f"mask[{k!r}]: {'group labels' if mask.unit == 'group' else 'shape'} {got}, but the model's layer needs {need}")
+        if got != need:
+            raise ValueError(f"mask[{k!r}]: {'group labels' if mask.unit == 'group' else 'shape'} {got}, but the "
+                             f"model's layer needs {need}")
     if mask.unit == 'channel' and mask.graph is None:
         raise ValueError("mask: a channel mask needs graph=trace(model, xb) to know what its channels touch")
 
@@ -328,10 +352,13 @@ def _check_fit(mask, params):
 @public
 def expand(self:Mask, model:nn.Module # the model the mask was made for
           )->dict:
-    "Name of a parameter or buffer -> bool tensor on the model's device, True = kept; only tensors that may lose something. `ValueError` for ranks."
+    """Name of a parameter or buffer -> bool tensor on the model's device, True = kept;
+    only tensors that may lose something. `ValueError` for ranks."""
     _check_plain(model)
-    if self.unit == 'rank': raise ValueError("mask: ranks have no pattern of zeros that could be kept; expected surgery.apply or surgery.shrink, "
-                                             "and the factors trained as they are, without a mask")
+    if self.unit == 'rank':
+        raise ValueError("mask: ranks have no pattern of zeros that could be kept; "
+                         "expected surgery.apply or surgery.shrink, "
+                         "and the factors trained as they are, without a mask")
     params = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     _check_fit(self, params)
     if self.unit == 'weight': res = {f'{k}.weight':v for k,v in self.items()}
@@ -356,11 +383,13 @@ def _units_from(cls, t, h):
     "The scores or the mask out of a file's tensors and header; raises if they do not belong together."
     part = lambda p: {k.removeprefix(f'{p}/'):v for k,v in t.items() if k.startswith(f'{p}/')}
     units, child, parent, keys = part('unit'), part('child'), part('parent'), h['keys']
-    if sorted(keys) != sorted(units): raise ValueError(f"its header lists {len(keys)} layers, its tensors are those of others")
+    if sorted(keys) != sorted(units):
+        raise ValueError(f"its header lists {len(keys)} layers, its tensors are those of others")
     graph = None if h['graph'] is None else Graph.from_dict(h['graph'])
-    extra = dict(cost=part('cost'), tiebreak=part('tiebreak'), gone=part('gone')) if cls is Scores else dict(scale=part('scale'))
-    return cls({k:units[k] for k in keys}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child}, meta=h['meta'],
-               **extra, **h['own'])
+    extra = (dict(cost=part('cost'), tiebreak=part('tiebreak'), gone=part('gone')) if cls is Scores
+             else dict(scale=part('scale')))
+    return cls({k:units[k] for k in keys}, h['unit'], graph=graph, labels={k:(child[k], parent[k]) for k in child},
+               meta=h['meta'], **extra, **h['own'])
 
 @patch(cls_method=True)
 @public
@@ -389,20 +418,23 @@ def from_torch_prune(cls:Mask, model:nn.Module # pruned with torch.nn.utils.prun
                     )->Mask:
     "The weight mask of a model pruned with `torch.nn.utils.prune`; `ValueError` if it was not."
     units = {n:m.weight_mask.bool() for n,m in layers(model).items() if hasattr(m, 'weight_mask')}
-    if not units: raise ValueError("model: no layer carries a weight_mask; expected a model pruned with torch.nn.utils.prune")
+    if not units:
+        raise ValueError("model: no layer carries a weight_mask; expected a model pruned with torch.nn.utils.prune")
     return cls(units, 'weight')
 
 # %% ../nbs/03a_masks.ipynb #as_importance
 @patch
 @public
 def as_importance(self:Scores):
-    "An importance for Torch-Pruning's pruners: group -> score per root channel, the mean over the group's scored layers."
+    """An importance for Torch-Pruning's pruners: group -> score per root channel,
+    the mean over the group's scored layers."""
     ch = self.to_channels()
     def importance(group):
         n = len(group[0].idxs); total, count = torch.zeros(n), torch.zeros(n)
         for item in group:
             name = item.dep.target._name
             if name in ch and item.dep.handler.__name__ == 'prune_out_channels':
-                root = torch.tensor(item.root_idxs); total.index_add_(0, root, ch[name][item.idxs].float()); count[root] += 1
+                root = torch.tensor(item.root_idxs); total.index_add_(0, root, ch[name][item.idxs].float())
+                count[root] += 1
         return total / count.clamp(min=1) if count.any() else None
     return importance

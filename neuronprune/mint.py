@@ -48,7 +48,8 @@ def neighbours(P:torch.Tensor, # all parents [n, p]
                s:tuple,        # (S1, S2, S3) of `thirds`
                d:torch.Tensor=None # distances of all parents between S1 and S2, None = computed here
               )->torch.Tensor:
-    "Row of S2 nearest to each row of S1 in the columns of `P` that are not in `y`, int64 [len(S1)] (fitted on S2, asked from S1)."
+    """Row of S2 nearest to each row of S1 in the columns of `P` that are not in `y`,
+    int64 [len(S1)] (fitted on S2, asked from S1)."""
     d = sq_dists(P[s[0]], P[s[1]]) if d is None else d
     return s[1][(d - sq_dists(y[s[0]], y[s[1]])).argmin(1)]
 
@@ -91,12 +92,14 @@ def _dense(x, child, bs, gs, m, max_mem):
         dx, parts = torch.stack([sq_dists(x[:, child == k]) for k in ks]), bs(gs)
         for at in torch.arange(len(gs)).split(1 if host else side):
             b = [next(parts) for _ in at]
-            res[ks[:, None], at] = torch.as_tensor(crossings(dx, b[0], m))[:, None] if host else crossings_batched(dx, torch.stack(b), m).cpu()
+            res[ks[:, None], at] = (torch.as_tensor(crossings(dx, b[0], m))[:, None] if host
+                                    else crossings_batched(dx, torch.stack(b), m).cpu())
     return res.numpy()
 
 # %% ../nbs/13_mint.ipynb #near
 def _near(x, child, bs, gs, m):
-    "Crossings [K, len(gs)] through the pairs that can be in a tree; -1 from the first parent group on for which they are too many."
+    """Crossings [K, len(gs)] through the pairs that can be in a tree;
+    -1 from the first parent group on for which they are too many."""
     res, guess = np.full((int(child.max())+1, len(gs)), -1), 0.
     for i,b in enumerate(bs(gs)):
         found, need = crossings_near(b.numpy(), x.numpy(), child.numpy(), m, guess)
@@ -106,7 +109,8 @@ def _near(x, child, bs, gs, m):
 
 # %% ../nbs/13_mint.ipynb #sent
 def _sent(P, W, x, parent, child, gs, s, max_mem):
-    "Crossings [K, len(gs)] of a child group's activations against what each block sends it; `W` [c, p] has the weights."
+    """Crossings [K, len(gs)] of a child group's activations against what each block sends it;
+    `W` [c, p] has the weights."""
     m, G, c = len(s[2]), int(parent.max())+1, len(W)
     y, res = P[torch.cat([s[2], s[1][:len(s[0])]])], np.zeros((int(child.max())+1, len(gs)), int)
     size = max(1, int(max_mem*1e9/(x.itemsize*len(x)**2)))
@@ -115,7 +119,8 @@ def _sent(P, W, x, parent, child, gs, s, max_mem):
         dx, w = sq_dists(x[:, mine]), W[torch.where(mine)[0] % c]
         for at in np.array_split(np.arange(len(gs)), -(-len(gs)//size)):
             dy = torch.stack([sq_dists(y[:, parent == gs[i]] @ w[:, parent == gs[i]].T * G**.5) for i in at])
-            res[k, at] = crossings(dy, dx, m) if dx.device.type == 'cpu' else crossings_batched(dy, dx[None], m)[:, 0].cpu()
+            res[k, at] = (crossings(dy, dx, m) if dx.device.type == 'cpu'
+                          else crossings_batched(dy, dx[None], m)[:, 0].cpu())
     return res
 
 # %% ../nbs/13_mint.ipynb #grown
@@ -158,15 +163,19 @@ def _job(P, C, parent, child, W, gs, seed, estimator, calibrate, max_mem, file):
     return r
 
 def _kept(file, shape):
-    "The scores [child groups, parent groups] in `file`, or None; with a warning if there is a file that does not hold them."
+    """The scores [child groups, parent groups] in `file`, or None;
+    with a warning if there is a file that does not hold them."""
     if file is None or not file.exists(): return None
     try:
         kept, header = load_tensors(file)
-        r, job = kept.get('scores', torch.empty(0)), header.get('job') if header.get('kind') == 'mint' else 'something else'
+        r, job = (kept.get('scores', torch.empty(0)),
+                  header.get('job') if header.get('kind') == 'mint' else 'something else')
         if job == file.stem and r.shape == shape and r.dtype == torch.float64 and r.isfinite().all(): return r.numpy()
-        says = f"path={str(file)!r}: holds the scores of {job}, {tuple(r.shape)}; expected {tuple(shape)} of {file.stem}"
+        says = (f"path={str(file)!r}: holds the scores of {job}, {tuple(r.shape)}; "
+                f"expected {tuple(shape)} of {file.stem}")
     except (ValueError, OSError) as e: says = str(e)
-    warnings.warn(f"cache: {says}; these scores are computed again and the file is replaced; delete the file if this comes back")
+    warnings.warn(f"cache: {says}; these scores are computed again and the file is replaced; "
+                  "delete the file if this comes back")
 
 # %% ../nbs/13_mint.ipynb #key
 def _key(P, x, W, *opts):
@@ -181,7 +190,8 @@ def _jobs(name, P, C, parent, child, W, estimator, n_trials, seed, calibrate, ma
     "(name, trial, child groups, parent groups, arguments of `_job`) of one layer; constant groups are left out."
     n = len(P)-len(P)//3
     if 10*n*n*P.itemsize > 4e9*max_mem:
-        raise ValueError(f"max_mem={max_mem}: {name or 'P'} has {n} points in a tree, which takes {1e-9*2.5*n*n*P.itemsize:.2g} GB; "
+        raise ValueError(f"max_mem={max_mem}: {name or 'P'} has {n} points in a tree, which takes "
+                         f"{1e-9*2.5*n*n*P.itemsize:.2g} GB; "
                          "expected more memory, or a smaller n_per_class")
     ks, gs = (np.flatnonzero(~constant_groups(*o)) for o in ((C, child), (P, parent)))
     if not len(ks) or not len(gs): return
@@ -200,15 +210,18 @@ ESTIMATORS = ('cgmi', 'gmi', 'contribution')
 def _check_layer(name, P, C, parent, child, W=None):
     "The arrays of one layer as tensors; raises for other numbers of rows, labels or weights than they must have."
     P, C, parent, child = map(torch.as_tensor, (P, C, parent, child))
-    if len(P) != len(C): raise ValueError(f"{name or 'P'}: {len(P)} rows of parents, {len(C)} of children; expected the same images in the same order")
+    if len(P) != len(C):
+        raise ValueError(f"{name or 'P'}: {len(P)} rows of parents, {len(C)} of children; "
+                         "expected the same images in the same order")
     for k,a,idx in (('parent', P, parent), ('child', C, child)):
-        if len(idx) != a.shape[1]: raise ValueError(f"{k}: {len(idx)} labels for {a.shape[1]} columns; expected one group number per column")
+        if len(idx) != a.shape[1]:
+            raise ValueError(f"{k}: {len(idx)} labels for {a.shape[1]} columns; expected one group number per column")
     if len(P) < 6: thirds(len(P), None)
     return P, C, parent, child, None if W is None else torch.as_tensor(W)
 
 # %% ../nbs/13_mint.ipynb #dependencies
 @public
-def dependencies(layers:dict,       # name -> (P [n, p], C [n, c], group of each parent [p], of each child [c]), for 'contribution' with weights [c, p]
+def dependencies(layers:dict, # name -> (P [n, p], C [n, c], groups of P [p], of C [c]), 'contribution': weights [c, p]
                  estimator:str='cgmi', # 'cgmi': I(X;Y|Z), 'gmi': I(X;Y), 'contribution': X against what the block sends
                  n_trials:int=1,    # splits in thirds
                  seed:int=0,        # of the splits
@@ -218,12 +231,14 @@ def dependencies(layers:dict,       # name -> (P [n, p], C [n, c], group of each
                  cache=None,        # folder for finished jobs
                  progress:bool=False # show a bar?
                 )->dict:
-    "Name -> raw scores, float64 [n_trials, K, G], higher = more dependent; computed in the dtype and on the device of `P`."
+    """Name -> raw scores, float64 [n_trials, K, G], higher = more dependent;
+    computed in the dtype and on the device of `P`."""
     check_choice('estimator', estimator, ESTIMATORS)
     check_int('n_trials', n_trials, 1), check_int('seed', seed, 0)
     args = {n:_check_layer(n, *o) for n,o in layers.items()}
     for n,o in args.items():
-        if estimator == 'contribution' and o[4] is None: raise ValueError(f"{n or 'weights'}: estimator='contribution' needs the weights [c, p]; got none")
+        if estimator == 'contribution' and o[4] is None:
+            raise ValueError(f"{n or 'weights'}: estimator='contribution' needs the weights [c, p]; got none")
     res = {n:np.zeros((n_trials, int(o[3].max())+1, int(o[2].max())+1)) for n,o in args.items()}
     jobs = [j for n,o in args.items() for j in _jobs(n, *o, estimator, n_trials, seed, calibrate, max_mem, cache)]
     if any(o[0].is_cuda for o in args.values()): n_jobs = 1
@@ -231,7 +246,8 @@ def dependencies(layers:dict,       # name -> (P [n, p], C [n, c], group of each
     todo = [j for j,r in zip(jobs, kept) if r is None]
     done = Parallel(n_jobs=n_jobs, return_as='generator')(delayed(_job)(*j[-1]) for j in todo)
     fresh = zip(todo, progress_bar(done, total=len(todo)) if progress else done)
-    for (n,t,ks,gs,_),r in (*((j, r) for j,r in zip(jobs, kept) if r is not None), *fresh): res[n][t][np.ix_(ks, gs)] = r
+    for (n,t,ks,gs,_),r in (*((j, r) for j,r in zip(jobs, kept) if r is not None), *fresh):
+        res[n][t][np.ix_(ks, gs)] = r
     return res
 
 # %% ../nbs/13_mint.ipynb #dependency
@@ -244,7 +260,8 @@ def dependency(P,      # activations of the parents [n, p], array or tensor, the
                weights=None, # of the layer [c, p], for 'contribution'
                **kw    # as for `dependencies`
               )->np.ndarray:
-    "Raw scores, float64 [n_trials, K, G], of one layer; a single parent group leaves nothing to condition on: 'cgmi' is then 'gmi'."
+    """Raw scores, float64 [n_trials, K, G], of one layer;
+    a single parent group leaves nothing to condition on: 'cgmi' is then 'gmi'."""
     return dependencies({'': (P, C, parent, child, weights)}, estimator, n_trials, seed, **kw)['']
 
 # %% ../nbs/13_mint.ipynb #gmi
@@ -279,7 +296,8 @@ def _rows_of(x, m):
 def tap_means(x:torch.Tensor, # input of the layer [n, c, h, w], or [n, …, c] for a linear one
               m:nn.Module     # Linear, or a convolution of one group
              )->torch.Tensor:
-    "Mean over output positions of what lies under each tap, float32 [n, c·taps]: times m.weight.flatten(1).T plus the bias, the mean output."
+    """Mean over output positions of what lies under each tap, float32 [n, c·taps]:
+    times m.weight.flatten(1).T plus the bias, the mean output."""
     x = x.detach().float()
     if isinstance(m, nn.Linear): return x if x.ndim == 2 else x.flatten(1, -2).mean(1)
     x = nn.functional.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode.replace('zeros', 'constant'))
@@ -295,7 +313,8 @@ def _windows(x, d, k, stride, gap):
 # %% ../nbs/13_mint.ipynb #tapped
 @contextmanager
 def _tapped(model, ins, outs, taps):
-    "Inside the block a forward pass fills the yielded dict: 'path:in', 'path:taps' -> list of inputs, 'path' -> list of outputs."
+    """Inside the block a forward pass fills the yielded dict:
+    'path:in', 'path:taps' -> list of inputs, 'path' -> list of outputs."""
     got, hooks = {f'{k}:in':[] for k in ins} | {f'{k}:taps':[] for k in taps} | {k:[] for k in outs}, []
     def entering(k, f): return lambda m,a: got[k].append(f(a[0], m))
     def leaving(k): return lambda m,a,o: got[k].append(_rows_of(o, m))
@@ -316,7 +335,8 @@ def activations(model:nn.Module,  # left as found; runs in eval mode
                 taps=(),          # layers whose input is wanted as `tap_means`
                 bs:int=256        # images per forward pass
                )->dict:
-    "'path:in', 'path' or 'path:taps' -> float32 [n, channels] on the model's device, rows as in `xb`; `ValueError` for NaN, or a layer used twice."
+    """'path:in', 'path' or 'path:taps' -> float32 [n, channels] on the model's device, rows as in `xb`;
+    `ValueError` for NaN, or a layer used twice."""
     dev = next(model.parameters()).device
     with as_found(model, train=False), _tapped(model, ins, outs, taps) as got, torch.no_grad():
         for o in slices(mapped(lambda o: o.to(dev), xb), bs): feed(model, o)
@@ -340,17 +360,20 @@ def _mean_by(A, idx):
 
 # %% ../nbs/13_mint.ipynb #acts-of
 def _acts_of(model, graph, names, xb, tap, taps=False):
-    "Name -> (parents [n, parent channels], children [n, n_out], the input's `tap_means` if wanted) of the layers `names`, from one pass."
+    """Name -> (parents [n, parent channels], children [n, n_out], the input's `tap_means` if wanted) of the layers
+    `names`, from one pass."""
     readers = {n:_reader_of(graph, n) if tap == 'child_input' else None for n in names}
     ins = dict.fromkeys([*names, *filter(None, readers.values())]) if tap == 'child_input' else []
     outs = [n for n in names if readers[n] is None]
     if tap == 'conv_out': outs = dict.fromkeys([*outs, *(p for n in names for p in graph.sources[n])])
     acts = activations(model, xb, ins, outs, names if taps else ())
-    return {n:(_parents(graph, n, acts, tap), _children(graph, n, acts, readers[n]), acts.get(f'{n}:taps')) for n in names}
+    return {n:(_parents(graph, n, acts, tap), _children(graph, n, acts, readers[n]), acts.get(f'{n}:taps'))
+            for n in names}
 
 # %% ../nbs/13_mint.ipynb #parents
 def _parents(graph, layer, acts, tap):
-    "Activations [n, parent channels] of a layer's parents; for 'conv_out' the raw outputs of the producers, summed where they are summed."
+    """Activations [n, parent channels] of a layer's parents;
+    for 'conv_out' the raw outputs of the producers, summed where they are summed."""
     if tap == 'child_input': A = acts[f'{layer}:in']
     else:
         first = acts[next(iter(graph.sources[layer]))]
@@ -380,11 +403,12 @@ def _scores(model, graph, rho, groups, acts, clip, start, skipped, meta):
     mean = {k:v.mean(0) for k,v in rho.items()}
     meta['se'] = {k:None if n == 1 else (v.std(0)/n**.5).tolist() for k,v in rho.items()}
     meta['constant'] = {k:dict(children=np.flatnonzero(constant_groups(C, groups[k][0])).tolist(),
-                               parents=np.flatnonzero(constant_groups(P, groups[k][1])).tolist()) for k,(P,C,_) in acts.items()}
+                               parents=np.flatnonzero(constant_groups(P, groups[k][1])).tolist())
+                        for k,(P,C,_) in acts.items()}
     if clip: meta['raw'] = {k:v.tolist() for k,v in mean.items()}
-    return Scores({k:(v.clamp(min=0) if clip else v).float() for k,v in mean.items()}, 'group', method='mint', graph=graph,
-                  labels=labels, cost={k:block_cost(o, graph.layers[k]['taps']) for k,o in labels.items()}, tiebreak=size,
-                  secs=time.perf_counter()-start, meta=meta, skipped=skipped)
+    return Scores({k:(v.clamp(min=0) if clip else v).float() for k,v in mean.items()}, 'group', method='mint',
+                  graph=graph, labels=labels, cost={k:block_cost(o, graph.layers[k]['taps']) for k,o in labels.items()},
+                  tiebreak=size, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
 
 # %% ../nbs/13_mint.ipynb #check-score
 def _check_score(dls, estimator, tap, grouping, compat, n_groups, **flags):
@@ -395,9 +419,12 @@ def _check_score(dls, estimator, tap, grouping, compat, n_groups, **flags):
     check_choice('compat', compat, (None, 'released'))
     check_groups(n_groups)
     for k,v in flags.items(): check_type(k, v, bool)
-    own = dict(estimator=(estimator, 'cgmi'), tap=(tap, 'child_input'), grouping=(grouping, 'contiguous'), **{k:(v, False) for k,v in flags.items()})
+    own = dict(estimator=(estimator, 'cgmi'), tap=(tap, 'child_input'), grouping=(grouping, 'contiguous'),
+               **{k:(v, False) for k,v in flags.items()})
     set_ = [k for k,(v,usual) in own.items() if v != usual]
-    if compat and set_: raise ValueError(f"{set_[0]}={own[set_[0]][0]!r}: the released code has no such choice; expected the default with compat={compat!r}")
+    if compat and set_:
+        raise ValueError(f"{set_[0]}={own[set_[0]][0]!r}: the released code has no such choice; "
+                         f"expected the default with compat={compat!r}")
 
 # %% ../nbs/13_mint.ipynb #cut
 @public
@@ -410,19 +437,21 @@ def cut(scores:Scores,       # from `score`
         min_keep_parents_per_child:int=1, # parent groups that every child group keeps
         keep=()              # layers to spare, names or patterns
        )->Mask:
-    "The blocks that stay, `Mask` of unit 'group'; `ValueError` on bad arguments, a warning when the fraction is out of reach."
-    return allocate(scores, sparsity, threshold=threshold, scope=scope, of=of, caps=caps, min_keep=min_keep_parents_per_child, keep=keep)
+    """The blocks that stay, `Mask` of unit 'group'; `ValueError` on bad arguments,
+    a warning when the fraction is out of reach."""
+    return allocate(scores, sparsity, threshold=threshold, scope=scope, of=of, caps=caps,
+                    min_keep=min_keep_parents_per_child, keep=keep)
 
 # %% ../nbs/13_mint.ipynb #score
-@method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none', allocate=cut, paper='Ganesh, Corso & Sekeh, ICPR 2020',
-        quick=dict(n_per_class=10, n_trials=1))
+@method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none', allocate=cut,
+        paper='Ganesh, Corso & Sekeh, ICPR 2020', quick=dict(n_per_class=10, n_trials=1))
 def score(model:nn.Module,  # trained network; left as found
           dls=None,         # DataLoaders; the images come from the training part, un-augmented, as in the paper
           *, graph=None,    # `Graph` of the model, None = traced here
           n_per_class:int=None, # images per class, None = 250 or the smallest class
-          n_groups=None,    # (parent groups, child groups), 'each' = every channel by itself, None = 20 or the layer's width
+          n_groups=None,    # (parent groups, child groups), 'each' = every channel by itself, None = 20 or the width
           grouping:str='contiguous', # 'contiguous' (the paper), 'kmeans' on the activations, or 'random'
-          estimator:str='cgmi', # 'cgmi': given the other parents (the paper), 'gmi': without conditioning, 'contribution': what the block sends (ours)
+          estimator:str='cgmi', # 'cgmi': given the others (the paper), 'gmi': without, 'contribution': what is sent
           n_trials:int=8,   # splits in thirds, averaged (the paper has one); more than one gives a standard error
           calibrate:bool=False, # subtract the score of permuted children
           weighted:bool=False, # times the mean magnitude of the block's weights (ours)
@@ -436,24 +465,28 @@ def score(model:nn.Module,  # trained network; left as found
           seed:int=0,       # of images, splits and groups
           progress:bool=False # show a bar?
          )->Scores:
-    "Dependency of child group k on parent group g, float32 [K, G] per layer; `meta` has standard errors, dead groups, raw scores if clipped."
+    "Dependency of child group k on parent group g, float32 [K, G] per layer; `meta` has standard errors, dead groups."
     _check_score(dls, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()
     xb, yb = batch_for(model, dls, 'mint', n_per_class, split='train', seed=seed, classes=False)
     graph = traced(model, dls, graph)
     names, skipped = block_layers(graph, layers)
-    if not names: raise UnsupportedLayerError(f"model={type(model).__name__}: no pair of layers to compare ({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
+    if not names:
+        raise UnsupportedLayerError(f"model={type(model).__name__}: no pair of layers to compare "
+                                    f"({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
     acts = _acts_of(model, graph, names, xb, tap, estimator == 'contribution')
     groups = {n:block_labels(graph, n, n_groups, grouping, seed, *acts[n][:2]) for n in names}
     pairs = {n:_arrays(model.get_submodule(n), *acts[n], *groups[n]) for n in names}
     rho = dependencies(pairs, estimator, n_trials, seed, calibrate, max_mem, n_jobs, cache, progress)
-    meta = dict(estimator=estimator, n=len(yb), n_per_class=int(yb.bincount().max()) if yb.ndim == 1 and yb.dtype == torch.int64 else None, split='train', n_trials=n_trials,
-                calibrate=calibrate, weighted=weighted, clip=clip, tap=tap, grouping=grouping, seed=seed)
+    most = int(yb.bincount().max()) if yb.ndim == 1 and yb.dtype == torch.int64 else None
+    meta = dict(estimator=estimator, n=len(yb), n_per_class=most, split='train', n_trials=n_trials, calibrate=calibrate,
+                weighted=weighted, clip=clip, tap=tap, grouping=grouping, seed=seed)
     return _scores(model, graph, rho, groups, acts, clip, start, skipped, meta)
 
 # %% ../nbs/13_mint.ipynb #released
 def _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress):
     "The score of the released code."
     from neuronprune.mint_released import score
-    return score(model, dls, graph=graph, n_per_class=n_per_class, n_groups=n_groups, layers=layers, seed=seed, progress=progress)
+    return score(model, dls, graph=graph, n_per_class=n_per_class, n_groups=n_groups, layers=layers, seed=seed,
+                 progress=progress)

@@ -25,7 +25,8 @@ def sq_dists(a,     # points [n, d], tensor or array, any device
 def mst(d,         # (squared) distances [N, N], float32 or float64 on the CPU, symmetric
         slack=None # also return the pairs that a tree over larger distances may use, see `crossings_near`
        ):
-    "Edges [N-1, 2] of a minimum spanning tree, (point in the tree, new point), ties to the lower index; with `slack` also a bool [N, N]."
+    """Edges [N-1, 2] of a minimum spanning tree, (point in the tree, new point), ties to the lower index;
+    with `slack` also a bool [N, N]."""
     d = np.ascontiguousarray(d)
     n, rows = len(d), d.view(f'i{d.itemsize}')
     best, src, edges, near = d[0].copy(), np.zeros(n, int), np.empty((n-1, 2), int), np.empty(n, bool)
@@ -63,7 +64,8 @@ def crossings(dx,   # squared distances of the children [K, N, N], non-negative,
               b,    # what is added to each of them [N, N], same dtype
               m:int # rows 0..m-1 are the first sample
              )->np.ndarray:
-    "Crossing edges [K] in the minimum spanning trees of dx[k] + b; ties go to the first sample, then to the lower index."
+    """Crossing edges [K] in the minimum spanning trees of dx[k] + b;
+    ties go to the first sample, then to the lower index."""
     dx, b = np.asarray(dx), np.asarray(b)
     K, N = dx.shape[:2]
     rows, ks = dx.reshape(K*N, N), np.arange(K)
@@ -124,7 +126,8 @@ def crossings_near(b:np.ndarray, # distances that all trees have in common [N, N
                    slack:float=0., # first guess of the slack; a smaller one than needed costs a second search
                    n_max:int=40  # give up when more than n_max·N pairs are left
                   )->tuple:
-    "(crossing edges [K] in the spanning trees of b + the distances of group k, or None when too many pairs are left; the slack needed)."
+    """(crossing edges [K] in the spanning trees of b + the distances of group k, or None when too many pairs are left;
+    the slack needed)."""
     e, found = mst(b, slack)
     need = float(pair_dists(x, idx, *e.T).max())
     if need > slack: e, found = mst(b, need)
@@ -140,7 +143,8 @@ def crossings_batched(dx:torch.Tensor, # squared distances of the children [K, N
                       b:torch.Tensor,  # those of the parents [G, N, N], same dtype and device
                       m:int            # rows 0..m-1 are the first sample
                      )->torch.Tensor:
-    "Crossing edges, int64 [K, G], in the minimum spanning trees of dx[k] + b[g]; ties go to the lower (smaller, larger) index."
+    """Crossing edges, int64 [K, G], in the minimum spanning trees of dx[k] + b[g];
+    ties go to the lower (smaller, larger) index."""
     K, N, G = *dx.shape[:2], len(b)
     ks, gs, to = (torch.arange(o, device=dx.device) for o in (K, G, N))
     last = torch.iinfo(torch.int64).max

@@ -14,7 +14,8 @@ from torch import nn
 from fastprogress import progress_bar
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
-from .core import (as_found, check_batch, check_choice, check_fraction, check_int, check_type, feed, layers as layers_of, mapped, take, public)
+from .core import (as_found, check_batch, check_choice, check_fraction, check_int, check_type, feed,
+                              layers as layers_of, mapped, take, public)
 from .masks import Scores, Mask
 from .blocks import block_cost, check_groups
 from .data import ImageDL, calib_batch, _batches, _fetch, _loader
@@ -28,7 +29,8 @@ def sample_rows(labels,          # class of each image [n]
                )->np.ndarray:
     "Row numbers int64 [classes * n_per_class], shuffled; `ValueError` for empty labels."
     labels, n = np.asarray(labels), check_int('n_per_class', n_per_class, 1)
-    if labels.ndim != 1 or not len(labels): raise ValueError(f"labels: shape {labels.shape}; expected one class per image, [n]")
+    if labels.ndim != 1 or not len(labels):
+        raise ValueError(f"labels: shape {labels.shape}; expected one class per image, [n]")
     rows = np.concatenate([rng.choice(np.flatnonzero(labels == c), n) for c in np.unique(labels)])
     rng.shuffle(rows)
     return rows
@@ -61,7 +63,8 @@ def released_neighbours(z1:np.ndarray, # z of S1 [h, d]
 # %% ../nbs/13b_mint_released.ipynb #stored-tree
 def stored_tree(d:np.ndarray # symmetric distances [N, N]; 0 = no edge
                )->np.ndarray:
-    "Edges [N-1, 2], i < j, of SciPy's minimum spanning tree in the order of its CSR matrix; `ValueError` if there is none."
+    """Edges [N-1, 2], i < j, of SciPy's minimum spanning tree in the order of its CSR matrix;
+    `ValueError` if there is none."""
     n, new = len(d), 0
     bits = np.where(d > 0, d, np.inf).astype('f8').view('i8')
     best, src, ends = np.full(n, np.iinfo('i8').max), np.zeros(n, int), np.empty((max(n-1, 0), 2), int)
@@ -76,8 +79,9 @@ def stored_tree(d:np.ndarray # symmetric distances [N, N]; 0 = no edge
         tie = np.flatnonzero(best == best[new])
         if len(tie) > 1: new = tie[code(src[tie], tie).argmin()]
         ends[e] = src[new], new
-    if not (d[tuple(ends.T)] > 0).all(): raise ValueError("d: the points with a distance above 0 are not connected; expected "
-                                                          "at least two different rows (are all activations constant?)")
+    if not (d[tuple(ends.T)] > 0).all():
+        raise ValueError("d: the points with a distance above 0 are not connected; expected "
+                         "at least two different rows (are all activations constant?)")
     ends = ends[code(*ends.T).argsort()]
     return np.sort(ends, 1)
 
@@ -85,7 +89,8 @@ def stored_tree(d:np.ndarray # symmetric distances [N, N]; 0 = no edge
 def released_crossings(d:np.ndarray, # symmetric distances of the pool [N, N]
                        m:int         # the first m points are the first sample
                       )->int:
-    "What the released code takes for crossings: positions e of the tree's CSR `indices` with m between e and indices[e]."
+    """What the released code takes for crossings: positions e of the tree's CSR `indices` with m between e
+    and indices[e]."""
     j = stored_tree(d)[:,1]
     return int(((j >= m) != (np.arange(len(j)) >= m)).sum())
 
@@ -98,7 +103,8 @@ def pair_score(X:np.ndarray, # children [n, a]
                Z:np.ndarray  # the other parents [n, c]
               )->float:
     "The released score of one block; rows are taken in the order they have. `ValueError` below 3 rows, or without Z."
-    if not len(X) == len(Y) == len(Z): raise ValueError(f"X, Y, Z: {len(X)}, {len(Y)}, {len(Z)} rows; expected as many in each")
+    if not len(X) == len(Y) == len(Z):
+        raise ValueError(f"X, Y, Z: {len(X)}, {len(Y)}, {len(Z)} rows; expected as many in each")
     s1, s2, s3 = _thirds(len(X))
     near = released_neighbours(Z[s1], Z[s2])
     pool = np.vstack([np.hstack([X, Y, Z])[s3], np.hstack([X[s1], Y[s2][near], Z[s1]])]).astype('f8')
@@ -122,7 +128,8 @@ def _checked(P, C, parent, child):
     for k,A,idx,least in (('parent', P, parent, 2), ('child', C, child, 1)):
         if A.shape[1:] != idx.shape:
             raise ValueError(f"{k}: {len(idx)} groups for rows of shape {A.shape[1:]}; expected one group per column")
-        if not np.isfinite(A).all(): raise ValueError(f"{k}: some activations are NaN or infinite; expected finite numbers")
+        if not np.isfinite(A).all():
+            raise ValueError(f"{k}: some activations are NaN or infinite; expected finite numbers")
         if not len(idx) or (n := idx.max()+1) < least or set(range(n)) - set(idx) or idx.min() < -1:
             raise ValueError(f"{k}: groups {sorted(set(idx.tolist()))[:9]}; expected 0 to G-1, each at least once, "
                              f"at least {least} of them, and -1 for columns in no group")
@@ -137,7 +144,8 @@ def dependency(P:np.ndarray,      # rows of the parents [n, p], as drawn by `sam
                max_mem:float=1.,  # GB for the distances of the children; more child groups than fit go in turns
                bar=lambda o: o    # wraps the loop over parent groups
               )->np.ndarray:
-    "Released scores [K, G] of all blocks, float64, each as `pair_score` gives it; columns in no group are not in Z either."
+    """Released scores [K, G] of all blocks, float64, each as `pair_score` gives it;
+    columns in no group are not in Z either."""
     P, C, parent, child = _checked(P, C, parent, child)
     s1, s2, s3 = (np.arange(len(P))[o] for o in _thirds(len(P)))
     K, G, m, pool = child.max()+1, parent.max()+1, len(s3), np.r_[s3, s1]
@@ -161,7 +169,8 @@ def dependency(P:np.ndarray,      # rows of the parents [n, p], as drawn by `sam
 def released_groups(width:int,   # units of the layer
                     n_groups:int # groups, at most `width`
                    )->np.ndarray:
-    "Group of each unit, int64 [width]: width//n_groups in a row each, -1 for the rest; `ValueError` when n_groups > width."
+    """Group of each unit, int64 [width]: width//n_groups in a row each, -1 for the rest;
+    `ValueError` when n_groups > width."""
     w, n = check_int('width', width, 1), check_int('n_groups', n_groups, 1)
     if n > w: raise ValueError(f"n_groups={n}: there are only {w} units to group; expected at most {w}")
     idx = np.arange(w)//(w//n)
@@ -172,7 +181,8 @@ def _quantile(name, q, values):
     "The released quantile of sorted distinct `values`; `ValueError` where the released code has an index error."
     i, n = int(np.round(q*len(values))), len(values)
     if i < n: return values[i]
-    raise ValueError(f"{name}={q}: asks for number {i} of {n} distinct scores, counted from 0; expected less than {(n-.5)/n:.4g}")
+    raise ValueError(f"{name}={q}: asks for number {i} of {n} distinct scores, counted from 0; "
+                     f"expected less than {(n-.5)/n:.4g}")
 
 # %% ../nbs/13b_mint_released.ipynb #limits
 def _limits(scores, upper_limit):
@@ -217,7 +227,8 @@ def cut(scores:Scores,       # unit='group', from `score` or from `mint.score`
 def weight_mask(mask:Mask,      # from `cut`
                 model:nn.Module # the trained network
                )->Mask:
-    "The released mask of every weight, unit='weight'; `meta['true_prune_percent']` is, as released, the percentage kept."
+    """The released mask of every weight, unit='weight'; `meta['true_prune_percent']` is, as released,
+    the percentage kept."""
     params = dict(check_type('model', model, nn.Module).named_parameters())
     units = {k.removesuffix('.weight'):(v & (params[k] != 0)).cpu() for k,v in mask.expand(model).items()}
     kept = 100*sum(int(v.sum()) for v in units.values())/sum(v.numel() for v in units.values())
@@ -230,7 +241,8 @@ def _executed(model, xb):
     def seen(k): return lambda *_: order.append(k)
     try:
         for k,m in layers_of(model).items(): hooks.append(m.register_forward_hook(seen(k)))
-        with as_found(model, train=False), torch.no_grad(): feed(model, mapped(lambda o: o.to(next(model.parameters()).device), xb))
+        with as_found(model, train=False), torch.no_grad():
+            feed(model, mapped(lambda o: o.to(next(model.parameters()).device), xb))
     finally:
         for h in hooks: h.remove()
     return list(dict.fromkeys(order))
@@ -240,12 +252,15 @@ def _executed(model, xb):
 def conv_out(model:nn.Module, # left as found; runs in eval mode
              xb               # images [n, ...], or a tuple or dictionary of inputs
             )->dict:
-    "Layer -> released activations [n, channels], in order of execution: raw, or after a ReLU right behind a linear layer."
+    """Layer -> released activations [n, channels], in order of execution:
+    raw, or after a ReLU right behind a linear layer."""
     from neuronprune.mint import activations
     order, mods = _executed(model, take(xb, slice(1))), layers_of(model)
     acts = {k:v.cpu() for k,v in activations(model, xb, ins=order, outs=order).items()}
-    def relu_follows(k, after): return isinstance(mods[k], nn.Linear) and torch.equal(acts[k].relu(), acts[f'{after}:in'])
-    return {k:acts[k].relu() if after and relu_follows(k, after) else acts[k] for k,after in zip(order, [*order[1:], None])}
+    def relu_follows(k, after):
+        return isinstance(mods[k], nn.Linear) and torch.equal(acts[k].relu(), acts[f'{after}:in'])
+    return {k:acts[k].relu() if after and relu_follows(k, after) else acts[k]
+            for k,after in zip(order, [*order[1:], None])}
 
 # %% ../nbs/13b_mint_released.ipynb #draws
 def _draws(dls, n_per_class, seed):
@@ -270,7 +285,8 @@ def _pairs(model, acts, chosen):
     for p,k in zip(order, order[1:]):
         n_in, n = mods[k].weight.shape[1], acts[p].shape[1]
         if getattr(mods[k], 'groups', 1) > 1: why[k] = 'grouped convolution: a block would cross the groups'
-        elif n < n_in: why[k] = f"reads {n_in} columns, and {p!r} before it has {n} channels; the released code fails there"
+        elif n < n_in:
+            why[k] = f"reads {n_in} columns, and {p!r} before it has {n} channels; the released code fails there"
         elif n_in < 2: why[k] = 'has one parent: no other is left to condition on'
     pairs = {k:p for p,k in zip(order, order[1:]) if k not in why}
     if not pairs: raise ValueError(f"model: no layer can be scored ({', '.join(f'{k}: {v}' for k,v in why.items())})")
@@ -286,7 +302,8 @@ def _groups(k, m, last, n_groups):
     n_out, n_in = m.weight.shape[:2]
     G, K = (min(20, n_in), min(20, n_out)) if n_groups is None else n_groups
     if check_int('n_groups', G, 2) > n_in or not last and check_int('n_groups', K, 1) > n_out:
-        raise ValueError(f"n_groups={n_groups}: layer {k!r} has {n_in} parents, {n_out} children; expected at most as many groups")
+        raise ValueError(f"n_groups={n_groups}: layer {k!r} has {n_in} parents, {n_out} children; "
+                         "expected at most as many groups")
     return released_groups(n_out, n_out if last else K), released_groups(n_in, G)
 
 # %% ../nbs/13b_mint_released.ipynb #with-tail
@@ -309,7 +326,8 @@ def score(model:nn.Module,  # trained network; left as found
           seed:int=0,       # of the two draws of rows
           progress:bool=False # show a bar?
          )->Scores:
-    "What the released code would call the dependency of child group k on parent group g: float64 [K, G] per layer, unit='group'."
+    """What the released code would call the dependency of child group k on parent group g:
+    float64 [K, G] per layer, unit='group'."""
     n_groups = check_groups(n_groups)
     if dls is None: raise ValueError("dls=None: mint looks at activations; pass the DataLoaders of get_dls")
     start, (units, labels, cost, ungrouped) = time.perf_counter(), ({} for _ in range(4))

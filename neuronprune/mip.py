@@ -229,15 +229,14 @@ def score(model:nn.Module, # trained chain network; left as found
           allow_imbalance:bool=False, # may classes be missing or unequal?
           seed:int=0, progress:bool=False # of the images; show a bar?
          )->Scores:
-    """Scores in [0, 1], float32 [channels] per layer; `meta` has status, gap, bound, sizes, seconds, dead units.
-    Warns unless the status is 'optimal'. Raises `UnsupportedLayerError`, `ClassBalanceError`, `NoIncumbentError`
-    (after Ctrl-C `KeyboardInterrupt`)."""
+    """Scores in [0, 1], float32 [channels] per layer; `meta` has status, gap, bound, sizes, seconds, dead units. Warns
+    unless 'optimal'; raises `UnsupportedLayerError`, `ClassBalanceError`, `NoIncumbentError`."""
     _check_options(model, variant, bounds, relaxed, backend, solver, select)
     if dls is not None and batch is not None and variant != 'greedy':
         raise ValueError("batch, dls: images are not chosen from dls when there is a batch; expected one of the two")
-    begin = time.perf_counter(); layers = [layers] if isinstance(layers, str) else layers
+    begin, layers = time.perf_counter(), [layers] if isinstance(layers, str) else layers
     xb, yb = _images(model, dls, batch, n_per_class, select, split, seed)
-    if graph is None: graph = trace(model, xb[:2])
+    graph = trace(model, xb[:2]) if graph is None else graph
     own = dict(lam=lam, loss=loss, bounds=bounds, eps=eps, layers=layers, start=start, allow_imbalance=allow_imbalance)
     opts = dict(relaxed=relaxed, gap=gap, time_limit=time_limit, threads=threads, engine=engine)
     make = lambda xb=xb, yb=yb, model=model, **kw: problem(model, xb, yb, **{**own, **kw})
@@ -248,7 +247,6 @@ def score(model:nn.Module, # trained chain network; left as found
     run = dict(joint=lambda: _joint(whole, solved), sequential=lambda: _sequential(make, xb, yb, solved, n_jobs, bar),
                backward=lambda: _backward(make, model, graph, list(whole.layers), step_threshold, solved, bar),
                greedy=lambda: _greedy(model, dls, heads, head_epochs, seed, xb, yb, record, solved, score_aux, bar))
-    units, meta, programs = run[variant]()
-    meta.update(record, n_correct=k, programs=len(programs))
+    units, meta, programs = run[variant](); meta.update(record, n_correct=k, programs=len(programs))
     return _as_scores(units, whole, model, graph, meta, time.perf_counter()-begin)
 

@@ -16,7 +16,8 @@ from functools import lru_cache, partial
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from .core import check_choice, check_fraction, check_int, check_room, check_type, layers, seed_everything, public
+from .core import (check_choice, check_fraction, check_int, check_room, check_type, layers, seed_everything,
+                              public)
 
 # %% ../nbs/02_models.ipynb #mlp
 @public
@@ -40,7 +41,8 @@ def n_params(model:nn.Module, # any model
              weights:bool=False # only the weights of linear and convolution layers
             )->int:
     "Number of parameters, or of weights that can be pruned (no bias, no batch norm)."
-    return sum(o.weight.numel() for o in layers(model).values()) if weights else sum(p.numel() for p in model.parameters())
+    return (sum(o.weight.numel() for o in layers(model).values()) if weights
+            else sum(p.numel() for p in model.parameters()))
 
 # %% ../nbs/02_models.ipynb #lenet5
 @public
@@ -117,7 +119,8 @@ class GlobalMean(nn.Module):
 
 # %% ../nbs/02_models.ipynb #basicblock
 class BasicBlock(nn.Module):
-    "Two 3x3 convolutions with batch norm; the shortcut is the input, subsampled, with zero channels behind it (option A)."
+    """Two 3x3 convolutions with batch norm; the shortcut is the input, subsampled,
+    with zero channels behind it (option A)."""
     def __init__(self, n_in:int, n_out:int, stride:int=1):
         super().__init__()
         self.conv1,self.bn1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False),nn.BatchNorm2d(n_out)
@@ -272,7 +275,8 @@ ZOO = dict(
     vgg7_bn=_cifar(partial(vgg, 'vgg7'), '', head=(1024, 512), pool=nn.AvgPool2d, out_side=2, dropout=.5),
     vgg16=_cifar(partial(vgg, 'vgg16'), 'MIP', bn=False), vgg16_bn=_cifar(partial(vgg, 'vgg16'), 'SiPP, PFP'),
     vgg19=_cifar(partial(vgg, 'vgg19'), '', bn=False), vgg19_bn=_cifar(partial(vgg, 'vgg19'), 'MIP'),
-    resnet20=_cifar(partial(resnet_cifar, 20), 'SiPP, PFP'), resnet56=_cifar(partial(resnet_cifar, 56), 'MINT, SiPP, PFP'),
+    resnet20=_cifar(partial(resnet_cifar, 20), 'SiPP, PFP'),
+    resnet56=_cifar(partial(resnet_cifar, 56), 'MINT, SiPP, PFP'),
     resnet110=_cifar(partial(resnet_cifar, 110), 'SiPP, PFP'), wrn16_8=_cifar(partial(wide_resnet, 16, 8), 'SiPP, PFP'),
     wrn28_2=_cifar(partial(wide_resnet, 28, 2), 'SiPP, PFP'), densenet22=_cifar(densenet22, 'SiPP, PFP'),
     resnet18=_tv('resnet18', 'energy, SiPP, PFP'), resnet34=_tv('resnet34', 'energy'),
@@ -291,7 +295,8 @@ def own_args(name:str # a name of the zoo
 
 def _widths(k, v):
     "A tuple of positive whole numbers."
-    if not isinstance(v, tuple): raise TypeError(f"{k}={v!r}: expected a tuple of whole numbers, got {type(v).__name__}")
+    if not isinstance(v, tuple):
+        raise TypeError(f"{k}={v!r}: expected a tuple of whole numbers, got {type(v).__name__}")
     return tuple(check_int(k, o, 1) for o in v)
 
 def _pool(k, v):
@@ -299,9 +304,11 @@ def _pool(k, v):
     if callable(v): return v
     raise TypeError(f"{k}={v!r}: expected a class such as nn.MaxPool2d, called with the side of its window")
 
-_RULES = dict(head=_widths, widths=_widths, pool=_pool, dropout=check_fraction, bias=lambda k, v: check_type(k, v, bool),
-              bn=lambda k, v: check_choice(k, v, [True, False, 'fixed']), stem=lambda k, v: check_choice(k, v, [None, 'full', 'small']),
-              out_side=lambda k, v: v if v is None else check_int(k, v, 1), **{k:partial(check_int, lo=1) for k in ('ks', 'growth', 'depth')})
+_RULES = dict(head=_widths, widths=_widths, pool=_pool, dropout=check_fraction,
+              bias=lambda k, v: check_type(k, v, bool), bn=lambda k, v: check_choice(k, v, [True, False, 'fixed']),
+              stem=lambda k, v: check_choice(k, v, [None, 'full', 'small']),
+              out_side=lambda k, v: v if v is None else check_int(k, v, 1),
+              **{k:partial(check_int, lo=1) for k in ('ks', 'growth', 'depth')})
 
 def _own(name, kw):
     "The network's own arguments, checked."
@@ -327,8 +334,10 @@ def _runs(name, size, kw):
 def _min_size(name, kw):
     lo,hi = 0,next((s for s in (8, 16, 32, 64, 128, 256) if _runs(name, s, dict(kw))), None)
     if hi is None:
-        with torch.device('meta'), suppress(RuntimeError): _make(name, 3, 10, 256, dict(kw)) # its own `ValueError` says more
-        raise ValueError(f"name={name!r}: no input side up to 256 is legal with {', '.join(f'{k}={v!r}' for k,v in kw)}")
+        with torch.device('meta'), suppress(RuntimeError):
+            _make(name, 3, 10, 256, dict(kw)) # its own `ValueError` says more
+        raise ValueError(
+            f"name={name!r}: no input side up to 256 is legal with {', '.join(f'{k}={v!r}' for k,v in kw)}")
     while hi-lo > 1:
         mid = (lo+hi)//2
         lo,hi = (lo,mid) if _runs(name, mid, dict(kw)) else (mid,hi)
@@ -394,11 +403,13 @@ def build(name:str,        # a name of `models()`, 'torchvision/â€¦' or 'timm/â€
     kw = _own(name, kw)
     least = min_size(name, **kw)
     if size < least:
-        raise ValueError(f"size={size}: {name} needs at least {least} pixels; up-sample with get_dls(..., size={least})")
+        raise ValueError(
+            f"size={size}: {name} needs at least {least} pixels; up-sample with get_dls(..., size={least})")
     if weights and net.n_out != 1000:
         raise ValueError(f"weights={weights!r}: there are none for {name}; "
                          "only torchvision's networks have published weights")
-    check_room(f"n_out={n_out}, size={size}, c_in={c_in}: {name}", 4*_n_params(name, c_in, n_out, size, tuple(sorted(kw.items()))))
+    check_room(f"n_out={n_out}, size={size}, c_in={c_in}: {name}",
+               4*_n_params(name, c_in, n_out, size, tuple(sorted(kw.items()))))
     with nullcontext() if seed is None else seed_everything(seed):
         model = init_weights(_make(name, c_in, n_out, size, kw), init)
     if weights: load_pretrained(model, name, weights)
@@ -426,7 +437,8 @@ class Models(Mapping):
         "One row per network: native input, parameters, weights, MACs of one image, smallest side, whose network it is."
         import pandas as pd
         rows = [(k, f'{o.c_in}x{o.size}x{o.size}', o.n_out, *_size_of(k), min_size(k), o.system) for k,o in ZOO.items()]
-        return pd.DataFrame(rows, columns='name input classes params weights macs min_size system'.split()).set_index('name')
+        return pd.DataFrame(rows, columns='name input classes params weights macs min_size system'.split()).set_index(
+            'name')
     def __repr__(self): return f"Models({', '.join(ZOO)})"
     def _repr_html_(self): return self.frame().style.format(thousands=',').to_html()
 

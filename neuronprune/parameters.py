@@ -23,7 +23,8 @@ from .train import OPTS
 # %% ../nbs/22c_parameters.ipynb #parameters
 SOURCE = dict(
     dataset=(str, 'digits', 'a name of datasets(), or the path of an image folder'),
-    model=(str, None, "a name of models(), 'torchvision/…', 'timm/…' or 'package.module:function'; None is mlp, or what the method needs"),
+    model=(str, None, "a name of models(), 'torchvision/…', 'timm/…' or 'package.module:function'; "
+                      "None is mlp, or what the method needs"),
     size=(int, None, 'side of the images in pixels, None is what data and network need'),
     weights=(str, None, "name of torchvision's pretrained weights"),
     init=(str, None, "initial weights: kaiming or mip, None is PyTorch's"),
@@ -77,7 +78,8 @@ def complete(params:dict # some of `PARAMETERS`
     if p['model'] is None: p['model'] = m.network or 'mlp'
     if p['name'] is None: p['name'] = p['method']
     if p['sparsity'] is p['threshold'] is p['sizes'] is None: p['sparsity'] = .5
-    for k in ('method_args', 'opt_args', 'fit_args', 'tune_args'): p[k] = dict(check_type(k, {} if p[k] is None else p[k], dict))
+    for k in ('method_args', 'opt_args', 'fit_args', 'tune_args'):
+        p[k] = dict(check_type(k, {} if p[k] is None else p[k], dict))
     return p
 
 # %% ../nbs/22c_parameters.ipynb #settled
@@ -118,29 +120,34 @@ def _check_training(p):
     tune_lr, _, args = tuning(None, p['fit_args'], p['tune_args'])
     check_fit('tune_args', args, lr if tune_lr is None else tune_lr, p['fine_tune_epochs'])
     if args.get('start_epoch', 0) > p['fine_tune_epochs']:
-        raise ValueError(f"tune_args: start_epoch={args['start_epoch']}; expected at most fine_tune_epochs={p['fine_tune_epochs']}")
+        raise ValueError(f"tune_args: start_epoch={args['start_epoch']}; "
+                         f"expected at most fine_tune_epochs={p['fine_tune_epochs']}")
 
 # %% ../nbs/22c_parameters.ipynb #check-numbers
 def _check_numbers(p):
     "Raises for a number out of range, or a name that is none."
     for k in ('sparsity', 'valid_pct'):
         if p[k] is not None: check_fraction(k, p[k])
-    for k,lo in dict(epochs=0, fine_tune_epochs=0, rounds=1, batch_size=1, seed=0, size=1, n_train=1, split_seed=0, fine_tunes=0).items():
-        if p[k] is not None or k in ('epochs', 'fine_tune_epochs', 'rounds', 'batch_size', 'seed'): check_int(k, p[k], lo)
-    for k,allowed in dict(unit=UNITS, scope=('global', 'layer'), of=('units', 'params', 'macs', 'network'), start=('previous', 'dense'),
-                          init=('kaiming', 'mip'), shrink=(False, True, 'each')).items():
+    for k,lo in dict(epochs=0, fine_tune_epochs=0, rounds=1, batch_size=1, seed=0, size=1, n_train=1, split_seed=0,
+                     fine_tunes=0).items():
+        if p[k] is not None or k in ('epochs', 'fine_tune_epochs', 'rounds', 'batch_size', 'seed'):
+            check_int(k, p[k], lo)
+    for k,allowed in dict(unit=UNITS, scope=('global', 'layer'), of=('units', 'params', 'macs', 'network'),
+                          start=('previous', 'dense'), init=('kaiming', 'mip'), shrink=(False, True, 'each')).items():
         if p[k] is not None: check_choice(k, p[k], allowed)
     check_type('channel_form', p['channel_form'], bool); check_type('name', p['name'], str)
     if p['data_root'] is not None: check_type('data_root', p['data_root'], (str, os.PathLike), 'a folder')
     for k,words in dict(at=('trained', 'init'), rewind=('none', 'init', 'sign', 'redraw')).items():
-        if p[k] is not None: check_choice(k, p[k], words) if isinstance(p[k], str) else check_int(k, p[k], 0, p['epochs'])
+        if p[k] is not None:
+            check_choice(k, p[k], words) if isinstance(p[k], str) else check_int(k, p[k], 0, p['epochs'])
     given = [k for k in ('sparsity', 'threshold', 'sizes') if p[k] is not None]
     if len(given) > 1: raise ValueError(f"{' and '.join(given)}: each says how much goes; expected one of the two")
 
 # %% ../nbs/22c_parameters.ipynb #check-names
 def _check_names(p):
     "Raises for data, images or pretrained weights there are none of."
-    if not (os.path.isdir(str(p['dataset'])) or os.sep in str(p['dataset'])): check_choice('dataset', p['dataset'], DATASETS)
+    if not (os.path.isdir(str(p['dataset'])) or os.sep in str(p['dataset'])):
+        check_choice('dataset', p['dataset'], DATASETS)
     if p['augment'] != 'resized_crop': augmentations(p['augment'])
     if isinstance(p['normalize'], str): check_choice('normalize', p['normalize'], ('unit', 'standard', 'imagenet'))
     if p['weights'] is not None and '/' not in p['model']:
@@ -178,13 +185,15 @@ def _check_sizes(p):
     "Raises for a size below the share of what cannot go, where the data set is known."
     info = DATASETS.get(p['dataset'])
     if p['sizes'] is None or info is None or info.c is None or p['of'] not in (None, 'network'): return
-    for d in size_list(p['sizes']): check_budget(d, *_numbers(p['model'], info.c, info.n_out, input_size(p) or info.size))
+    for d in size_list(p['sizes']):
+        check_budget(d, *_numbers(p['model'], info.c, info.n_out, input_size(p) or info.size))
 
 # %% ../nbs/22c_parameters.ipynb #input-size
 @public
 def input_size(p:dict # complete parameters
               ):
-    "Side to ask of `get_dls`: the one given, or None where the data set's own is large enough, else the network's smallest."
+    """Side to ask of `get_dls`: the one given, or None where the data set's own is large enough,
+    else the network's smallest."""
     if p['size'] is not None or '/' in p['model'] or ':' in p['model']: return p['size']
     need, have = min_size(p['model']), DATASETS[p['dataset']].size if p['dataset'] in DATASETS else None
     return need if have is not None and have < need else None
@@ -195,9 +204,12 @@ def parameters_in(namespace:dict, # name -> value, such as a notebook's `globals
                   known,          # names of the parameters
                   again:bool=False # has the page been run in this name space? Then it holds the page's own names, too
                  )->dict:
-    "The parameters in a name space; a plain value under an unknown name is an error, `again` only if it looks like one of them. Upper-case names are constants."
+    """The parameters in a name space; a plain value under an unknown name is an error,
+    `again` only if it looks like one of them. Upper-case names are constants."""
     plain = (str, int, float, bool, list, tuple, dict, type(None))
-    mine = {k:v for k,v in namespace.items() if not (k.startswith('_') or k.isupper() or k in ('In', 'Out')) and isinstance(v, plain)}
+    mine = {k:v for k,v in namespace.items() if not (k.startswith('_') or k.isupper() or k in ('In', 'Out'))
+            and isinstance(v, plain)}
     for k in mine:
-        if k not in known and (not again or difflib.get_close_matches(k, known, cutoff=.85)): check_choice('parameter', k, known)
+        if k not in known and (not again or difflib.get_close_matches(k, known, cutoff=.85)):
+            check_choice('parameter', k, known)
     return {k:v for k,v in mine.items() if k in known}

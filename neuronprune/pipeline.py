@@ -32,7 +32,8 @@ from .report import Report
 # %% ../nbs/20_pipeline.ipynb #result
 @dataclass(repr=False)
 class Result:
-    "What `prune` returns: the pruned `model`, its `mask`, the last `scores`, the `report` of the last size, `reports` of all; of a search what it `found`; the learner's `history`."
+    """What `prune` returns: the pruned `model`, its `mask`, the last `scores`, the `report` of the last size,
+    `reports` of all; of a search what it `found`; the learner's `history`."""
     model:torch.nn.Module
     mask:Mask
     scores:Scores
@@ -43,7 +44,9 @@ class Result:
     def __repr__(self): return f"Result({self.mask!r}, {self.report!r})"
     def _repr_html_(self): return self.report._repr_html_()
     @property
-    def rows(self): "`DataFrame`, one row per size, of the columns of `Report.row`."; return pd.DataFrame([r.row() for r in self.reports or [self.report]])
+    def rows(self):
+        "`DataFrame`, one row per size, of the columns of `Report.row`."
+        return pd.DataFrame([r.row() for r in self.reports or [self.report]])
 
 # %% ../nbs/20_pipeline.ipynb #save
 @patch
@@ -74,7 +77,8 @@ def check_fit(name:str,   # what they are called in the message
              )->dict:
     "`args`; `ValueError` or `TypeError` for a name `fit` does not know or a schedule that contradicts itself."
     for k in check_type(name, args, dict, 'arguments of fit'): check_choice(name, k, FIT_ARGS)
-    schedule_lr(args.get('schedule', 'one_cycle'), lr, epochs, **{k:v for k,v in args.items() if k in ('milestones', 'gamma', 'warmup')})
+    schedule_lr(args.get('schedule', 'one_cycle'), lr, epochs,
+                **{k:v for k,v in args.items() if k in ('milestones', 'gamma', 'warmup')})
     return args
 
 # %% ../nbs/20_pipeline.ipynb #tuning
@@ -84,7 +88,8 @@ def tuning(lr, fit_args, tune_args):
     "(learning rate, weight decay, arguments of `fit`) of the fine-tuning; wd None = the learner's."
     for k in check_type('tune_args', tune_args, dict, 'of the fine-tuning'): check_choice('tune_args', k, TUNE_ARGS)
     for k in fit_args: check_choice('fit_args', k, FIT_ARGS)
-    if lr is not None and 'lr' in tune_args: raise ValueError(f"lr={lr}: tune_args has one, too, {tune_args['lr']}; expected one of the two")
+    if lr is not None and 'lr' in tune_args:
+        raise ValueError(f"lr={lr}: tune_args has one, too, {tune_args['lr']}; expected one of the two")
     args = {**fit_args, **tune_args}
     lr, wd = args.pop('lr', lr), args.pop('wd', None)
     if wd is not None: check_fraction('wd', wd)
@@ -95,7 +100,8 @@ def _asked(sparsity, threshold, sizes, rounds, schedule):
     "The sizes of a chain, pairs (what the number says, number); `ValueError` unless exactly one of the three is given."
     given = [k for k,v in dict(sparsity=sparsity, threshold=threshold, sizes=sizes).items() if v is not None]
     if len(given) != 1:
-        raise ValueError(f"sparsity={sparsity}, threshold={threshold}, sizes={sizes}: expected exactly one of the two, or of the three")
+        raise ValueError(f"sparsity={sparsity}, threshold={threshold}, sizes={sizes}: "
+                         "expected exactly one of the two, or of the three")
     check_int('rounds', rounds, 1); check_choice('schedule', schedule, ('geometric', 'linear', 'cubic'))
     if sizes is not None:
         if rounds != 1: raise ValueError(f"rounds={rounds}: the sizes are the rounds; expected 1")
@@ -111,12 +117,16 @@ def _check_start(learn, m, unit, start, at, rewind, shrink, sizes, alloc, alloc_
     _check_moment('at', at, learn, ('trained', 'init'))
     _check_moment('rewind', rewind, learn, ('none', 'init', 'sign', 'redraw'))
     if unit == 'rank' and rewind != 'none':
-        raise ValueError(f"rewind={rewind!r}: factors have no weights of the dense network to go back to; expected 'none'")
-    if shrink == 'each' and m.kind == 'search': raise ValueError("shrink='each': a search looks at the dense shapes; expected True or False")
+        raise ValueError(f"rewind={rewind!r}: factors have no weights of the dense network to go back to; "
+                         "expected 'none'")
+    if shrink == 'each' and m.kind == 'search':
+        raise ValueError("shrink='each': a search looks at the dense shapes; expected True or False")
     of, counts = alloc_args.get('of'), 'of' in arguments(alloc)
-    if sizes and unit == 'weight' and of == 'network': raise ValueError("of='network': it is for channels; expected none, sizes count weights")
+    if sizes and unit == 'weight' and of == 'network':
+        raise ValueError("of='network': it is for channels; expected none, sizes count weights")
     if sizes and unit == 'channel' and not counts and getattr(alloc, 'counts', None) != 'network':
-        raise ValueError(f"sizes: {alloc.__name__} does not count the weights of the network, as sizes do; expected sparsity= or threshold=")
+        raise ValueError(f"sizes: {alloc.__name__} does not count the weights of the network, as sizes do; "
+                         "expected sparsity= or threshold=")
 
 # %% ../nbs/20_pipeline.ipynb #check-run
 def _check_run(epochs, lr, fit_args, seed, latency, n, fine_tunes):
@@ -126,20 +136,24 @@ def _check_run(epochs, lr, fit_args, seed, latency, n, fine_tunes):
     return trained_steps(n, fine_tunes)
 
 # %% ../nbs/20_pipeline.ipynb #asked
-def _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, unit, scores, epochs, fine_tunes, lr, fit_args,
-         tune_args, shrink, seed, latency, progress, args):
+def _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, unit, scores, epochs, fine_tunes, lr,
+         fit_args, tune_args, shrink, seed, latency, progress, args):
     "The `Ask` of a call of `prune`, checked before anything is changed."
     m = methods()[method]; alloc, alloc_args, own = split_args(m, args)
-    lr, wd, fit_args = tuning(lr, {} if fit_args is None else check_type('fit_args', fit_args, dict, 'arguments of fit'), tune_args or {})
-    at, rewind, unit = m.at if at is None else at, m.rewind if rewind is None else rewind, m.unit if unit is None else unit
-    if {'rounds', 'sparsity'} <= arguments(m.fn) and sizes is None: own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1
+    lr, wd, fit_args = tuning(lr, {} if fit_args is None
+                              else check_type('fit_args', fit_args, dict, 'arguments of fit'), tune_args or {})
+    at, rewind, unit = (m.at if at is None else at, m.rewind if rewind is None else rewind,
+                        m.unit if unit is None else unit)
+    if {'rounds', 'sparsity'} <= arguments(m.fn) and sizes is None:
+        own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1
     todo = _asked(sparsity, alloc_args.get('threshold'), sizes, rounds, schedule)
-    if sizes is not None and unit == 'channel' and 'of' in arguments(alloc): alloc_args = {'of': 'network', **alloc_args}
+    if sizes is not None and unit == 'channel' and 'of' in arguments(alloc):
+        alloc_args = {'of': 'network', **alloc_args}
     if shrink is None: shrink = 'each' if sizes is not None and unit == 'channel' and m.kind == 'score' else False
     _check_start(learn, m, unit, start, at, rewind, shrink, sizes is not None, alloc, alloc_args)
     trained = _check_run(epochs, learn.lr if lr is None else lr, fit_args, seed, latency, len(todo), fine_tunes)
-    return Ask(m, alloc, alloc_args, own, todo, trained, epochs, unit=unit, at=at, rewind=rewind, start=start, shrink=shrink, lr=lr,
-               wd=wd, fit_args=fit_args, seed=seed, scores=scores, progress=progress, said=args)
+    return Ask(m, alloc, alloc_args, own, todo, trained, epochs, unit=unit, at=at, rewind=rewind, start=start,
+               shrink=shrink, lr=lr, wd=wd, fit_args=fit_args, seed=seed, scores=scores, progress=progress, said=args)
 
 # %% ../nbs/20_pipeline.ipynb #after
 def _after(f, what):
@@ -239,12 +253,16 @@ def fingerprint(learn # a `Learner`
 def _about(learn, ask, args):
     "What a folder is known by: the arguments that determine the result, and the fingerprint."
     plain = lambda v: v if v is None or isinstance(v, (bool, int, float, str)) else f'{v!r}'[:200]
-    said = dict(method=ask.method.name, sizes=ask.sizes, trained=ask.trained, epochs=ask.epochs, unit=ask.unit, at=ask.at, start=ask.start,
-                rewind=ask.rewind, shrink=ask.shrink, lr=ask.lr, wd=ask.wd, fit_args=ask.fit_args, seed=ask.seed, args=args)
-    deep = lambda v: {k:deep(o) for k,o in v.items()} if isinstance(v, dict) else list(map(deep, v)) if isinstance(v, (list, tuple)) else plain(v)
+    said = dict(method=ask.method.name, sizes=ask.sizes, trained=ask.trained, epochs=ask.epochs, unit=ask.unit,
+                at=ask.at, start=ask.start,
+                rewind=ask.rewind, shrink=ask.shrink, lr=ask.lr, wd=ask.wd, fit_args=ask.fit_args, seed=ask.seed,
+                args=args)
+    deep = lambda v: {k:deep(o) for k,o in v.items()} if isinstance(v, dict) else list(map(deep, v)) if isinstance(
+        v, (list, tuple)) else plain(v)
     return dict(arguments=deep(said), fingerprint=fingerprint(learn))
 
-_WHAT = dict(shapes='a network of other shapes', weights='other weights (has the learner been trained or pruned since?)', data='other data')
+_WHAT = dict(shapes='a network of other shapes',
+             weights='other weights (has the learner been trained or pruned since?)', data='other data')
 
 def _rows(folder, about):
     "The reports of a folder so far; `ValueError` if it belongs to another call, `DamagedFileError` if it is broken."
@@ -252,9 +270,13 @@ def _rows(folder, about):
     if not f.exists(): return []
     got = load_json(f, ('arguments', 'fingerprint', 'rows'), ANEW)
     for k,v in about['fingerprint'].items():
-        if got['fingerprint'].get(k) != v: raise ValueError(f"folder={str(folder)!r}: was begun with {_WHAT[k]}; expected another folder, or delete this one")
+        if got['fingerprint'].get(k) != v:
+            raise ValueError(f"folder={str(folder)!r}: was begun with {_WHAT[k]}; "
+                             "expected another folder, or delete this one")
     for k,v in about['arguments'].items():
-        if got['arguments'].get(k) != v: raise ValueError(f"folder={str(folder)!r}: was begun with {k}={got['arguments'].get(k)!r}, now {v!r}; expected another folder")
+        if got['arguments'].get(k) != v:
+            raise ValueError(f"folder={str(folder)!r}: was begun with {k}={got['arguments'].get(k)!r}, now {v!r}; "
+                             "expected another folder")
     with reading(f, ANEW): return [Report.from_plain(r) for r in check_type('rows', got['rows'], list)]
 
 # %% ../nbs/20_pipeline.ipynb #done
@@ -280,7 +302,8 @@ def _begin(chain, folder, about):
     return reports
 
 # %% ../nbs/20_pipeline.ipynb #loop
-def _told(reports): return [r for r in reports if r.density is not None or r is reports[-1]] # not the rounds before the last
+def _told(reports):
+    return [r for r in reports if r.density is not None or r is reports[-1]] # not the rounds before the last
 
 def _loop(chain, before, latency, folder, about):
     "The loop over the sizes that are left; the last size's measuring is full, and ends the run."
@@ -302,13 +325,19 @@ def _learner_for(learn, dls):
     "`learn`, or a learner made for a model and its loaders; raises for a learner with loaders and a model without."
     if not isinstance(learn, torch.nn.Module):
         check_type('learn', learn, Learner, 'made by learner(model, dls), or a model beside dls=')
-        if dls is not None: raise ValueError(f"dls: got a {type(dls).__name__} beside a Learner, which has learn.dls; expected dls= beside a model only")
+        if dls is not None:
+            raise ValueError(f"dls: got a {type(dls).__name__} beside a Learner, which has learn.dls; "
+                             "expected dls= beside a model only")
         return learn
-    if dls is None: raise TypeError(f"learn: expected a Learner, made by learner(model, dls), or a model beside dls=, got {type(learn).__name__} and dls=None")
-    batch = lambda o: isinstance(o, dict) or isinstance(o, (tuple, list)) and any(isinstance(p, torch.Tensor) for p in o)
+    if dls is None:
+        raise TypeError("learn: expected a Learner, made by learner(model, dls), or a model beside dls=, got "
+                        f"{type(learn).__name__} and dls=None")
+    batch = lambda o: isinstance(o, dict) or isinstance(o, (tuple, list)) and any(
+        isinstance(p, torch.Tensor) for p in o)
     several = isinstance(dls, (tuple, list)) and not batch(dls) and not any(map(batch, dls))
     parts = getattr(dls, 'loaders', dls if several else [dls])
-    if not 1 <= len(parts) <= 3: raise ValueError(f"dls: {len(parts)} loaders; expected one, (train, valid), or (train, valid, test)")
+    if not 1 <= len(parts) <= 3:
+        raise ValueError(f"dls: {len(parts)} loaders; expected one, (train, valid), or (train, valid, test)")
     try: made = as_learner(learn, *parts)
     except (TypeError, ValueError) as e: raise type(e)(f'dls: {e}') from e
     if hasattr(dls, 'loaders'): made.dls = dls # with all they know of themselves
@@ -319,14 +348,14 @@ def _learner_for(learn, dls):
 def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; changed in place
           method:str,         # a name of `methods()`
           sparsity:float=None, # fraction of the candidate units to remove; or give threshold= or sizes=
-          *, sizes:object=None, # fractions of the network's parameters that stay, descending; or arguments of `budget.sizes`
+          *, sizes:object=None, # fractions of the parameters that stay, descending; or arguments of `budget.sizes`
           rounds:int=1,       # reach the sparsity in so many prunings, each with its fine-tuning
           schedule:str='geometric', # of the sparsities of the rounds: 'geometric' | 'linear' | 'cubic'
           start:str='previous', # what each size is cut from: the 'previous' one, or the 'dense' network
           fine_tune_epochs:int=3,   # training after each cut
           fine_tunes:int=None, # how many of the sizes are followed by training, None = all
           lr:float=None,      # learning rate of the fine-tuning, None = the learner's
-          shrink:object=None, # False, True (zeros leave at the end), 'each' (channels leave at every cut); None = 'each' with sizes=
+          shrink:object=None, # False, True (zeros leave at the end), 'each' (at every cut); None = 'each' with sizes=
           at=None,            # weights to score: 'trained', 'init', an epoch; None = the method's
           rewind:object=None, # weights to train from: 'none', 'init', 'sign', 'redraw', an epoch; None = the method's
           unit:str=None,      # 'weight', 'channel', 'group', 'rank'; None = the method's
@@ -340,16 +369,16 @@ def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; ch
           dls:object=None,    # beside a model: its loader of (inputs, labels), (train, valid), or (train, valid, test)
           **args              # arguments of the method and of its allocator
          )->Result:
-    "Score or search, cut, fine-tune, shrink and report, size by size; changes `learn` in place. `ValueError` for anything the method does not know."
+    "Score or search, cut, fine-tune, shrink and report, size by size; changes `learn` in place, or `ValueError`."
     learn = _learner_for(learn, dls)
-    ask = _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, unit, scores, fine_tune_epochs, fine_tunes, lr,
-               fit_args, tune_args, shrink, seed, latency, progress, args)
+    ask = _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, unit, scores, fine_tune_epochs,
+               fine_tunes, lr, fit_args, tune_args, shrink, seed, latency, progress, args)
     folder = None if folder is None else Path(folder)
     about = None if folder is None else _about(learn, ask, args)
-    before = tested(learn)
-    chain = Chain(learn, ask, first_inputs(learn))
+    before, chain = tested(learn), Chain(learn, ask, first_inputs(learn))
     reports = _begin(chain, folder, about)
-    if folder is not None and len(reports) == len(ask.sizes) and (folder/'record.json').exists(): return _done(chain, reports, folder)
+    done = folder is not None and len(reports) == len(ask.sizes) and (folder/'record.json').exists()
+    if done: return _done(chain, reports, folder)
     if reports: chain.resume(len(reports)-1, folder)
     reports = _loop(chain, before, latency, folder, about)
     res = Result(learn.model, chain.mask, chain.scores, reports[-1], _told(reports), chain.found,
@@ -368,11 +397,12 @@ def rehearsed(learn:object, # a `Learner`; changed in place
     given = {k:p.default for k,p in names.items() if p.default is not p.empty}
     own = {k:args.pop(k) for k in list(args) if k in names}
     p = {**given, **own}
-    said = {k:p[k] for k in ('sparsity', 'sizes', 'rounds', 'schedule', 'start', 'at', 'rewind', 'unit', 'scores', 'fine_tunes', 'lr',
-                             'fit_args', 'tune_args', 'shrink', 'seed', 'latency', 'progress')}
+    said = {k:p[k] for k in ('sparsity', 'sizes', 'rounds', 'schedule', 'start', 'at', 'rewind', 'unit', 'scores',
+                             'fine_tunes', 'lr', 'fit_args', 'tune_args', 'shrink', 'seed', 'latency', 'progress')}
     chain = Chain(learn, _ask(learn, method, epochs=p['fine_tune_epochs'], args=args, **said), first_inputs(learn))
     i = len(chain.ask.sizes)-1
-    if chain.ask.method.kind == 'search': chain.mask = chain.step = chain.task(i).allocate(candidates(learn.model, chain.ask.unit, chain.graph))
+    if chain.ask.method.kind == 'search':
+        chain.mask = chain.step = chain.task(i).allocate(candidates(learn.model, chain.ask.unit, chain.graph))
     else: chain.decide(chain.score(i), i)
     chain.cut(i)
     return chain.mask
@@ -382,7 +412,8 @@ def rehearsed(learn:object, # a `Learner`; changed in place
 def channel_table(res:Result,         # from `prune`
                   model:torch.nn.Module # a network of the unpruned shape
                  )->pd.DataFrame:
-    "One row per layer with removable channels: channels, unread, without inputs, and left in the channel form of the scores, if there are any. For ranks: the mask's rows."
+    """One row per layer with removable channels: channels, unread, without inputs,
+    and left in the channel form of the scores, if there are any. For ranks: the mask's rows."""
     if res.mask.unit == 'rank': return res.mask.frame()
     g, keep, as_channels = res.mask.graph, res.mask.expand(model), None
     dead = surgery.dead_channels(model, res.mask, g)
@@ -390,7 +421,9 @@ def channel_table(res:Result,         # from `prune`
         scores = res.scores.to_channels()
         as_channels = allocate(Scores(scores.units, 'channel', graph=g, method=scores.method), res.mask.sparsity)
     none = {n:int((~v.flatten(1).any(1)).sum()) for n in g.layers if (v := keep.get(f'{n}.weight')) is not None}
-    rows = [dict(layer=n, channels=g.layers[n]['n_out'], unread_or_dropped=int(dead[n].sum()), without_inputs=none.get(n, 0))
+    rows = [dict(layer=n, channels=g.layers[n]['n_out'], unread_or_dropped=int(dead[n].sum()),
+                 without_inputs=none.get(n, 0))
             for n in g.removable]
-    for r in rows if as_channels else (): r['left_as_channels'] = int(as_channels.get(r['layer'], torch.ones(r['channels'])).sum())
+    for r in rows if as_channels else ():
+        r['left_as_channels'] = int(as_channels.get(r['layer'], torch.ones(r['channels'])).sum())
     return pd.DataFrame(rows)

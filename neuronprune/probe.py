@@ -33,7 +33,8 @@ class Table:
         return torch.where(torch.isfinite(p), v, p.to(v))
 
 # %% ../nbs/02a_probe.ipynb #substitutes
-def _plain(m): return type(m).__module__.startswith('torch.nn') # a norm of torch's own, not one with an activation inside
+def _plain(m):
+    return type(m).__module__.startswith('torch.nn') # a norm of torch's own, not one with an activation inside
 def _substitutes(model, table):
     "For `deepcopy`: id of a tensor -> what the copy has in its place."
     mods = dict(model.named_modules()); own = lambda m: [*m._parameters.items(), *m._buffers.items()]
@@ -42,13 +43,15 @@ def _substitutes(model, table):
     for n,m in mods.items():
         for k,p in own(m):
             if p is None or not p.is_floating_point() or hold(m) and not (is_norm(m) and not _plain(m)): continue
-            new = table.like(p, f'{n}.{k}') if not hold(m) else torch.full(p.shape, float(k in ('weight', 'running_var')), dtype=table.values.dtype, device=p.device)
+            new = table.like(p, f'{n}.{k}') if not hold(m) else torch.full(
+                p.shape, float(k in ('weight', 'running_var')), dtype=table.values.dtype, device=p.device)
             res[id(p)] = nn.Parameter(new, requires_grad=False) if k in m._parameters else new
     return res
 
 # %% ../nbs/02a_probe.ipynb #probe-class
 class Probe:
-    "A copy of `model` whose layers emit what `say` answers and in which what arrives at layers, norms and opaque modules is kept in `seen`."
+    """A copy of `model` whose layers emit what `say` answers and in which what arrives at layers,
+    norms and opaque modules is kept in `seen`."""
     def __init__(self, model, xb, dtype=torch.float64, generic=True):
         self.table = Table(dtype, next(model.parameters()).device)
         self.model = copied(model, _substitutes(model, self.table) if generic else {}).eval()
@@ -56,7 +59,8 @@ class Probe:
         self.layers, named = layers(self.model), dict(self.model.named_modules())
         self.norms = {n:m for n,m in named.items() if is_norm(m)}
         self.opaque = {n:m for n,m in named.items() if isinstance(m, OPAQUE)}
-        self.inputs = mapped(lambda o: o[:1].detach().to(self.table.values.device, dtype if o.is_floating_point() else o.dtype), xb)
+        self.inputs = mapped(
+            lambda o: o[:1].detach().to(self.table.values.device, dtype if o.is_floating_point() else o.dtype), xb)
         self.say, self.seen, self.shift = self._first, {}, 0.
         for n,m in self.layers.items(): self._watch(n, m, lambda n, m, x: self.say(n, m, x))
         for n,m in self.norms.items(): self._watch(n, m, (lambda n, m, x: x) if _plain(m) else self._norm)
@@ -65,7 +69,9 @@ class Probe:
     def _watch(self, n, m, answer):
         own = m.forward
         def forward(*args, **kw):
-            if answer is None and isinstance(m, nn.MultiheadAttention) and (kw.get('need_weights', True) if len(args) < 5 else args[4]): return own(*args, **kw)
+            if (answer is None and isinstance(m, nn.MultiheadAttention)
+                and (kw.get('need_weights', True) if len(args) < 5 else args[4])):
+                return own(*args, **kw)
             k = n
             while k in self.seen: k += '#' # used again
             self.seen[k] = list(args[:3]) if answer is None else args[0]
@@ -130,7 +136,8 @@ def is_end(self:Probe, k):
 @patch
 @torch.no_grad()
 def measure(self:Probe):
-    "Find the batch dimension of every layer's output and of every place; draw what the layers emit. From here on noise stands beside the given example, if the network takes noise."
+    """Find the batch dimension of every layer's output and of every place; draw what the layers emit.
+    From here on noise stands beside the given example, if the network takes noise."""
     shapes, outs, self.say = [], [], self._first
     if any(o.is_floating_point() for o in tensors(self.given)): self.inputs = _noise(self, self.given)
     for r in (2, 3):
@@ -156,7 +163,8 @@ _SIDES, _SMALL = (4, 8, 16, 24, 40, 64, 96, 160), 100_000
 def _smaller(x, side, dims):
     "The input `x` with `dims` cut so that the longest has `side`."
     def one(o):
-        which = range(2, o.ndim) if o.ndim > 3 else dims if o.ndim == 3 else () if o.is_floating_point() or o.ndim < 2 else (1,)
+        which = (range(2, o.ndim) if o.ndim > 3 else dims if o.ndim == 3 else () if o.is_floating_point() or o.ndim < 2
+                 else (1,))
         top = max([o.shape[d] for d in which], default=0)
         for d in which:
             if top > side: o = o.narrow(d, 0, max(1, -(-o.shape[d]*side//top)))
@@ -174,25 +182,29 @@ def _stride(inputs, outs):
 @patch
 @torch.no_grad()
 def settle(self:Probe):
-    "Run the network at full size, then choose the smallest input that it takes and that keeps the wiring; `positions` are those of the full size, `volume` the activations of the small one."
+    """Run the network at full size, then choose the smallest input that it takes and that keeps the wiring;
+    `positions` are those of the full size, `volume` the activations of the small one."""
     try: self.run(1)
     except (RuntimeError, IndexError, ValueError): self.run(2)
     full, calls, width, whole, self.volume = self.out, self.calls, _widths(self), self.inputs, _volume(self)
     self.positions = {n:math.prod(s)//self.rows//len(self.layers[n].weight) for n,s in full.items()}
     least = _stride([o.shape[2:] for o in tensors(whole) if o.ndim > 3], full.values())
-    sizes = [(s, d) for s in _SIDES if s > least for d in ((2,), (1,))] if sum(map(math.prod, full.values())) > _SMALL else []
+    sizes = ([(s, d) for s in _SIDES if s > least for d in ((2,), (1,))] if sum(map(math.prod, full.values())) > _SMALL
+             else [])
     for side,dims in sizes:
         self.inputs = _smaller(whole, side, dims)
         if all(a.shape == b.shape for a,b in zip(tensors(self.inputs), tensors(whole))): continue
         try: self.run(2)
         except Exception: continue
         same = self.calls == calls and list(self.calls) == list(calls) and _widths(self) == width
-        if same and all(t >= min(s, 2) for n,o in full.items() for s,t in zip(o[1:], self.out[n][1:])): self.volume = _volume(self); break
+        if same and all(t >= min(s, 2) for n,o in full.items() for s,t in zip(o[1:], self.out[n][1:])):
+            self.volume = _volume(self); break
     else: self.inputs = whole
     self.given = self.inputs
     return self
 
-def _volume(probe): return sum(o.numel() for v in probe.seen.values() for o in tensors(v))//probe.rows # numbers seen, per row
+def _volume(probe):
+    return sum(o.numel() for v in probe.seen.values() for o in tensors(v))//probe.rows # numbers seen, per row
 
 # %% ../nbs/02a_probe.ipynb #emit
 @patch
@@ -202,13 +214,15 @@ def laid(self:Probe, n, x):
 
 @patch
 def lifting(self:Probe, lift, sign=None):
-    "Set what the layers emit: `base` times the signs of `sign`, plus the `lift` [rows, channels] of those layers that have one."
+    """Set what the layers emit: `base` times the signs of `sign`,
+    plus the `lift` [rows, channels] of those layers that have one."""
     def say(n, m, x):
         b = self.base.get(n)
         if b is None: return self._first(n, m, x)
         if sign is not None: b = torch.where(self.table(b.shape, f'{n}{sign}') > 1, b, -b)
         y, at = b.expand(self.rows, *b.shape), (b.ndim if channel_dim(m) == -1 else 2)
-        if n in lift: y = y + self.rise[n]*lift[n].to(b).view(len(lift[n]), *[-1 if d == at else 1 for d in range(1, b.ndim+1)])
+        if n in lift:
+            y = y + self.rise[n]*lift[n].to(b).view(len(lift[n]), *[-1 if d == at else 1 for d in range(1, b.ndim+1)])
         return self.laid(n, y.clone() if n not in lift else y)
     self.say = say
     return self
@@ -231,7 +245,8 @@ _VOLUME = 500_000 # activations per run that are worth another row
 def reach(self:Probe):
     "Place -> {layer: bool [channels]: does the channel arrive there?}; '' is the output."
     rows = max(2, min(16, _VOLUME//max(1, sum(b.numel() for b in self.base.values()))))
-    leaf = {n:torch.stack([b] + [torch.where(self.table(b.shape, f'{n}{r}') > 1, b, -b) for r in range(1, rows)]).requires_grad_() for n,b in self.base.items()}
+    leaf = {n:torch.stack([b] + [torch.where(self.table(b.shape, f'{n}{r}') > 1, b, -b)
+                                 for r in range(1, rows)]).requires_grad_() for n,b in self.base.items()}
     said = {}
     def say(n, m, x):
         if n not in leaf: return self._first(n, m, x)
@@ -243,7 +258,8 @@ def reach(self:Probe):
         n, y, fresh = said.get(id(o), (None, None, 0))
         if y is not None and y._version == fresh: res[k] = {n:torch.ones(self.n_out[n], dtype=torch.bool)}; continue
         key = tuple(id(v) for v in tensors(o))
-        if key not in done: done[key] = self.back(leaf, sum((v*self.table(v.shape, k)).sum() for v in tensors(o) if v.requires_grad))
+        if key not in done:
+            done[key] = self.back(leaf, sum((v*self.table(v.shape, k)).sum() for v in tensors(o) if v.requires_grad))
         res[k] = done[key]
     return res
 
@@ -286,7 +302,8 @@ def spelt(x:torch.Tensor, # what was seen [LEVELS+d, slots, rest]
 @patch
 @torch.no_grad()
 def decode(self:Probe, names, places, reach, start={}, tries=24):
-    "Place -> (number of the channel that each slot follows or -1, bool: does it mix?) when only the layers `names` change; their numbers begin at `start`, else at 0."
+    """Place -> (number of the channel that each slot follows or -1, bool: does it mix?) when only the layers `names`
+    change; their numbers begin at `start`, else at 0."""
     first = {n:start.get(n, 0) for n in names}; total = max(first[n]+self.n_out[n] for n in names)
     code = digits(total, max(1, math.ceil(math.log(total, LEVELS)-1e-9))); d = len(code)-LEVELS
     lift = {n:code[:, i:i+self.n_out[n]] for n,i in first.items()}
@@ -312,7 +329,8 @@ def _due(arrives, total):
 def _read(like, heard):
     "(channel [slots] or -1, bool [slots]: mixed?) from the levels that were possible in every digit."
     one = (like.sum(1) == 1).all(0) & heard
-    chan = ((like*torch.arange(LEVELS)[:, None]).sum(1)*LEVELS**torch.arange(len(like))[:, None]).sum(0) # if there is one level
+    # if there is one level
+    chan = ((like*torch.arange(LEVELS)[:, None]).sum(1)*LEVELS**torch.arange(len(like))[:, None]).sum(0)
     return torch.where(one, chan, -1), heard & ~one
 
 def _complete(like, heard, chan, due):
@@ -350,7 +368,8 @@ def _apart(by, start, chan, mix):
 # %% ../nbs/02a_probe.ipynb #follow
 @patch
 def follow(self:Probe):
-    "(layer -> {place: (channel of the layer that each slot follows or -1, mixed?)}, layer -> opaque places and '' that it reaches, place -> slots heard but unclaimed)."
+    """(layer -> {place: (channel of the layer that each slot follows or -1, mixed?)},
+    layer -> opaque places and '' that it reaches, place -> slots heard but unclaimed)."""
     reach = self.reach(); found, lost = {n:{} for n in self.base}, {}
     ends = {n:[k for k,by in reach.items() if n in by and self.is_end(k)] for n in self.base}
     places = [k for k in reach if not self.is_end(k)]
@@ -368,14 +387,18 @@ def follow(self:Probe):
             if told: hard.pop(k)
     for party in _parties({n:r for n in self.base if (r := {k for k,by in hard.items() if n in by})}):
         told = self.decode(party, [k for k in hard if set(party) & set(hard[k])], reach)
-        for n in party: found[n].update({k:(torch.where(m, 0, c) if m.any() else c, bool(m.any())) for k,(c,m) in told.items() if n in hard[k]})
-    return {n:{k:o[k] for k in reach if k in o} for n,o in found.items()}, ends, {k:v for k,v in lost.items() if v.any()}
+        for n in party:
+            found[n].update(
+                {k:(torch.where(m, 0, c) if m.any() else c, bool(m.any())) for k,(c,m) in told.items() if n in hard[k]})
+    return ({n:{k:o[k] for k in reach if k in o} for n,o in found.items()}, ends,
+            {k:v for k,v in lost.items() if v.any()})
 
 # %% ../nbs/02a_probe.ipynb #loud
 @patch
 @torch.no_grad()
 def hushed(self:Probe, shift=0.):
-    "Place -> what is seen there, [rows, slots, rest], when all layers emit zeros and those who mix say something higher by `shift`."
+    """Place -> what is seen there, [rows, slots, rest], when all layers emit zeros and those who mix say something
+    higher by `shift`."""
     self.say = lambda n, m, x: torch.zeros_like(self._first(n, m, x)) if n in self.base else self._first(n, m, x)
     self.shift = shift
     try: self.run(1, self.both())
@@ -389,7 +412,8 @@ def loud(self:Probe):
 
 @patch
 def fed(self:Probe):
-    "Place -> bool per slot: does what an opaque module or a layer that is used more than once has made of its inputs arrive there?"
+    """Place -> bool per slot: does what an opaque module or a layer that is used more than once has made of its inputs
+    arrive there?"""
     if not any(k and self.is_end(k) for k in self.seen): return {}
     a, b = self.hushed(), self.hushed(.25)
     return {k:(v != b[k]).any(2).any(0).cpu() for k,v in a.items()}
@@ -414,19 +438,22 @@ def _attributes(values):
 
 @patch
 def resized(self:Probe, kept, slots):
-    "[(module, attribute, value)] for layers and norms of the new widths: code may ask `fc.in_features` or `conv.bias.shape`."
+    """[(module, attribute, value)] for layers and norms of the new widths:
+    code may ask `fc.in_features` or `conv.bias.shape`."""
     res = []
     for n,keep in slots.items():
         norm, n_in = n in self.norms, int(keep.sum()); m = self.norms[n] if norm else self.layers[n]
         new = n_in if norm else int(kept[n].sum()) if n in kept else None
-        names = {'num_features': new, 'num_parameters': new} if norm else {'in_features': n_in, 'in_channels': n_in, 'out_features': new, 'out_channels': new}
+        names = ({'num_features': new, 'num_parameters': new} if norm
+                 else {'in_features': n_in, 'in_channels': n_in, 'out_features': new, 'out_channels': new})
         res += [(m, a, v) for a,v in names.items() if v is not None and a in vars(m)]
         if new is None or norm and not _plain(m): continue
-        res += [(m, k, nn.Parameter(p.detach()[:new], requires_grad=False)) for k,p in m._parameters.items() if p is not None]
+        res += [(m, k, nn.Parameter(p.detach()[:new], requires_grad=False)) for k,p in m._parameters.items()
+                if p is not None]
         res += [(m, k, p[:new]) for k,p in m._buffers.items() if p is not None and p.ndim]
     return res
 
-# %% ../nbs/02a_probe.ipynb #rehearse
+# %% ../nbs/02a_probe.ipynb #emitting
 @patch
 def _emitting(self:Probe, kept, cut):
     "Layers emit `base` with the channels that are not `kept` (layer -> bool [n_out]) cut away, or zero."
@@ -436,27 +463,11 @@ def _emitting(self:Probe, kept, cut):
         y, at = b.expand(self.rows, *b.shape).clone(), (b.ndim if channel_dim(m) == -1 else 2)
         if n in kept:
             keep = kept[n].to(b.device)
-            y = y.index_select(at, keep.nonzero()[:,0]) if cut else y*keep.view([-1 if i == at else 1 for i in range(y.ndim)])
+            y = (y.index_select(at, keep.nonzero()[:,0]) if cut
+                 else y*keep.view([-1 if i == at else 1 for i in range(y.ndim)]))
         return self.laid(n, y)
     self.say = say
     return self
-
-@patch
-@torch.no_grad()
-def rehearse(self:Probe, kept, slots, widths={}):
-    "None, or why a network cut to `kept` (layer -> bool [n_out]; place -> bool in `slots`), with attributes set to `widths`, would not compute what the masked one does."
-    self._emitting(kept, cut=False).run(1, self.both()); want, raw = {k:self.rows_of(k) for k in slots}, dict(self.seen)
-    try:
-        with _attributes(self.resized(kept, slots) + [(*owner(self.model, n), v) for n,v in widths.items()]): self._emitting(kept, cut=True).run(1, self.both())
-    except Exception as e: return f"a cut network cannot run ({type(e).__name__}: {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''})"
-    if list(self.seen) != list(raw): return "a cut network calls other layers"
-    for k,o in self.seen.items():
-        if k in slots:
-            x, y, keep = want[k], self.rows_of(k), slots[k].to(o.device)
-            if x is None: continue
-            if y is None: return f"a cut network sends nothing to {k!r}"
-            if not _same(x.index_select(1, keep.nonzero()[:,0]), y) or k in self.layers and x.index_select(1, (~keep).nonzero()[:,0]).any(): return f"a cut network computes something else at {k!r}"
-        elif not all(map(_same, tensors(raw[k]), tensors(o))): return f"a cut network computes something else at {k.rstrip('#')!r}" if k else "a cut network's output differs"
 
 @patch
 def both(self:Probe):
@@ -469,3 +480,29 @@ def _same(a, b):
     "Equal up to rounding, NaN to NaN."
     tol = 1e-8 if a.dtype == torch.float64 else 1e-4
     return a.shape == b.shape and (torch.equal(a, b) or torch.allclose(a, b, rtol=tol, atol=tol, equal_nan=True))
+
+# %% ../nbs/02a_probe.ipynb #rehearse
+@patch
+@torch.no_grad()
+def rehearse(self:Probe, kept, slots, widths={}):
+    """None, or why a network cut to `kept` (layer -> bool [n_out]; place -> bool in `slots`),
+    with attributes set to `widths`, would not compute what the masked one does."""
+    self._emitting(kept, cut=False).run(1, self.both()); want, raw = {k:self.rows_of(k) for k in slots}, dict(self.seen)
+    try:
+        with _attributes(self.resized(kept, slots) + [(*owner(self.model, n), v) for n,v in widths.items()]):
+            self._emitting(kept, cut=True).run(1, self.both())
+    except Exception as e:
+        return (f"a cut network cannot run ({type(e).__name__}: "
+                f"{str(e).strip().splitlines()[0][:100] if str(e).strip() else ''})")
+    if list(self.seen) != list(raw): return "a cut network calls other layers"
+    for k,o in self.seen.items():
+        if k in slots:
+            x, y, keep = want[k], self.rows_of(k), slots[k].to(o.device)
+            if x is None: continue
+            if y is None: return f"a cut network sends nothing to {k!r}"
+            if (not _same(x.index_select(1, keep.nonzero()[:,0]), y) or k in self.layers
+                and x.index_select(1, (~keep).nonzero()[:,0]).any()):
+                return f"a cut network computes something else at {k!r}"
+        elif not all(map(_same, tensors(raw[k]), tensors(o))):
+            return (f"a cut network computes something else at {k.rstrip('#')!r}" if k
+                    else "a cut network's output differs")

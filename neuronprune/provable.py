@@ -108,12 +108,15 @@ def sensitivity(m:nn.Module,     # `nn.Linear` or `nn.Conv2d`, grouped or not
                 a:torch.Tensor,  # its inputs, [n, ..., in] or [n, c, h, w], on its device
                 reduce:str='max' # over the positions of an image: 'max' | 'mean'
                )->torch.Tensor:
-    "Largest share of each weight in the sum of its sign, over the inputs, float32 [like the weight], in [0, 1]; 0 for zero weights (Baykal 2022). `ValueError` for other layers, or inputs that do not fit or are NaN."
+    """Largest share of each weight in the sum of its sign, over the inputs, float32 [like the weight], in [0, 1];
+    0 for zero weights (Baykal 2022). `ValueError` for other layers, or inputs that do not fit or are NaN."""
     check_choice('reduce', reduce, ('max', 'mean'))
-    if not isinstance(m, SUPPORTED): raise UnsupportedLayerError(f"m: {type(m).__name__}; expected a Linear or Conv2d layer")
+    if not isinstance(m, SUPPORTED):
+        raise UnsupportedLayerError(f"m: {type(m).__name__}; expected a Linear or Conv2d layer")
     need = m.in_features if isinstance(m, nn.Linear) else m.in_channels
     check_type('a', a, torch.Tensor)
-    if (a.ndim < 2 if isinstance(m, nn.Linear) else a.ndim != 4) or a.shape[-1 if isinstance(m, nn.Linear) else 1] != need or a.numel() == 0:
+    if ((a.ndim < 2 if isinstance(m, nn.Linear) else a.ndim != 4)
+        or a.shape[-1 if isinstance(m, nn.Linear) else 1] != need or a.numel() == 0):
         raise ValueError(f"a: shape {tuple(a.shape)}; expected inputs of {m}, a batch of at least one")
     check_finite('a', a)
     return _sensitivity(m, a, [reduce])[reduce]
@@ -129,11 +132,12 @@ def _catcher(res, k, reduce):
 # %% ../nbs/12_provable.ipynb #sensitivities
 @public
 def sensitivities(model:nn.Module,   # left as found
-                  xb,                # images [n, ...], or a tuple or dictionary of inputs; more of them, never smaller sensitivities
+                  xb, # images [n, ...], or a tuple or dictionary of inputs; more of them, never smaller sensitivities
                   reduce=('max',),   # over positions: of 'max' and 'mean'
                   bs:int=32          # images per forward pass
                  )->dict:
-    "Reduction -> {layer: `sensitivity` of its weights, float32 on the CPU} from one pass; unused layers and other kinds are absent. `ValueError` for NaN."
+    """Reduction -> {layer: `sensitivity` of its weights, float32 on the CPU} from one pass;
+    unused layers and other kinds are absent. `ValueError` for NaN."""
     check_batch(xb); check_int('bs', bs, 1)
     reduce, res = [check_choice('reduce', o, ('max', 'mean')) for o in reduce], {}
     mods = {k:m for k,m in layers(model).items() if isinstance(m, SUPPORTED)}
@@ -151,7 +155,8 @@ def sensitivities(model:nn.Module,   # left as found
 def _check_constants(delta, c):
     "Raises `ValueError` unless 0 < delta < 1 and 0 < c < infinity."
     if not 0 < check_fraction('delta', delta): raise ValueError(f"delta={delta}: expected a probability in (0, 1)")
-    if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 < c < math.inf: raise ValueError(f"c={c!r}: expected a positive number")
+    if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 < c < math.inf:
+        raise ValueError(f"c={c!r}: expected a positive number")
 
 # %% ../nbs/12_provable.ipynb #calib-size
 @public
@@ -159,18 +164,22 @@ def calib_size(graph,             # `Graph` of the network
                delta:float=1e-12, # probability of failure, in (0, 1)
                c:float=3.         # how far shares on unseen images may exceed those seen
               )->int:
-    "Number of images the sensitivities are taken from, ceil(c ln(8 eta eta*/delta)); `ValueError` for a bad delta or c."
+    """Number of images the sensitivities are taken from, ceil(c ln(8 eta eta*/delta));
+    `ValueError` for a bad delta or c."""
     _check_constants(delta, c)
     sizes = [l['n_out']*l['positions'] for l in graph.layers.values()]
     return math.ceil(c*math.log(8*max(sizes)*sum(sizes)/delta))
 
 # %% ../nbs/12_provable.ipynb #batch-for
 def _calibration(model, dls, graph, who, n, delta, c, split, seed):
-    "(images on the model's device, their number, graph) for a method; `ValueError` without data, for bad constants or another model's graph."
-    if dls is None: raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits')")
+    """(images on the model's device, their number, graph) for a method;
+    `ValueError` without data, for bad constants or another model's graph."""
+    if dls is None:
+        raise ValueError(f"dls=None: {who} needs images; pass fastai DataLoaders, such as get_dls('digits')")
     _check_constants(delta, c); graph = traced(model, dls, graph)
     if lost := [k for k in layers(model) if k not in graph.layers and k not in graph.fixed]:
-        raise ValueError(f"graph: it does not know the model's layer {lost[0]!r}; expected graph=trace(model, xb) of this very model")
+        raise ValueError(f"graph: it does not know the model's layer {lost[0]!r}; "
+                         "expected graph=trace(model, xb) of this very model")
     xb, yb = batch_for(model, dls, who, n=calib_size(graph, delta, c) if n is None else n, split=split, seed=seed,
                        classes=False)
     return xb, len(yb), graph
@@ -221,7 +230,8 @@ def sipp(model:nn.Module,     # trained network
          seed:int=0,          # of the images and of the draws
          progress:bool=False  # has no effect: nothing takes long
         )->Scores:
-    "Empirical sensitivity of every weight [like w] (Baykal 2022); `ValueError` without images, for bad constants or another model's graph."
+    """Empirical sensitivity of every weight [like w] (Baykal 2022);
+    `ValueError` without images, for bad constants or another model's graph."""
     start = time.perf_counter()
     check_choice('variant', variant, ('det', 'rand', 'hybrid'))
     reduce = check_choice('reduce', reduce or ('mean' if variant == 'det' else 'max'), ('max', 'mean'))
@@ -229,10 +239,12 @@ def sipp(model:nn.Module,     # trained network
     found = sensitivities(model, xb, (reduce,))[reduce]
     skipped, own = _left_out(model, found), layers(model)
     if variant != 'det': skipped |= {k:graph.fixed[k] for k in found if k not in graph.layers}
-    units = {k:v for k,v in found.items() if k not in skipped}; logs = _logs(graph, [k for k in units if k in graph.layers], delta)
+    units = {k:v for k,v in found.items() if k not in skipped}
+    logs = _logs(graph, [k for k in units if k in graph.layers], delta)
     labels = None if variant == 'det' else {k:(_sampling_row(own[k].weight), torch.tensor([c*logs[k]])) for k in units}
     meta = dict(variant=variant, reduce=reduce, n=n, delta=delta, c=c, split=split, seed=seed)
-    return Scores(units, 'weight', method='sipp', labels=labels, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
+    return Scores(units, 'weight', method='sipp', labels=labels, secs=time.perf_counter()-start, meta=meta,
+                  skipped=skipped)
 
 # %% ../nbs/12_provable.ipynb #input-scores
 def _input_scores(m, s):
@@ -253,14 +265,18 @@ def pfp(model:nn.Module,     # trained network
         seed:int=0,          # of the images and of the draws
         progress:bool=False  # has no effect: nothing takes long
        )->Scores:
-    "Largest sensitivity among the readers of every input channel, `layer:in` [n_in] (Liebenwein 2020); `ValueError` without images, for bad constants or another model's graph."
+    """Largest sensitivity among the readers of every input channel, `layer:in` [n_in] (Liebenwein 2020);
+    `ValueError` without images, for bad constants or another model's graph."""
     start = time.perf_counter()
     check_choice('variant', variant, ('det', 'rand', 'top'))
     xb, n, graph = _calibration(model, dls, graph, 'pfp', n, delta, c, split, seed)
     own, found = layers(model), sensitivities(model, xb)['max']
     skipped = {**{o:f'it shares its weight with {k!r}' for k,o in twins(model).items()}, **_left_out(model, found)}
-    skipped.update({k:'grouped convolution: its inputs go with the channels they come from' for k in found if getattr(own[k], 'groups', 1) > 1})
+    skipped.update({k:'grouped convolution: its inputs go with the channels they come from' for k in found
+                    if getattr(own[k], 'groups', 1) > 1})
     skipped.update({k:graph.fixed[k] for k in found if k not in graph.layers})
     units = {f'{k}:in':_input_scores(own[k], v) for k,v in found.items() if k not in skipped}
-    meta = dict(variant=variant, n=n, delta=delta, c=c, split=split, seed=seed, logs=_logs(graph, [k.removesuffix(':in') for k in units], delta))
-    return Scores(units, 'channel', method='pfp', graph=graph, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
+    meta = dict(variant=variant, n=n, delta=delta, c=c, split=split, seed=seed,
+                logs=_logs(graph, [k.removesuffix(':in') for k in units], delta))
+    return Scores(units, 'channel', method='pfp', graph=graph, secs=time.perf_counter()-start, meta=meta,
+                  skipped=skipped)

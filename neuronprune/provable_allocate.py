@@ -24,10 +24,12 @@ def check_scores(scores,       # what an allocator was given
                  method:str,   # 'sipp' or 'pfp'
                  variants      # the variants it can serve
                 )->Scores:
-    "`scores` if `method` made them in one of `variants`; a `TypeError` or `ValueError` that says whose they are otherwise."
+    """`scores` if `method` made them in one of `variants`;
+    a `TypeError` or `ValueError` that says whose they are otherwise."""
     check_type('scores', scores, Scores)
     if scores.method == method and scores.meta.get('variant') in variants: return scores
-    raise ValueError(f"scores: made by {scores.method or 'the user'}{', variant ' + repr(scores.meta['variant']) if 'variant' in scores.meta else ''}; "
+    made = f", variant {scores.meta['variant']!r}" if 'variant' in scores.meta else ''
+    raise ValueError(f"scores: made by {scores.method or 'the user'}{made}; "
                      f"expected {method} with variant {' or '.join(map(repr, variants))}")
 
 # %% ../nbs/12a_provable_allocate.ipynb #predicted-error
@@ -35,7 +37,8 @@ def check_scores(scores,       # what an allocator was given
 def predicted_error(m,    # samples, array
                     alpha # coefficients of the rows, of the same shape
                    )->np.ndarray:
-    "Relative error predicted for `m` samples, (u + sqrt(u^2 + 6u))/2 with u = alpha/(3m); infinite for m = 0, 0 where alpha = 0."
+    """Relative error predicted for `m` samples, (u + sqrt(u^2 + 6u))/2 with u = alpha/(3m);
+    infinite for m = 0, 0 where alpha = 0."""
     m, alpha = np.broadcast_arrays(np.asarray(m, dtype=np.float64), np.asarray(alpha, dtype=np.float64))
     u = np.divide(alpha, 3*m, out=np.full(m.shape, np.inf), where=m > 0)
     return np.where(alpha > 0, (u + np.sqrt(u*u+6*u))/2, 0.)
@@ -60,7 +63,8 @@ def spread(alpha,  # coefficients of the rows, >= 0
            room,   # weights each row has
            budget:float # weights to keep in all
           )->np.ndarray:
-    "Weights to keep per row, float64: the minimum of sum(weight * predicted_error) with 0 <= x <= room and sum(x) = budget; rows with alpha = 0 get 0."
+    """Weights to keep per row, float64: the minimum of sum(weight * predicted_error) with 0 <= x <= room and sum(x) =
+    budget; rows with alpha = 0 get 0."""
     alpha, weight, room = (np.asarray(o, dtype=np.float64) for o in (alpha, weight, room))
     if not budget >= 0: raise ValueError(f"budget={budget}: expected a number of weights, 0 or more")
     room = np.where(alpha > 0, room, 0)
@@ -105,12 +109,14 @@ def spread_cvxpy(alpha, weight, room, budget, # as for `spread`; all alpha > 0
     root = cp.power(t, -.5)*math.sqrt(2)
     cons = [cp.norm(cp.vstack([u, root]), 2, axis=0) <= v, cp.multiply(alpha, t) <= room, alpha @ t <= budget]
     prob = cp.Problem(cp.Minimize(weight @ (u+v)/2), cons); prob.solve(solver=solver)
-    if prob.status != 'optimal': raise RuntimeError(f"spread_cvxpy: {solver or 'the solver'} ends with status {prob.status!r}")
+    if prob.status != 'optimal':
+        raise RuntimeError(f"spread_cvxpy: {solver or 'the solver'} ends with status {prob.status!r}")
     return np.clip(alpha*t.value, 0, room)
 
 # %% ../nbs/12a_provable_allocate.ipynb #row-table
 def _row_table(scores, spared=()):
-    "Per layer: (rows' sensitivities [2 out, K] with zeros where the other sign or a spared weight sits, coefficient L)."
+    """Per layer: (rows' sensitivities [2 out, K] with zeros where the other sign or a spared weight sits,
+    coefficient L)."""
     res = {}
     for k,v in scores.items():
         s, (row, log) = v.flatten(1).double().numpy().copy(), scores.labels[k]
@@ -148,21 +154,25 @@ def _row_plan(scores, budget, spared):
 # %% ../nbs/12a_provable_allocate.ipynb #safe-plan
 def _best(scores, k):
     "Flat numbers of a layer's weights, the highest score first; equals by `tiebreak`, then by index."
-    s, second = (o.flatten().double().numpy() for o in (scores[k], scores.tiebreak.get(k, torch.zeros(1).expand_as(scores[k]))))
+    s, second = (o.flatten().double().numpy()
+                 for o in (scores[k], scores.tiebreak.get(k, torch.zeros(1).expand_as(scores[k]))))
     return np.lexsort((-second, -s))
 
 def _safe_plan(scores, budget, min_keep):
-    "(`_row_plan`, layer -> flat numbers of the weights kept as they are), such that no draw can leave a layer with fewer than `min_keep` weights."
+    """(`_row_plan`, layer -> flat numbers of the weights kept as they are),
+    such that no draw can leave a layer with fewer than `min_keep` weights."""
     spared = {}
     while True:
         plan = _row_plan(scores, max(budget-sum(map(len, spared.values())), 0), spared)
-        short = [k for k,(_,n,drawn) in plan.items() if k not in spared and np.where(drawn, n > 0, n).sum() < min(min_keep, scores[k].numel())]
+        short = [k for k,(_,n,drawn) in plan.items() if k not in spared
+                 and np.where(drawn, n > 0, n).sum() < min(min_keep, scores[k].numel())]
         if not short: return plan, spared
         spared.update({k:_best(scores, k)[:min_keep] for k in short})
 
 # %% ../nbs/12a_provable_allocate.ipynb #row-factors
 def _row_factors(s, n, drawn, rng):
-    "(factors [out, K], draws per row [2 out]) of a layer: `drawn` rows drawn for `n` distinct weights, the best `n` of the others kept as they are."
+    """(factors [out, K], draws per row [2 out]) of a layer:
+    `drawn` rows drawn for `n` distinct weights, the best `n` of the others kept as they are."""
     total = s.sum(1, keepdims=True)
     q = np.divide(s, total, out=np.zeros_like(s), where=total > 0)
     draws = draws_near(q, np.where(drawn, n, 0))
@@ -176,14 +186,16 @@ def sample_rows(scores:Scores,  # from `provable.sipp`, variant 'rand' or 'hybri
                 *, min_keep:int=1, # weights every layer keeps
                 seed:int=None   # of the draws, None = that of the scores
                ):
-    "`Mask` with the factors of the draws: the rows' shares add up to the number asked for (or it warns), the weights hit on average to that."
+    """`Mask` with the factors of the draws: the rows' shares add up to the number asked for (or it warns),
+    the weights hit on average to that."""
     check_scores(scores, 'sipp', ('rand', 'hybrid')); check_int('min_keep', min_keep, 1)
     total, meta = sum(v.numel() for v in scores.values()), scores.meta
     budget = kappa(total, sparsity)
     if budget == total: return Mask.ones_like(scores)
     plan, spared = _safe_plan(scores, budget, min_keep)
     if (given := sum(int(n.sum()) for _,n,_ in plan.values()) + sum(map(len, spared.values()))) != budget:
-        warnings.warn(f"sample_rows: sparsity {sparsity} asks for {budget} weights, {given} are given out; every layer keeps {min_keep}, "
+        warnings.warn(f"sample_rows: sparsity {sparsity} asks for {budget} weights, {given} are given out; "
+                      f"every layer keeps {min_keep}, "
                       "and weights without sensitivity cannot be drawn")
     rng, scale, draws_of = np.random.default_rng(meta['seed'] if seed is None else check_int('seed', seed, 0)), {}, {}
     for k,(s,n,drawn) in plan.items():
@@ -191,13 +203,15 @@ def sample_rows(scores:Scores,  # from `provable.sipp`, variant 'rand' or 'hybri
         if k in spared: np.put(f, spared[k], 1.)
         scale[k] = torch.from_numpy(f).float().view(scores[k].shape); draws_of[k] = draws.tolist()
     units, sums = {k:v > 0 for k,v in scale.items()}, {k:s.sum(1).tolist() for k,(s,_) in _row_table(scores).items()}
-    info = dict(method=scores.method, requested=sparsity, achieved=1-sum(int(v.sum()) for v in units.values())/total, of='units', scope='global',
-                allocated=given, draws=draws_of, sums=sums, layers={k:1-float(v.float().mean()) for k,v in units.items()})
+    info = dict(method=scores.method, requested=sparsity, achieved=1-sum(int(v.sum()) for v in units.values())/total,
+                of='units', scope='global', allocated=given, draws=draws_of, sums=sums,
+                layers={k:1-float(v.float().mean()) for k,v in units.items()})
     return Mask(units, 'weight', graph=scores.graph, scale=scale, meta=info)
 
 # %% ../nbs/12a_provable_allocate.ipynb #families
 def _families(scores, ids, n, tied):
-    "Number of the family of every atom: inputs whose channels come from the same (tied) layers; untied, those of one key."
+    """Number of the family of every atom: inputs whose channels come from the same (tied) layers;
+    untied, those of one key."""
     g, res = scores.graph, np.full(n, -1)
     if tied:
         names = list(g.out_slots)
@@ -223,7 +237,8 @@ class _Channels:
             np.maximum.at(log, fam[a], scores.meta['logs'][name])
             spare = any(fnmatch(name, p) for p in keep)
             self.fixed[a] |= spare | (False if prune_inputs else own_input(scores.graph, name).numpy())
-        self.groups = [(i, self.s[i], log[f]) for f in range(len(log)) if len(i := np.flatnonzero((fam == f) & ~self.fixed))]
+        self.groups = [(i, self.s[i], log[f]) for f in range(len(log))
+                       if len(i := np.flatnonzero((fam == f) & ~self.fixed))]
         self.groups = [(i[np.argsort(-s, kind='stable')], -np.sort(-s, kind='stable'), l) for i,s,l in self.groups]
         self.min_keep = min_keep
 
@@ -268,11 +283,13 @@ def _fill(ch, counts, goal):
     "`counts` with as many channels of score 0 given back, family after family, as it takes to leave `goal` weights."
     room = np.array([len(i) for i,_,_ in ch.groups])-counts; before = room.cumsum()-room
     more = lambda n: counts + np.clip(n-before, 0, room)
-    return more(bisect_left(range(room.sum()), True, key=lambda n: weights_left(ch.scores.graph, ch.units(ch.kept(more(n)))) >= goal)).tolist()
+    return more(bisect_left(range(room.sum()), True,
+                            key=lambda n: weights_left(ch.scores.graph, ch.units(ch.kept(more(n)))) >= goal)).tolist()
 
 # %% ../nbs/12a_provable_allocate.ipynb #find-tau
 def _find_tau(ch, goal):
-    "(tau of the layers that went furthest, infinite if even that leaves too little, and channels each family keeps): at least `goal` weights are left."
+    """(tau of the layers that went furthest, infinite if even that leaves too little, and channels each family keeps):
+    at least `goal` weights are left."""
     stop, floor = {}, -60.
     at = lambda t: [stop.get(f, c) for f,c in enumerate(ch.counts(math.exp(t)))]
     left = lambda t: weights_left(ch.scores.graph, ch.units(ch.kept(at(t))))
@@ -288,7 +305,8 @@ def _find_tau(ch, goal):
 
 # %% ../nbs/12a_provable_allocate.ipynb #factors
 def _factors(s, c, variant, min_keep, rng):
-    "Per channel of a family, best first, with `c` to keep: (factors, draws it expects; 0 = not left to chance): the sure ones as they are, the rest drawn."
+    """Per channel of a family, best first, with `c` to keep: (factors, draws it expects; 0 = not left to chance):
+    the sure ones as they are, the rest drawn."""
     first, q = np.arange(len(s)), s/max(s.sum(), 1e-300)
     sure = int((q*draws_for(q, c) >= 1).sum()) if variant == 'top' else 0
     sure = min(max(sure, min_keep if min_keep > 1 else 0), c)   # a draw is certain of one channel
@@ -309,25 +327,30 @@ def equalise(scores:Scores,  # from `provable.pfp`
              keep=(),        # layers whose inputs are spared, names or patterns
              seed:int=None   # of the draws, None = that of the scores
             ):
-    "`Mask` of input channels with one predicted error in all layers; the budget counts rows and columns, 'det' meets it from above, draws on average."
+    """`Mask` of input channels with one predicted error in all layers;
+    the budget counts rows and columns, 'det' meets it from above, draws on average."""
     check_scores(scores, 'pfp', ('det', 'rand', 'top'))
     graph, meta, keep = scores.graph, scores.meta, (keep,) if isinstance(keep, str) else tuple(keep)
     for p in keep:
-        if not any(fnmatch(k.removesuffix(':in'), p) for k in scores): check_choice('keep', p, [k.removesuffix(':in') for k in scores])
+        if not any(fnmatch(k.removesuffix(':in'), p) for k in scores):
+            check_choice('keep', p, [k.removesuffix(':in') for k in scores])
     total = weights_left(graph, {}); goal = kappa(total, sparsity)
     if goal == total: return Mask.ones_like(scores)
     ch = _Channels(scores, tied, prune_inputs, check_int('min_keep', min_keep, 1), keep)
     tau, counts = _find_tau(ch, goal)
     factor, draws = ch.kept(counts).astype(float), np.zeros(ch.n)
-    if (left := weights_left(graph, ch.units(factor > 0))) > goal and all(c <= min(min_keep, len(i)) for (i,_,_),c in zip(ch.groups, counts)):
-        warnings.warn(f"equalise: sparsity {sparsity} is out of reach, {1-left/total:.4g} achieved; every layer keeps {min_keep}, and what is spared stays")
+    if ((left := weights_left(graph, ch.units(factor > 0))) > goal
+        and all(c <= min(min_keep, len(i)) for (i,_,_),c in zip(ch.groups, counts))):
+        warnings.warn(f"equalise: sparsity {sparsity} is out of reach, {1-left/total:.4g} achieved; "
+                      f"every layer keeps {min_keep}, and what is spared stays")
     if meta['variant'] != 'det':
         rng = np.random.default_rng(meta['seed'] if seed is None else check_int('seed', seed, 0))
         for (i,s,_),c in zip(ch.groups, counts): factor[i], draws[i] = _factors(s, c, meta['variant'], min_keep, rng)
     units = ch.units(factor > 0)
     scale = {} if meta['variant'] == 'det' else {k:torch.from_numpy(factor[a]).float() for k,a in ch.ids.items()}
-    info = dict(method=scores.method, requested=sparsity, achieved=1-weights_left(graph, units)/total, of='network', tied=tied, tau=tau,
-                error=float(predicted_error(tau, 2*meta['c'])), layers={k:1-float(v.float().mean()) for k,v in units.items()})
+    info = dict(method=scores.method, requested=sparsity, achieved=1-weights_left(graph, units)/total, of='network',
+                tied=tied, tau=tau, error=float(predicted_error(tau, 2*meta['c'])),
+                layers={k:1-float(v.float().mean()) for k,v in units.items()})
     if scale: info['draws'] = {k:draws[a].tolist() for k,a in ch.ids.items()}
     return Mask(units, 'channel', graph=graph, scale=scale, meta=info)
 

@@ -25,7 +25,8 @@ def bernstein_error(m,     # draws, number or array
                     delta:float=.1, # probability of failure for a single input
                     c:float=1. # how far shares may exceed the sensitivities
                    )->np.ndarray:
-    "Relative error exceeded with probability at most `delta` after `m` draws; infinite for m = 0. `ValueError` for a bad delta or c."
+    """Relative error exceeded with probability at most `delta` after `m` draws; infinite for m = 0.
+    `ValueError` for a bad delta or c."""
     _check_constants(delta, c)
     m, a = np.asarray(m, dtype=np.float64), c*np.asarray(total, dtype=np.float64)*math.log(2/delta)
     with np.errstate(divide='ignore', invalid='ignore'): res = (a+np.sqrt(a*a+18*m*a))/(3*m)
@@ -38,7 +39,8 @@ def bernstein_draws(eps,   # relative error, > 0
                     delta:float=.1, # probability of failure for a single input
                     c:float=1. # how far shares may exceed the sensitivities
                    )->np.ndarray:
-    "Fewest draws whose `bernstein_error` is at most `eps`, as whole float64 numbers. `ValueError` for bad eps, delta or c."
+    """Fewest draws whose `bernstein_error` is at most `eps`, as whole float64 numbers.
+    `ValueError` for bad eps, delta or c."""
     _check_constants(delta, c)
     eps = np.asarray(eps, dtype=np.float64)
     if not (np.isfinite(eps) & (eps > 0)).all(): raise ValueError(f"eps={eps}: expected positive numbers")
@@ -48,7 +50,8 @@ def bernstein_draws(eps,   # relative error, > 0
 def _pattern(model, mask):
     "Layer -> (bool like its weight: kept; bool [out]: neurons that are gone), columns of dropped channels dropped too."
     keep, own, g, name = mask.expand(model), layers(model), mask.graph, twins(model)
-    res = {k:keep.get(f'{name.get(k, k)}.weight', torch.ones_like(m.weight, dtype=torch.bool)).cpu().clone() for k,m in own.items()}
+    res = {k:keep.get(f'{name.get(k, k)}.weight', torch.ones_like(m.weight, dtype=torch.bool)).cpu().clone()
+           for k,m in own.items()}
     if mask.unit != 'channel': return {k:(v, torch.zeros(len(v), dtype=torch.bool)) for k,v in res.items()}
     dead = {k:~v.flatten(1).any(1) for k,v in res.items()}
     for k,v in res.items():
@@ -66,7 +69,8 @@ def _check_found(model, found):
     "Raises `ValueError` unless `found` has a tensor of sensitivities for every layer it names."
     shapes, given = {k:m.weight.shape for k,m in layers(model).items()}, found if isinstance(found, dict) else {}
     if given and all(getattr(v, 'shape', None) == shapes.get(k, ()) for k,v in given.items()): return
-    raise ValueError(f"found: {list(given) or type(found).__name__}; expected sensitivities of layers of the model, sensitivities(model, xb)['max']")
+    raise ValueError(f"found: {list(given) or type(found).__name__}; "
+                     "expected sensitivities of layers of the model, sensitivities(model, xb)['max']")
 
 # %% ../nbs/12b_provable_bounds.ipynb #check-drawn
 def _check_drawn(mask):
@@ -78,8 +82,10 @@ def _check_drawn(mask):
 
 # %% ../nbs/12b_provable_bounds.ipynb #weights-drawn
 def _weights_drawn(mask, k, w, s):
-    "(largest share one draw can have per row [out, 2], 0 for rows that are not drawn; bool like `w`: left to chance?) for drawn weights."
-    n, sums, have = *(torch.tensor(mask.meta[o][k], dtype=torch.float64).view(-1, 2) for o in ('draws', 'sums')), _by_sign(s, w)
+    """(largest share one draw can have per row [out, 2], 0 for rows that are not drawn;
+    bool like `w`: left to chance?) for drawn weights."""
+    n, sums, have = (*(torch.tensor(mask.meta[o][k], dtype=torch.float64).view(-1, 2) for o in ('draws', 'sums')),
+                     _by_sign(s, w))
     on = n > 0
     if not torch.allclose(sums[on], have[on], rtol=1e-3):
         raise ValueError(f"found: the draws of {k!r} were made with other sensitivities; "
@@ -129,7 +135,8 @@ def bound(model:nn.Module, # the unpruned network
           delta:float=.1,  # for what was drawn: probability of failure at a single point, of one row
           union:bool=False # is `delta` meant for all drawn rows together?
          )->dict:
-    "Layer -> bound on the relative error of every row [out, 2]; NaN for rows unseen, without weights or gone. `ValueError` for unknown draws."
+    """Layer -> bound on the relative error of every row [out, 2]; NaN for rows unseen, without weights or gone.
+    `ValueError` for unknown draws."""
     return {k:eps for k,(eps,_,_) in _bounds(model, mask, found, c, delta, union)[0].items()}
 
 # %% ../nbs/12b_provable_bounds.ipynb #pruned-weights
@@ -144,20 +151,23 @@ def _pruned_weights(model, mask):
 
 # %% ../nbs/12b_provable_bounds.ipynb #sums
 def _sums(m, w, a):
-    "Sums of the positive and of the negative weights `w` of layer `m` at every point of its inputs `a`, [2, points, out]."
+    """Sums of the positive and of the negative weights `w` of layer `m` at every point of its inputs `a`,
+    [2, points, out]."""
     w = w.reshape(getattr(m, 'groups', 1), -1, w[0].numel())
     pts = torch.cat([_columns(m, h.float()).permute(0, 3, 1, 2).flatten(0, 1) for h in _halves(a)])
     return torch.stack([torch.einsum('ngk,gok->ngo', pts, o).flatten(1) for o in (w.clamp(min=0), (-w).clamp(min=0))])
 
 # %% ../nbs/12b_provable_bounds.ipynb #measure
 def _measure(m, w, eps, tally, tol=1e-4):
-    "Forward pre-hook that adds the errors of weights `w` to `tally`: points, sum, largest, and those above `eps`, [2, out] each."
+    """Forward pre-hook that adds the errors of weights `w` to `tally`:
+    points, sum, largest, and those above `eps`, [2, out] each."""
     eps = eps.T.nan_to_num(math.inf).to(w.device, torch.float32)
     def hook(_, inp):
         z, hat = (_sums(m, o, inp[0]) for o in (m.weight.detach().float(), w))
         live = z > EPS
         err = torch.where(live, (hat-z).abs()/z, 0.)
-        for k,v in dict(points=live.sum(1), sum=err.sum(1), over=(err > eps[:, None]+tol).sum(1)).items(): tally[k] = tally.get(k, 0) + v.double()
+        for k,v in dict(points=live.sum(1), sum=err.sum(1), over=(err > eps[:, None]+tol).sum(1)).items():
+            tally[k] = tally.get(k, 0) + v.double()
         tally['worst'] = torch.maximum(err.amax(1), tally['worst']) if 'worst' in tally else err.amax(1)
         d = (z[0]+z[1])/(z[0]-z[1]).abs().clamp(min=EPS)
         tally.setdefault('cancel', []).append(d.median().item())
@@ -174,11 +184,13 @@ def certificate(model:nn.Module, # the unpruned network, left as found
                 union:bool=False, # as for `bound`
                 bs:int=32        # images per forward pass
                )->pd.DataFrame:
-    "One row per layer, neuron and sign: weights, kept, bound (NaN: unseen), delta (0: not drawn), mean and worst error, points, and how many exceed the bound."
+    """One row per layer, neuron and sign: weights, kept, bound (NaN: unseen), delta (0: not drawn),
+    mean and worst error, points, and how many exceed the bound."""
     check_batch(xb); check_int('bs', bs, 1)
     (eps, delta), own, tallies, rows = _bounds(model, mask, found, c, delta, union), layers(model), {}, []
     hat, keep = _pruned_weights(model, mask), _pattern(model, mask)
-    hooks = [own[k].register_forward_pre_hook(_measure(own[k], hat[k], e, tallies.setdefault(k, {}))) for k,(e,_,_) in eps.items()]
+    hooks = [own[k].register_forward_pre_hook(_measure(own[k], hat[k], e, tallies.setdefault(k, {})))
+             for k,(e,_,_) in eps.items()]
     try:
         with as_found(model, train=False), torch.no_grad(), digesting(xb):
             for x in slices(mapped(lambda o: o.to(next(model.parameters()).device), xb), bs): feed(model, x)
@@ -187,9 +199,11 @@ def certificate(model:nn.Module, # the unpruned network, left as found
         n, kept = (_by_sign(o, own[k].weight).T for o in (torch.ones_like(own[k].weight).cpu(), keep[k][0]))
         for j,sign in enumerate('+-'):
             e, drawn, exists = (o[:, j] for o in eps[k])
-            d = pd.DataFrame(dict(layer=k, neuron=range(len(n[j])), sign=sign, weights=n[j].long(), kept=kept[j].long(), bound=e, delta=drawn*delta,
-                                  mean=(t['sum'][j]/t['points'][j].clamp(min=1)).cpu(), worst=t['worst'][j].cpu().double(),
-                                  points=t['points'][j].long().cpu(), over=t['over'][j].long().cpu(), cancellation=float(np.median(t['cancel']))))
+            d = pd.DataFrame(dict(layer=k, neuron=range(len(n[j])), sign=sign, weights=n[j].long(), kept=kept[j].long(),
+                                  bound=e, delta=drawn*delta, mean=(t['sum'][j]/t['points'][j].clamp(min=1)).cpu(),
+                                  worst=t['worst'][j].cpu().double(),
+                                  points=t['points'][j].long().cpu(), over=t['over'][j].long().cpu(),
+                                  cancellation=float(np.median(t['cancel']))))
             rows.append(d[exists.numpy()])
     return pd.concat(rows, ignore_index=True)
 
@@ -197,17 +211,21 @@ def certificate(model:nn.Module, # the unpruned network, left as found
 @public
 def verdict(cert # from `certificate`
            )->pd.DataFrame:
-    "One row per layer: weights kept, median and largest bound, share of rows with none (>= 1 or unseen), measured errors, points above the bound; a conclusion."
+    """One row per layer: weights kept, median and largest bound, share of rows with none (>= 1 or unseen),
+    measured errors, points above the bound; a conclusion."""
     rows = []
     for k,d in cert.groupby('layer', sort=False):
         unseen, lost = d.bound.isna(), ~(d.bound < 1)
-        says = 'vacuous: it certifies nothing' if lost.all() else f'vacuous in {(lost & ~unseen).sum()} of {len(d)} rows' if lost.any() else 'every row is certified on S'
+        says = ('vacuous: it certifies nothing' if lost.all()
+                else f'vacuous in {(lost & ~unseen).sum()} of {len(d)} rows'
+                if lost.any() else 'every row is certified on S')
         says += f', {unseen.sum()} unseen' if unseen.any() else ''
         says += f', drawn ones with probability {1-d.delta.max():.6g} each' if d.delta.any() and not lost.all() else ''
         rows.append(dict(layer=k, rows=len(d), kept_pct=100*d.kept.sum()/d.weights.sum(),
                          bound=d.bound.median(), bound_max=d.bound.max(), vacuous_pct=100*lost.mean(),
                          measured=np.average(d['mean'], weights=d.points.clip(lower=1)), worst=d.worst.max(),
-                         over_pct=100*d.over.sum()/max(d.points.sum(), 1), cancellation=d.cancellation.median(), verdict=says))
+                         over_pct=100*d.over.sum()/max(d.points.sum(), 1), cancellation=d.cancellation.median(),
+                         verdict=says))
     return pd.DataFrame(rows)
 
 # %% ../nbs/12b_provable_bounds.ipynb #growth
@@ -215,23 +233,28 @@ def verdict(cert # from `certificate`
 def growth(found:dict, # layer -> sensitivities on the images looked at
            more:dict   # the same on other images
           )->pd.DataFrame:
-    "One row per layer: median, 99 % quantile and largest ratio of the sensitivities, and the share of weights for which it exceeds 1; the constant `c` bounds the largest."
+    """One row per layer: median, 99 % quantile and largest ratio of the sensitivities,
+    and the share of weights for which it exceeds 1; the constant `c` bounds the largest."""
     rows = []
     for k,s in found.items():
         live = s > 0; r = (more[k][live]/s[live]).double().numpy()
-        rows.append(dict(layer=k, median=np.median(r), q99=np.quantile(r, .99), largest=r.max(), above_1_pct=100*(r > 1).mean(),
-                         unseen_pct=100*float(((more[k] > 0) & ~live).double().mean())))
+        rows.append(dict(layer=k, median=np.median(r), q99=np.quantile(r, .99), largest=r.max(),
+                         above_1_pct=100*(r > 1).mean(), unseen_pct=100*float(((more[k] > 0) & ~live).double().mean())))
     return pd.DataFrame(rows)
 
 # %% ../nbs/12b_provable_bounds.ipynb #both-batches
 def _both_batches(meta, dls, n):
     "(calibration images, at most `n` others, where those come from)."
-    if meta['split'] == 'batch': raise ValueError("scores: of a batch of their own; expected scores whose images were drawn from dls")
+    if meta['split'] == 'batch':
+        raise ValueError("scores: of a batch of their own; expected scores whose images were drawn from dls")
     draw = lambda split, k: calib_batch(dls, n=k, split=split, seed=meta['seed'], classes=False)[0]
-    sizes = dict(zip(('train', 'valid', 'test'), (len(o.dataset) for o in getattr(dls, 'loaders', dls)))); size = sizes[meta['split']]
-    if 'test' in sizes and meta['split'] != 'test': return draw(meta['split'], meta['n']), draw('test', min(n, sizes['test'])), 'test'
+    sizes = dict(zip(('train', 'valid', 'test'), (len(o.dataset) for o in getattr(dls, 'loaders', dls))))
+    size = sizes[meta['split']]
+    if 'test' in sizes and meta['split'] != 'test':
+        return draw(meta['split'], meta['n']), draw('test', min(n, sizes['test'])), 'test'
     if size == meta['n']:
-        raise ValueError(f"dls: no other test set, and all {size} images of its {meta['split']} part were used for the scores; expected some to measure on")
+        raise ValueError(f"dls: no other test set, and all {size} images of its {meta['split']} part were used for the "
+                         "scores; expected some to measure on")
     both = draw(meta['split'], min(size, meta['n']+n))   # the first of a larger sample are the smaller sample
     return take(both, slice(meta['n'])), take(both, slice(meta['n'], None)), f"{meta['split']}, not in S"
 
@@ -246,12 +269,14 @@ def bound_report(model:nn.Module, # the unpruned network
                  delta:float=.1,  # as for `bound`
                  union:bool=False # as for `bound`
                 )->pd.DataFrame:
-    "One row per layer: weights kept, bound, errors on the calibration images and on the `tested` ones, points above the bound there, verdict. `ValueError` without others."
+    """One row per layer: weights kept, bound, errors on the calibration images and on the `tested` ones,
+    points above the bound there, verdict. `ValueError` without others."""
     seen, other, tested = _both_batches(scores.meta, dls, check_int('n', n, 1))
     found = sensitivities(model, seen)['max']
     a, b = (verdict(certificate(model, mask, found, x, c=c, delta=delta, union=union)) for x in (seen, other))
-    return a[['layer', 'kept_pct', 'bound', 'bound_max', 'vacuous_pct']].assign(measured_seen=a.measured, tested=tested, measured_test=b.measured, worst_test=b.worst,
-                                                                                over_pct_test=b.over_pct, verdict=a.verdict)
+    return a[['layer', 'kept_pct', 'bound', 'bound_max', 'vacuous_pct']].assign(
+        measured_seen=a.measured, tested=tested, measured_test=b.measured, worst_test=b.worst, over_pct_test=b.over_pct,
+        verdict=a.verdict)
 
 # %% ../nbs/12b_provable_bounds.ipynb #failures
 @public
@@ -263,15 +288,18 @@ def failures(model:nn.Module, # the network, left as found
              n_trials:int=200, # masks drawn
              seed:int=0       # of the draws
             )->dict:
-    "How often the error of a drawn row exceeds `eps`: mean over rows and points, the worst pair, and what the certificate costs. `ValueError` for unknown layers."
+    """How often the error of a drawn row exceeds `eps`: mean over rows and points, the worst pair,
+    and what the certificate costs. `ValueError` for unknown layers."""
     _check_found(model, found); _check_constants(delta, c); check_batch(xb)
     m, seen = layers(model)[check_choice('layer', layer, found)], []
     hook = m.register_forward_pre_hook(lambda _, inp: seen.append(inp[0].detach()))
     try:
-        with as_found(model, train=False), torch.no_grad(), digesting(xb): feed(model, mapped(lambda o: o.to(next(model.parameters()).device), xb))
+        with as_found(model, train=False), torch.no_grad(), digesting(xb):
+            feed(model, mapped(lambda o: o.to(next(model.parameters()).device), xb))
     finally: hook.remove()
     w, s = m.weight.detach().flatten(1).double().cpu(), found[layer].flatten(1).double()
-    groups = torch.cat([_columns(m, h.double()).permute(1, 0, 3, 2).flatten(1, 2) for a in seen for h in _halves(a)], 1).cpu()
+    groups = torch.cat([_columns(m, h.double()).permute(1, 0, 3, 2).flatten(1, 2) for a in seen for h in _halves(a)],
+                       1).cpu()
     rng, pairs, kept, draws, size = np.random.default_rng(seed), [], 0., 0., 0
     for o in range(len(w)):
         pts = groups[o*len(groups)//len(w)]
@@ -281,10 +309,11 @@ def failures(model:nn.Module, # the network, left as found
             q = (s[o, on]/s[o, on].sum()).numpy(); n = bernstein_draws(eps, float(s[o, on].sum()), delta, c)
             f = rng.multinomial(int(n), q, n_trials)/(n*q)
             err = ((pts[live][:, on]*(side*w[o, on])) @ torch.from_numpy(f.T)/z[live, None] - 1).abs()
-            pairs.append((err > eps).double().mean(1)); kept += float(expected_unique(q, n)); draws += n; size += int(on.sum())
+            pairs.append((err > eps).double().mean(1)); kept += float(expected_unique(q, n)); draws += n
+            size += int(on.sum())
     p = torch.cat(pairs) if pairs else torch.full((1,), math.nan)
-    return dict(layer=layer, eps=eps, delta=delta, images=len(tensors(xb)[0]), draws=draws/max(len(pairs), 1), kept_pct=100*kept/max(size, 1),
-                failures=float(p.mean()), worst_pair=float(p.max()))
+    return dict(layer=layer, eps=eps, delta=delta, images=len(tensors(xb)[0]), draws=draws/max(len(pairs), 1),
+                kept_pct=100*kept/max(size, 1), failures=float(p.mean()), worst_pair=float(p.max()))
 
 # %% ../nbs/12b_provable_bounds.ipynb #affordable
 def _affordable(s, budget):
@@ -299,8 +328,10 @@ def sparsest(model:nn.Module, # the unpruned network
              eps:float,       # relative error every row may have
              *, c:float=1.    # how far shares on other images may exceed the sensitivities
             )->Mask:
-    "The mask with the most zeros whose deterministic bound is at most `eps` in every row; its `sparsity` is the answer. `ValueError` unless eps > 0."
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf: raise ValueError(f"eps={eps!r}: expected a positive number")
+    """The mask with the most zeros whose deterministic bound is at most `eps` in every row;
+    its `sparsity` is the answer. `ValueError` unless eps > 0."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+        raise ValueError(f"eps={eps!r}: expected a positive number")
     _check_found(model, found); _check_constants(.5, c)
     units = {}
     for k,s in found.items():
@@ -318,7 +349,8 @@ def sparsest(model:nn.Module, # the unpruned network
 def sampled_density(model:nn.Module, found:dict, eps:float, # as for `sparsest`
                     *, delta:float=.1, c:float=1. # as for `bernstein_draws`
                    )->float:
-    "Expected fraction of the weights kept when every row is drawn often enough for an error of `eps`. `ValueError` for bad eps, delta or c."
+    """Expected fraction of the weights kept when every row is drawn often enough for an error of `eps`.
+    `ValueError` for bad eps, delta or c."""
     _check_found(model, found)
     kept = size = 0
     for k,s in found.items():

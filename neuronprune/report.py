@@ -58,7 +58,8 @@ class Report:
     curve:dict=field(default_factory=dict); dense_curve:dict=field(default_factory=dict)
     def __repr__(self):
         p = '?' if self.params_removed is None else f'{self.params_removed:.1%}'
-        return f"Report({', '.join(filter(None, (self.method, self.model, self.dataset)))}: {p} of the parameters removed, {self.final})"
+        return (f"Report({', '.join(filter(None, (self.method, self.model, self.dataset)))}: "
+                f"{p} of the parameters removed, {self.final})")
 
 # %% ../nbs/07_report.ipynb #ratio
 def _ratio(a, b): return None if a is None or not b else a/b
@@ -89,7 +90,8 @@ def _removed(before, after): return None if not before else 1-after/before
 
 # %% ../nbs/07_report.ipynb #costs
 def _latencies(dense, after, xb, secs=.5):
-    "Milliseconds of both networks: the best of three medians of ten runs, in turns, of as many as fit into about `secs` for each."
+    """Milliseconds of both networks: the best of three medians of ten runs, in turns,
+    of as many as fit into about `secs` for each."""
     times, end = [], time.perf_counter() + 2*secs
     while len(times) < 3 and (not times or time.perf_counter() < end):
         times.append([latency_ms(m, xb, 10, secs=secs/3) for m in (dense, after)])
@@ -106,7 +108,8 @@ def _costs(dense, after, xb, latency, full):
     if latency and full:
         r['latency_batch'] = len(tensors(xb)[0])
         r['latency_before'], r['latency_after'] = _latencies(dense, after, xb)
-    return dict(r, params_removed=_removed(r['nonzero_before'], r['nonzero_after']), macs_removed=_removed(alive, r['macs_nonzero']))
+    return dict(r, params_removed=_removed(r['nonzero_before'], r['nonzero_after']),
+                macs_removed=_removed(alive, r['macs_nonzero']))
 
 # %% ../nbs/07_report.ipynb #measure
 @patch(cls_method=True)
@@ -139,7 +142,8 @@ def measure(cls:Report,
     r.update({k:getattr(scores, 'meta', {}).get(k) for k in ('status', 'gap')})
     if mask is not None:
         names = {k.removesuffix(':in') for k in mask}
-        own = masked if mask.unit in ('weight', 'group') and masked is not None else after # what shrinking frees besides was no candidate's
+        # what shrinking frees besides was no candidate's
+        own = masked if mask.unit in ('weight', 'group') and masked is not None else after
         removed = _removed(_weights(dense, names)[1], _weights(own, names)[1])
         r.update(unit=mask.unit, units_removed=mask.sparsity, weights_removed=removed)
     return cls(**{**r, **kw})
@@ -156,9 +160,10 @@ def _plain(v):
     return v if v is None or isinstance(v, (bool, int, float, str)) else str(v)
 
 # %% ../nbs/07_report.ipynb #row-names
-_ROW = dict(params_after='params_stored', nonzero_after='params_nonzero', macs_after='macs_stored', params_before='dense_params',
+_ROW = dict(params_after='params_stored', nonzero_after='params_nonzero', macs_after='macs_stored',
+            params_before='dense_params',
             macs_before='dense_macs', nonzero_before='dense_nonzero') # field -> column, where they differ
-_WHEN = dict(before='dense', pruned='pruned', tuned='tuned')          # field of an `Evaluation` -> prefix of its columns
+_WHEN = dict(before='dense', pruned='pruned', tuned='tuned') # field of an `Evaluation` -> prefix of its columns
 
 def _answers(when, e):
     "Columns `when_k`, `when_n`, … of an `Evaluation`; None where there is none."
@@ -170,7 +175,8 @@ def _answers(when, e):
 @patch
 @public
 def row(self:Report)->dict:
-    "One flat dictionary of plain values, a row of every table; a dictionary becomes JSON text, an accuracy k, n and its interval."
+    """One flat dictionary of plain values, a row of every table;
+    a dictionary becomes JSON text, an accuracy k, n and its interval."""
     res = {}
     for f in fields(self):
         v = getattr(self, f.name)
@@ -179,7 +185,8 @@ def row(self:Report)->dict:
     dense = sum(self.dense_layers.values()) or None
     share = lambda k: None if (v := getattr(self, f'{k}_removed')) is None else 1-v
     return dict(res, params_density=share('params'), macs_density=share('macs'), dense_weights=dense,
-                weights_density=_ratio(self.weights, dense), compression=self.compression, speedup_macs=self.speedup_macs)
+                weights_density=_ratio(self.weights, dense), compression=self.compression,
+                speedup_macs=self.speedup_macs)
 
 # %% ../nbs/07_report.ipynb #from-row
 def _missing(v): return v is None or isinstance(v, float) and math.isnan(v)
@@ -190,7 +197,8 @@ def _answered(row, when):
     if all(map(_missing, got.values())): return
     whole = {k:int(got[k]) for k in ('k', 'n', 'k5') if not _missing(got[k])}
     loss = None if _missing(got['loss']) else float(got['loss'])
-    return Evaluation(**{'k': None, 'n': None, **whole}, loss=loss, metrics={} if _missing(got['metrics']) else json.loads(got['metrics']))
+    return Evaluation(**{'k': None, 'n': None, **whole}, loss=loss,
+                      metrics={} if _missing(got['metrics']) else json.loads(got['metrics']))
 
 @patch(cls_method=True)
 @public
@@ -215,7 +223,8 @@ _mib = lambda v: ' / '.join(f'{v[k]:.4g}' for k in ('dense', 'csr', 'csr_npz') i
 # group -> {field or property of `Report`: how to write it}
 _GROUPS = {
     'run': dict(method=_text, method_args=_text, model=_text, dataset=_text, size=_text, unit=_text, seed=_text),
-    'fraction removed': dict.fromkeys(['sparsity', *(f'{o}_removed' for o in ('units', 'weights', 'params', 'macs'))], _pct),
+    'fraction removed': dict.fromkeys(['sparsity', *(f'{o}_removed' for o in ('units', 'weights', 'params', 'macs'))],
+                                      _pct),
     'accuracy on the test set': dict(before=repr, pruned=repr, tuned=repr),
     'error of a layer’s sums': dict(bounds=None),
     'parameters': dict(params_before=_num, params_after=_num, nonzero_after=_num, compression='{:.2f}×'.format),
@@ -241,7 +250,9 @@ def to_frame(self:Report)->pd.DataFrame:
         if v in (None, {}, ''): continue
         if isinstance(v, Evaluation) and v.k is None: g = 'loss and metrics on the test set'
         if g == 'made with': rows.update({(g, n):str(o) for n,o in v.items()})
-        elif k == 'bounds': rows.update({(g, n):f"bound {o['bound']:.3g}, measured {o['measured']:.3g}; {o['verdict']}" for n,o in v.items()})
+        elif k == 'bounds':
+            rows.update({(g, n):f"bound {o['bound']:.3g}, measured {o['measured']:.3g}; {o['verdict']}"
+                         for n,o in v.items()})
         else: rows[g, _LABELS.get(k, k.split('_')[-1])] = f(v)
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=['', ' ']), columns=['value'])
 
@@ -264,12 +275,14 @@ def _evaluation(d):
     "An `Evaluation` out of a file, or None; raises for counts that cannot be."
     if d is None: return
     e = Evaluation(**d)
-    if e.k is None and e.loss is None and not e.metrics: raise ValueError("an evaluation without counts, loss and metrics")
+    if e.k is None and e.loss is None and not e.metrics:
+        raise ValueError("an evaluation without counts, loss and metrics")
     if e.k is not None and not 0 <= check_int('k', e.k) <= check_int('n', e.n, 1):
         raise ValueError(f"k={e.k} of n={e.n}: expected a count of right answers")
     return e
 
-_HOLDS = {str: str, dict: dict, float: (int, float), int: (int, list)} # field's type -> what its JSON is; a size may be two numbers
+# field's type -> what its JSON is; a size may be two numbers
+_HOLDS = {str: str, dict: dict, float: (int, float), int: (int, list)}
 
 @patch(cls_method=True)
 @public
@@ -297,7 +310,8 @@ def differs(a:Evaluation, # first
            )->bool:
     "Do the Wilson 95 % intervals of the two accuracies keep apart? `ValueError` where no right answers were counted."
     for k,e in dict(a=a, b=b).items():
-        if e.k is None: raise ValueError(f"{k}: {e}; expected right answers k of n, there is no interval around a loss or a metric")
+        if e.k is None:
+            raise ValueError(f"{k}: {e}; expected right answers k of n, there is no interval around a loss or a metric")
     return a.lo > b.hi or b.lo > a.hi
 
 @public
@@ -312,7 +326,8 @@ def verdict(a:Evaluation, # the accuracy in question
 @public
 def compare(reports # records
            )->pd.DataFrame:
-    "One row per record: fractions removed, accuracies as k/n with intervals (else loss and metrics), verdict on the last accuracy against the dense one."
+    """One row per record: fractions removed, accuracies as k/n with intervals (else loss and metrics),
+    verdict on the last accuracy against the dense one."""
     reports = list(reports)
     if not reports: raise ValueError("reports: empty; expected at least one Report")
     count = lambda e: f'{e.k}/{e.n} = {100*e.accuracy:.1f} % [{100*e.lo:.1f}, {100*e.hi:.1f}]'
@@ -332,7 +347,8 @@ def plot_compare(reports, # records
                  x:str='params_removed', # field on the horizontal axis
                  ax=None  # matplotlib axes, None = a new figure
                 ):
-    "Last accuracy and its interval against `x`, a line per method, the dense accuracy as a grey band; the loss where no right answers were counted. Returns the figure."
+    """Last accuracy and its interval against `x`, a line per method, the dense accuracy as a grey band;
+    the loss where no right answers were counted. Returns the figure."""
     import matplotlib.pyplot as plt
     check_choice('x', x, (*_GROUPS['fraction removed'], 'compression', 'speedup_macs'))
     if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)

@@ -39,7 +39,9 @@ class MaskCallback(Callback):
     "Keep the weights outside `mask` at exactly zero while training; the learner's model is changed in place."
     order = 80
     def __init__(self, mask # a `Mask`, or a dict parameter name -> bool tensor (True = kept)
-                ): self.mask,self.params,self.keeps = check_type('mask', mask, (Mapping, type(None)), 'parameter name -> bool tensor'),[],[]
+                ):
+        self.mask,self.params,self.keeps = check_type('mask', mask, (Mapping, type(None)),
+                                                      'parameter name -> bool tensor'),[],[]
     def before_fit(self): self.params,self.keeps = keep_tensors(self.model, self.mask); self.zero()
     def after_step(self): self.zero()
     def after_fit(self): self.zero()
@@ -50,7 +52,8 @@ class MaskCallback(Callback):
 
 # %% ../nbs/05a_retrain.ipynb #pruned-callback
 class PrunedCallback(MaskCallback):
-    "What stays on a learner as `learn.pruned`: weights outside `mask` are zero in every fit; `decided` is the `Mask` this came from."
+    """What stays on a learner as `learn.pruned`: weights outside `mask` are zero in every fit;
+    `decided` is the `Mask` this came from."""
     def __init__(self, mask, # dict parameter name -> bool tensor (True = kept)
                  decided=None # the `Mask` of units, None = unknown
                 ):
@@ -60,22 +63,26 @@ class PrunedCallback(MaskCallback):
         "Zero; a warning if there was something to zero, which a fit cannot have left."
         params, keeps = keep_tensors(self.model, self.mask)
         n = sum(int(((p != 0) & (k == 0)).sum()) for p,k in zip(params, keeps))
-        if n: warnings.warn(f"learn.pruned: {n} weights outside the mask were not zero, and are now; to train all weights, "
-                            "remove the mask first: learn.remove_cb(learn.pruned)")
+        if n:
+            warnings.warn(f"learn.pruned: {n} weights outside the mask were not zero, and are now; "
+                          "to train all weights, "
+                          "remove the mask first: learn.remove_cb(learn.pruned)")
         super().before_fit()
     def after_fit(self): super().after_fit(); self.params,self.keeps = [],[]
 
 # %% ../nbs/05a_retrain.ipynb #hold
 @public
-def held(learn:Learner)->dict: "Parameter name -> bool tensor (True = kept) of what `learn` holds at zero; empty if nothing."; return (
-    learn.pruned.mask if isinstance(learn.__dict__.get('pruned'), PrunedCallback) else {})
+def held(learn:Learner)->dict:
+    "Parameter name -> bool tensor (True = kept) of what `learn` holds at zero; empty if nothing."
+    return learn.pruned.mask if isinstance(learn.__dict__.get('pruned'), PrunedCallback) else {}
 
 @public
 def hold(learn:Learner, # changed in place
-         mask,          # a `Mask`, or a dict parameter name -> bool tensor (True = kept); None or nothing dropped = hold nothing
+         mask, # a `Mask`, or a dict parameter name -> bool tensor (True = kept); None or nothing dropped = hold nothing
          decided=None   # the `Mask` of units behind a dict
         )->Learner:
-    "Zero the weights outside `mask` and keep them at zero in every later fit, in place of what was held before; returns `learn`."
+    """Zero the weights outside `mask` and keep them at zero in every later fit, in place of what was held before;
+    returns `learn`."""
     if isinstance(mask, Mask): mask, decided = mask.expand(learn.model), mask
     keeps = {k:v.cpu() for k,v in (mask or {}).items()}
     params, zeros = keep_tensors(learn.model, keeps)
@@ -93,7 +100,8 @@ def fine_tune(learn:Learner, # changed in place
               lr:float=None, # largest learning rate, None = the learner's
               **kw           # arguments of `fit`
              )->Learner:
-    "Zero the pruned weights of `learn` in place, train the others, return `learn`; `learn.pruned` keeps them at zero in later fits."
+    """Zero the pruned weights of `learn` in place, train the others, return `learn`;
+    `learn.pruned` keeps them at zero in later fits."""
     check_type('mask', mask, Mapping, 'a Mask, or parameter name -> bool tensor')
     return fit(hold(learn, mask), epochs, lr, **kw)
 
@@ -104,8 +112,10 @@ def _state(learn, to):
     k = 0 if to in ('init', 'sign') else to
     if k in states:
         if rw.belongs(): return states[k]
-        raise ValueError(f"to={to!r}: the weights of the network have not come from this learner's snapshots by training "
-                         "(were they loaded?); train from the snapshots, or, if the weights did start there, call learn.rewind.vouch()")
+        raise ValueError(f"to={to!r}: the weights of the network have not come from this learner's snapshots by "
+                         "training "
+                         "(were they loaded?); train from the snapshots, or, if the weights did start there, call "
+                         "learn.rewind.vouch()")
     have = f"kept: {sorted(states)}" if states else "nothing was kept"
     fix = 'learner(…)' if k == 0 else f'learner(…, cbs=[Rewind(epochs=({k},))])'
     raise ValueError(f"to={to!r}: no snapshot of epoch {k} ({have}); build the learner with {fix} before training")
@@ -125,7 +135,8 @@ def rewind_to(learn:Learner, # changed in place
               to='init',     # 'init', 'sign', a kept epoch, or 'none'
               mask=None      # zero the weights outside this mask afterwards, now and in later fits
              )->Learner:
-    "Put the weights of `learn` back to an earlier state, in place, and reset its optimiser; without `mask` nothing is held at zero any more."
+    """Put the weights of `learn` back to an earlier state, in place, and reset its optimiser;
+    without `mask` nothing is held at zero any more."""
     check_type('learn', learn, Learner, 'made by learner(model, dls)')
     if isinstance(to, str): check_choice('to', to, ('none', 'init', 'sign'))
     elif to is not None: check_int('to', to, 0)
@@ -200,10 +211,12 @@ def sink(scores:Scores, # scores of all units
     gone, low = {k:~mask[k] for k in scores}, min(float(v.min()) for v in scores.values())
     low = 0. if low >= 0 else low-1
     units = {k:v.masked_fill(gone[k], low) for k,v in scores.items()}
-    second = scores.tiebreak or {k:torch.zeros_like(v) for k,v in units.items()} # among equals, what is gone comes first
+    # among equals, what is gone comes first
+    second = scores.tiebreak or {k:torch.zeros_like(v) for k,v in units.items()}
     ties = {k:v.masked_fill(gone[k], float(v.min())-1) for k,v in second.items()}
     return Scores(units, scores.unit, method=scores.method, graph=scores.graph, labels=scores.labels, cost=scores.cost,
-                  tiebreak=ties, gone=gone, meta={**scores.meta, 'scales': mask.meta.get('scales', {})}, skipped=scores.skipped)
+                  tiebreak=ties, gone=gone, meta={**scores.meta, 'scales': mask.meta.get('scales', {})},
+                  skipped=scores.skipped)
 
 # %% ../nbs/05a_retrain.ipynb #tighten
 @public
@@ -212,8 +225,8 @@ def narrow(mask:Mask, # of this round
           )->Mask:
     "`mask` without what `old` has removed; factors are multiplied, everything else is that of `mask`."
     if old is None: return mask
-    return Mask({k:v & old.get(k, v) for k,v in mask.items()}, mask.unit, graph=mask.graph, labels=mask.labels, meta=mask.meta,
-                scale={k:s*old.get(k, torch.ones_like(s)) for k,s in mask.scale.items()})
+    return Mask({k:v & old.get(k, v) for k,v in mask.items()}, mask.unit, graph=mask.graph, labels=mask.labels,
+                meta=mask.meta, scale={k:s*old.get(k, torch.ones_like(s)) for k,s in mask.scale.items()})
 
 @patch
 def tighten(self:PruneCallback, sparsity, t):
@@ -233,7 +246,8 @@ class SlimmingCallback(Callback):
         self.lam = float(lam)
     def before_fit(self):
         self.gammas = [m.weight for m in self.model.modules() if isinstance(m, BATCHNORM) and m.weight is not None]
-        if not self.gammas: raise ValueError(f"model={type(self.model).__name__}: no batch norm with a scale to penalise")
+        if not self.gammas:
+            raise ValueError(f"model={type(self.model).__name__}: no batch norm with a scale to penalise")
     def before_step(self):
         gs = [g for g in self.gammas if g.grad is not None]
         if not gs: return
@@ -264,9 +278,10 @@ def _sliced_slots(slots, name, shape, index):
 @public
 def rebind(learn:Learner,    # changed in place
            model:nn.Module,  # the network that replaces `learn.model`
-           index:dict=None   # module path -> (kept outputs, inputs), or parameter name -> kept per dimension; None = all
+           index:dict=None # module path -> (kept outputs, inputs), or parameter name -> kept per dimension; None = all
           )->Learner:
-    "Put `model` into `learn` with a new optimiser, in place; optimiser state and snapshots survive where `index` tells how."
+    """Put `model` into `learn` with a new optimiser, in place;
+    optimiser state and snapshots survive where `index` tells how."""
     old, opt = dict(learn.model.named_parameters()), learn.opt
     model = model.to(next(learn.model.parameters()).device)
     if isinstance(learn.__dict__.get('rewind'), Rewind):

@@ -29,9 +29,11 @@ def probabilities(w:torch.Tensor, # weight [out, ...]
                   norm:str='l1',  # 'l1' | 'l2' | 'l1+l2', or 'uniform' over the non-zeros
                   compat:str=None # 'released': the mixture of |w| and w² before normalising
                  )->torch.Tensor:
-    "Probability of each weight within its output's row, float64 [like w]; `ValueError` for NaN, or options that do not go together."
+    """Probability of each weight within its output's row, float64 [like w];
+    `ValueError` for NaN, or options that do not go together."""
     check_choice('norm', norm, (*NORMS, 'uniform')); check_choice('compat', compat, (None, 'released'))
-    if compat and norm != 'l1+l2': raise ValueError(f"compat={compat!r}: the released code differs for norm='l1+l2' only; got norm={norm!r}")
+    if compat and norm != 'l1+l2':
+        raise ValueError(f"compat={compat!r}: the released code differs for norm='l1+l2' only; got norm={norm!r}")
     a = check_finite('weight', w.detach().cpu()).double().flatten(1).abs()
     peak = a.amax(1, keepdim=True); rel = a/torch.where(peak > 0, peak, 1)   # squares of tiny weights must not vanish
     q = dict(uniform=lambda: _share((a > 0).double()), l1=lambda: _share(rel), l2=lambda: _share(rel**2))
@@ -40,7 +42,8 @@ def probabilities(w:torch.Tensor, # weight [out, ...]
 
 # %% ../nbs/18_sampling.ipynb #targets
 def _targets(width, nnz, budget):
-    "Distinct weights wanted per row, int64: one share of `width` for all, between 1 and `nnz`; they add up to `budget`, or come as near as the limits let them."
+    """Distinct weights wanted per row, int64: one share of `width` for all, between 1 and `nnz`;
+    they add up to `budget`, or come as near as the limits let them."""
     lo, budget = np.minimum(nnz, 1), int(np.clip(budget, np.minimum(nnz, 1).sum(), nnz.sum()))
     a, b = 0., 1.
     for _ in range(60):
@@ -57,7 +60,8 @@ def _drawn(scores, budget, seed):
     q = {k:_share(v.double().flatten(1)).numpy() for k,v in scores.items()}
     width, nnz = (np.concatenate(o) for o in zip(*[(np.full(len(v), v.shape[1]), (v > 0).sum(1)) for v in q.values()]))
     bare = [k for k,v in q.items() if not v.any()]
-    all_targets, rng, res = _targets(width, nnz, budget-len(bare)), np.random.default_rng(check_int('seed', seed, 0)), {}
+    all_targets, rng, res = (_targets(width, nnz, budget-len(bare)), np.random.default_rng(check_int('seed', seed, 0)),
+                             {})
     for (k,v),t in zip(q.items(), np.split(all_targets, np.cumsum([len(v) for v in q.values()])[:-1])):
         f, n = sample(v, t, rng)
         if k in bare: f.flat[int(scores.tiebreak[k].argmax()) if k in scores.tiebreak else 0] = 1.
@@ -73,10 +77,13 @@ def cut(scores:Scores,  # from `uniform` or `sampling`
         *, seed:int=None, # of the draws; None = the seed of the scores
         of:str='units'  # channels only: what the fraction counts, as for `allocate`
        )->Mask:
-    "The mask with `scale` of weights drawn with replacement, or the plain mask of channel scores; a warning when the budget is out of reach, `ValueError` for other units."
+    """The mask with `scale` of weights drawn with replacement, or the plain mask of channel scores;
+    a warning when the budget is out of reach, `ValueError` for other units."""
     check_type('scores', scores, Scores); check_choice('unit', scores.unit, ('weight', 'channel'))
     if scores.unit == 'channel':
-        if scores.method != 'uniform': raise ValueError(f"unit='channel': {scores.method} draws weights; expected unit='weight', or uniform(unit='channel')")
+        if scores.method != 'uniform':
+            raise ValueError(f"unit='channel': {scores.method} draws weights; "
+                             "expected unit='weight', or uniform(unit='channel')")
         return allocate(scores, sparsity, scope='layer', of=of, normalize=None)
     n = sum(v.numel() for v in scores.values()); budget = kappa(n, sparsity)
     meta = dict(method=scores.method, requested=sparsity, threshold=None, of='units', scope='layer', tied=True)
@@ -86,18 +93,23 @@ def cut(scores:Scores,  # from `uniform` or `sampling`
     res, met = _drawn(scores, budget, scores.meta.get('seed', 0) if seed is None else seed)
     keep = {k:f > 0 for k,(f,_,_) in res.items()}
     meta.update(achieved=1-sum(int(v.sum()) for v in keep.values())/n, expected=1-sum(o[2] for o in res.values())/n,
-                layers={k:1-v.float().mean().item() for k,v in keep.items()}, draws={k:int(o[1].sum()) for k,o in res.items()})
-    if not met: warnings.warn(f"{scores.method}: sparsity {sparsity} is out of reach, {meta['achieved']:.4g} achieved; every neuron with weights "
-                              "keeps one, every layer too, and weights that are zero cannot be drawn")
+                layers={k:1-v.float().mean().item() for k,v in keep.items()},
+                draws={k:int(o[1].sum()) for k,o in res.items()})
+    if not met:
+        warnings.warn(f"{scores.method}: sparsity {sparsity} is out of reach, {meta['achieved']:.4g} achieved; "
+                      "every neuron with weights "
+                      "keeps one, every layer too, and weights that are zero cannot be drawn")
     return Mask(keep, 'weight', graph=scores.graph, scale={k:o[0] for k,o in res.items()}, meta=meta)
 
 # %% ../nbs/18_sampling.ipynb #weight-scores
 def _weight_scores(name, model, graph, start, seed, norm, **meta):
     "`Scores` of weights, their probabilities; a weight that several layers hold is scored with the first."
     check_int('seed', seed, 0); shared = twins(model)
-    units = {k:probabilities(check_finite(f'{k}.weight', m.weight.detach()), norm, meta.get('compat')) for k,m in layers(model).items() if k not in shared}
+    units = {k:probabilities(check_finite(f'{k}.weight', m.weight.detach()), norm, meta.get('compat'))
+             for k,m in layers(model).items() if k not in shared}
     skipped = {k:f"it shares its weight with {o!r}" for k,o in shared.items()}
-    return Scores(units, 'weight', method=name, graph=graph, secs=time.perf_counter()-start, meta=dict(norm=norm, seed=seed, **meta), skipped=skipped)
+    return Scores(units, 'weight', method=name, graph=graph, secs=time.perf_counter()-start,
+                  meta=dict(norm=norm, seed=seed, **meta), skipped=skipped)
 
 # %% ../nbs/18_sampling.ipynb #uniform-2
 @method('uniform', unit='weight', allocate=cut, paper='the control of SiPP and PFP')
@@ -108,14 +120,18 @@ def uniform(model:nn.Module, # any model
             seed:int=0,      # of the draws
             progress:bool=False # has no effect: nothing takes long
            )->Scores:
-    "1 over the neuron's non-zeros [like w], or a random number for every input channel, `path:in` [n_in]; `ValueError` for NaN weights or no such layer."
+    """1 over the neuron's non-zeros [like w], or a random number for every input channel, `path:in` [n_in];
+    `ValueError` for NaN weights or no such layer."""
     start = time.perf_counter()
-    if check_choice('unit', unit, ('weight', 'channel')) == 'weight': return _weight_scores('uniform', model, graph, start, seed, 'uniform')
+    if check_choice('unit', unit, ('weight', 'channel')) == 'weight':
+        return _weight_scores('uniform', model, graph, start, seed, 'uniform')
     graph, gen = traced(model, dls, graph), generator(seed)
     names, skipped = readers(graph)
     u = torch.rand(1+max(int(v.max()) for v in graph.out_slots.values()), generator=gen)
-    units = {f'{k}:in':torch.where(s < 0, torch.rand(len(s), generator=gen), u[s]) for k in names for s in [graph.in_slots[k]]}
-    return Scores(units, 'channel', method='uniform', graph=graph, secs=time.perf_counter()-start, meta=dict(seed=seed), skipped=skipped)
+    units = {f'{k}:in':torch.where(s < 0, torch.rand(len(s), generator=gen), u[s]) for k in names
+             for s in [graph.in_slots[k]]}
+    return Scores(units, 'channel', method='uniform', graph=graph, secs=time.perf_counter()-start, meta=dict(seed=seed),
+                  skipped=skipped)
 
 # %% ../nbs/18_sampling.ipynb #sampling-3
 @method('sampling', unit='weight', allocate=cut, paper='Kundu 2017')
@@ -127,7 +143,8 @@ def sampling(model:nn.Module, # any model
              seed:int=0,      # of the draws
              progress:bool=False # has no effect: nothing takes long
             )->Scores:
-    "Probability of each weight within its neuron, float64 [like w]; `ValueError` for NaN weights, or options that do not go together."
+    """Probability of each weight within its neuron, float64 [like w];
+    `ValueError` for NaN weights, or options that do not go together."""
     start = time.perf_counter()
     check_choice('norm', norm, NORMS)
     return _weight_scores('sampling', model, graph, start, seed, norm, compat=compat)

@@ -29,7 +29,8 @@ def split_args(m:Method, # registered method
               )->tuple:
     "(allocator, arguments of the allocator, arguments of the method); `ValueError` for a name that neither knows."
     alloc, base = (allocate, m.allocate) if isinstance(m.allocate, dict) else (m.allocate, {})
-    ours = {'model', 'dls', 'graph', 'init', 'seed', 'progress', 'unit', 'scores', 'sparsity', 'task', 'state', 'keep_found'}
+    ours = {'model', 'dls', 'graph', 'init', 'seed', 'progress', 'unit', 'scores', 'sparsity', 'task', 'state',
+            'keep_found'}
     fn, al = arguments(m.fn)-ours, arguments(alloc)-ours
     for k in args: check_choice(f'argument of {m.name}', k, sorted(fn | al))
     mine, rest = ({k:v for k,v in args.items() if (k in al) == o} for o in (True, False))
@@ -54,7 +55,8 @@ def weights_at(learn, # a `Learner` made by `learner`
 
 # %% ../nbs/18a_scoring.ipynb #finished
 def _finished(scores):
-    "`scores`; `KeyboardInterrupt` if they were interrupted, a warning if they are not what the method would have found in the end."
+    """`scores`; `KeyboardInterrupt` if they were interrupted,
+    a warning if they are not what the method would have found in the end."""
     status, gap = scores.meta.get('status'), scores.meta.get('gap')
     if status == 'interrupted': raise KeyboardInterrupt(f"{scores.method}: interrupted while scoring; nothing was cut")
     if status not in (None, 'optimal'):
@@ -64,7 +66,8 @@ def _finished(scores):
 
 # %% ../nbs/18a_scoring.ipynb #as-unit
 def _as_unit(scores, unit, graph):
-    "`scores` of the unit wanted: those of weights or blocks as channel scores if asked for; `ValueError` for another change."
+    """`scores` of the unit wanted: those of weights or blocks as channel scores if asked for;
+    `ValueError` for another change."""
     if scores.unit == unit: return scores
     if unit == 'channel':
         if scores.graph is None: scores.graph = graph
@@ -81,9 +84,11 @@ def score_with(learn,      # a `Learner`
                graph=None, # `Graph` of the model
                seed:int=0, progress:bool=False, **args # arguments of the method
               ):
-    "Run a method on `learn`: (`Scores`, `Meter` of seconds and memory). Weight or group scores become channel scores if asked for."
+    """Run a method on `learn`: (`Scores`, `Meter` of seconds and memory).
+    Weight or group scores become channel scores if asked for."""
     known, unit, kept = arguments(m.fn), check_choice('unit', unit or m.unit, UNITS), learn.__dict__.get('rewind')
-    loss = None if isinstance(learn.loss_func, _CrossEntropy) else learn.loss_func # None: cross-entropy, with checked labels
+    # None: cross-entropy, with checked labels
+    loss = None if isinstance(learn.loss_func, _CrossEntropy) else learn.loss_func
     extra = dict(seed=seed, progress=progress, unit=unit, graph=graph, init=getattr(kept, 'init', None), loss_func=loss)
     args = {**{k:v for k,v in extra.items() if k in known}, **args}
     with weights_at(learn, at), metered(next(learn.model.parameters()).device) as meter:

@@ -26,14 +26,16 @@ def _with(found, mask, i, score, loss):
     if not past or (score, -loss) > (best['score'], -best['loss']): best = dict(first=i, score=score, loss=loss)
     else: mask = found.mask
     curve = [*past, dict(evaluations=i+1, score=score, best=best['score'], best_loss=best['loss'])]
-    return Found(mask, curve, i+1, dict(first=best['first'], score=best['score'], loss=best['loss'], curve=curve), 'running')
+    return Found(mask, curve, i+1, dict(first=best['first'], score=best['score'], loss=best['loss'], curve=curve),
+                 'running')
 
 def _taken_up(task, seed, state):
     "The `Found` that `state` is of."
     return Found(_drawn(task, seed, state['first']), list(state['curve']), len(state['curve']), state, 'running')
 
 # %% ../nbs/20a_search.ipynb #bestof
-@method('bestof', unit='weight', needs=('data', 'labels'), kind='search', allocate=dict(normalize=None), paper='the control of searches')
+@method('bestof', unit='weight', needs=('data', 'labels'), kind='search', allocate=dict(normalize=None),
+        paper='the control of searches')
 def bestof(task:Task,    # what is asked for
            *, n:int=50,  # masks to draw
            seed:int=0,   # of the masks

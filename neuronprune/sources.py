@@ -27,7 +27,8 @@ def dense_path(learn,      # an untrained `Learner` of a zoo network
                init=None, stop=None, # as for `dense`
                **args      # what else determines the training
               )->Path:
-    "The file of a dense network: a hash of data, network and training; what was added later counts only where it is used."
+    """The file of a dense network: a hash of data, network and training;
+    what was added later counts only where it is used."""
     more = {k:v for k,v in dict(init=init, stop=stop).items() if v is not None}
     key = dict(data=learn.dls.record, bs=learn.dls.train.bs, model=learn.model.spec, lr=learn.lr, **args, **more)
     return Path(out)/'dense'/f'{digest(key)}.safetensors'
@@ -43,11 +44,13 @@ class _Stop(Callback):
 def _parts(learn):
     "Name -> tensor of all that is kept of a trained learner."
     init = getattr(learn.__dict__.get('rewind'), 'init', None)
-    return {f'{p}/{k}':v for p,d in dict(init=init or {}, trained=learn.model.state_dict()).items() for k,v in d.items()}
+    return {f'{p}/{k}':v for p,d in dict(init=init or {}, trained=learn.model.state_dict()).items()
+            for k,v in d.items()}
 
 # %% ../nbs/22a_sources.ipynb #cached
 def _cached(learn, path, epochs):
-    "Fill `learn` with what the file keeps; `DamagedFileError` for one that is damaged, of another network or another training."
+    """Fill `learn` with what the file keeps; `DamagedFileError` for one that is damaged,
+    of another network or another training."""
     cure = 'delete it, and the network is trained anew'
     state, h = load_tensors(path, 'dense', cure)
     want = _parts(learn)
@@ -97,7 +100,8 @@ def dense(dls,            # from `get_dls`
     "A `Learner` with the trained dense network and a fresh optimiser, from the cache under `out` if it is there."
     net = build(model, dls.c_in, dls.n_out, dls.size, seed=seed, weights=weights, init=init)
     learn = learner(net, dls, opt=opt, lr=lr, seed=seed, **(opt_args or {}))
-    if stop is not None and check_int('stop', stop, 0) > epochs: raise ValueError(f"stop={stop}: expected at most epochs={epochs}")
+    if stop is not None and check_int('stop', stop, 0) > epochs:
+        raise ValueError(f"stop={stop}: expected at most epochs={epochs}")
     args = dict(weights=weights, epochs=epochs, opt=opt, opt_args=opt_args or {}, seed=seed, fit=fit_args)
     path = None if out is None else dense_path(learn, out, init, stop, **args)
     early = {} if stop is None else dict(cbs=[_Stop(stop)])
@@ -126,7 +130,7 @@ def _data(p, seed):
 # %% ../nbs/22a_sources.ipynb #zoo
 @public
 def zoo(dataset:str='digits', # a name of `datasets()`, or a folder
-        model:str=None,       # a name of `models()`, 'torchvision/…', 'timm/…', or 'package.module:function'; None = mlp
+        model:str=None, # a name of `models()`, 'torchvision/…', 'timm/…', or 'package.module:function'; None = mlp
         epochs:int=10,        # training of the dense network
         **params              # further parameters of `SOURCE`
        )->Source:
@@ -136,7 +140,8 @@ def zoo(dataset:str='digits', # a name of `datasets()`, or a folder
     if ':' in p['model']: return replace(own(_function(p['model']), p['model']), params={k:v for k,v in p.items() if k in SOURCE})
     args = lambda s: dict({k:p[k] for k in ('opt', 'lr', 'weights', 'init', 'opt_args')}, seed=s)
     def make(seed, out, stop=None, progress=False):
-        return dense(_data(p, seed), p['model'], p['epochs'], out=out, stop=stop, progress=progress, **args(seed), **p['fit_args'])
+        return dense(_data(p, seed), p['model'], p['epochs'], out=out, stop=stop, progress=progress, **args(seed),
+                     **p['fit_args'])
     def raw(seed): return dense(_data(p, seed), p['model'], p['epochs'], stop=0, **args(seed))
     def cached(seed, out):
         same = {k:p[k] for k in ('weights', 'epochs', 'opt', 'opt_args')}

@@ -33,7 +33,8 @@ def _labels(methods):
     "Label -> own parameters, of names or of such a table; None is the one method of the parameters."
     if methods is None: return {None: {}}
     if isinstance(methods, (list, tuple)): methods = {k:{} for k in _values('methods', 'method', methods)}
-    if not check_type('methods', methods, dict, 'label -> parameters, or a list of names'): raise ValueError("methods: empty; expected at least one")
+    if not check_type('methods', methods, dict, 'label -> parameters, or a list of names'):
+        raise ValueError("methods: empty; expected at least one")
     return {k:dict({'method': k}, **check_type(f'methods[{k!r}]', v or {}, dict)) for k,v in methods.items()}
 
 def _product(varied):
@@ -55,7 +56,8 @@ def expand(params:dict # parameters of a study
     for k in params: check_choice('parameter', k, [*PARAMETERS, *STUDY])
     check_jobs(params.get('n_jobs', 1)); check_type('level', params.get('level', .5), (int, float), 'percentage points')
     base = {k:v for k,v in params.items() if k not in STUDY and k != 'out'}
-    grid = {k:_values(f'grid: {k}', k, v) for k,v in check_type('grid', params.get('grid') or {}, dict, 'parameter -> list of values').items()}
+    grid = {k:_values(f'grid: {k}', k, v)
+            for k,v in check_type('grid', params.get('grid') or {}, dict, 'parameter -> list of values').items()}
     res = []
     for label,mine in _labels(params.get('methods')).items():
         own = {k:v for k,v in mine.items() if not (isinstance(v, list) and k not in _LISTS)}
@@ -69,7 +71,8 @@ def _values(said, k, values):
     check_choice('parameter', k, PARAMETERS)
     values = list(check_type(said, values, (list, tuple), 'values to vary'))
     if not values: raise ValueError(f"{said}: empty; expected at least one value")
-    if (again := [v for i,v in enumerate(values) if v in values[:i]]): raise ValueError(f"{said}: {again[0]!r} twice; expected each value once")
+    if (again := [v for i,v in enumerate(values) if v in values[:i]]):
+        raise ValueError(f"{said}: {again[0]!r} twice; expected each value once")
     return values
 
 # %% ../nbs/23_study.ipynb #jobs
@@ -86,7 +89,8 @@ def read_study(path # YAML file
     "The parameters in a file; `ValueError` if it is no plain YAML or has an unknown key."
     said = f'path={str(path)!r}'
     try: d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{said}: no plain YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{said}: no plain YAML: {' '.join(str(e).split())}") from None
     for k in check_type(said, d, dict, 'parameters'): check_choice(f'{said}: parameter', k, [*PARAMETERS, *STUDY])
     return d
 
@@ -108,7 +112,8 @@ def _text(e): return f'{type(e).__name__}: {e}'
 def _finished(folder):
     "The rows a folder has so far."
     f = folder/'rows.json'
-    return [Report.from_plain(r) for r in load_json(f, ('arguments', 'fingerprint', 'rows'), 'delete it')['rows']] if f.exists() else []
+    return ([Report.from_plain(r) for r in load_json(f, ('arguments', 'fingerprint', 'rows'), 'delete it')['rows']]
+            if f.exists() else [])
 
 def _described(folder):
     "What `Job.run` wrote of itself into a folder."
@@ -148,7 +153,9 @@ def _spread(f, many, n_jobs, bar):
     def rest(): return [(i, a) for i,a in enumerate(many) if i not in done]
     for again in range(2):
         try:
-            for i,r in bar(Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(numbered)(*o) for o in rest())): done[i] = r
+            for i,r in bar(
+                Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(numbered)(*o) for o in rest())):
+                done[i] = r
             break
         except KeyboardInterrupt: raise
         except Exception: continue # a worker has died; what is done lies in its folder
@@ -160,7 +167,8 @@ def _spread(f, many, n_jobs, bar):
 def _backend(backend, address):
     "Inside the block joblib uses `backend`; `ImportError` says what to install."
     if backend is None:
-        if address is not None: raise ValueError(f"address={address!r}: belongs to backend='dask' or 'ray'; expected none")
+        if address is not None:
+            raise ValueError(f"address={address!r}: belongs to backend='dask' or 'ray'; expected none")
         yield; return
     check_choice('backend', backend, ('dask', 'ray', 'loky', 'threading'))
     with ExitStack() as stack:
@@ -173,7 +181,8 @@ def _backend(backend, address):
                 if not ray.is_initialized(): ray.init(address=address); stack.callback(ray.shutdown)
                 register_ray()
         except ImportError as e:
-            raise ImportError(f"backend={backend!r}: not installed; expected after `pip install 'neuronprune[{backend}]'`") from e
+            raise ImportError(f"backend={backend!r}: not installed; "
+                              f"expected after `pip install 'neuronprune[{backend}]'`") from e
         with parallel_config(backend=backend): yield
 
 # %% ../nbs/23_study.ipynb #bar
@@ -197,7 +206,8 @@ def study(jobs:list,      # of `Job`
           pages:bool=False, # render a page of every run
           progress:bool=True # show a bar
          )->pd.DataFrame:
-    "Run what is not done yet: one row per run and size, `error` first; a run that failed has the rows it reached, and one with the error."
+    """Run what is not done yet: one row per run and size, `error` first;
+    a run that failed has the rows it reached, and one with the error."""
     for j in check_type('jobs', jobs, list, 'of Job'): check_type('jobs', j, Job)
     if not jobs: raise ValueError("jobs: empty; expected at least one")
     check_jobs(n_jobs)
@@ -237,7 +247,9 @@ def _table(jobs, got):
         rows += [dict(r, name=j.params['name'], folder=j.id) for r in mine] + ([dict(known, error=error)] if error else [])
     df = pd.DataFrame(rows)
     failed = df[df.error != '']
-    if len(failed): warnings.warn(f"study: {len(failed)} of {len(jobs)} runs failed; the first, {failed.name.iloc[0]}, said: {failed.error.iloc[0]}")
+    if len(failed):
+        warnings.warn(f"study: {len(failed)} of {len(jobs)} runs failed; the first, {failed.name.iloc[0]}, said: "
+                      f"{failed.error.iloc[0]}")
     return df[['error', *(c for c in df if c != 'error')]]
 
 # %% ../nbs/23_study.ipynb #study-folder
@@ -256,7 +268,9 @@ def page_path(name:str='experiments' # or 'comparison'
     check_choice('name', name, ('experiments', 'comparison'))
     here = Path(__file__).resolve().parent
     found = [p for p in (here.parent/'nbs'/f'{name}.ipynb', here/'pages'/f'{name}.ipynb') if p.exists()]
-    if not found: raise FileNotFoundError(f"{name}.ipynb: neither in the clone nor in the package; expected an installation with its pages")
+    if not found:
+        raise FileNotFoundError(f"{name}.ipynb: neither in the clone nor in the package; "
+                                "expected an installation with its pages")
     return found[0]
 
 @public
@@ -268,7 +282,8 @@ def render(folder # of a run
     d = _described(folder)
     if d.get('parameters') is None: raise ValueError(f"folder={str(folder)!r}: a network of your own has no page")
     page, tmp = folder/'page.ipynb', folder/'failed.ipynb'
-    pm.execute_notebook(str(page_path()), str(tmp), dict(d['parameters'], out=str(folder.parent)), kernel_name='python3', progress_bar=False,
+    pm.execute_notebook(str(page_path()), str(tmp), dict(d['parameters'], out=str(folder.parent)),
+                        kernel_name='python3', progress_bar=False,
                         log_output=False, extra_arguments=['--IPKernelApp.log_level=40'])
     os.replace(tmp, page)
     return page
@@ -277,13 +292,17 @@ def render(folder # of a run
 @public
 def gather(out='runs' # where the runs live
           )->list:
-    "All records under `out`, in the order of their folders' names; a broken one, or a second copy, is left out with a warning."
-    if not Path(out).is_dir(): raise ValueError(f"out={str(out)!r}: no such folder; expected the one that the runs were given")
+    """All records under `out`, in the order of their folders' names;
+    a broken one, or a second copy, is left out with a warning."""
+    if not Path(out).is_dir():
+        raise ValueError(f"out={str(out)!r}: no such folder; expected the one that the runs were given")
     res, seen = [], {}
     for f in sorted(Path(out).glob('*/record.json')):
         try: r = Report.load(f)
         except DamagedFileError as e: warnings.warn(f'left out: {e}', stacklevel=2); continue
         first = seen.setdefault(r.extra.get('run', f), f)
         if first == f: res.append(r)
-        else: warnings.warn(f'left out: path={str(f)!r}: the same run as {str(first)!r}; delete one of them', stacklevel=2)
+        else:
+            warnings.warn(f'left out: path={str(f)!r}: the same run as {str(first)!r}; delete one of them',
+                          stacklevel=2)
     return res

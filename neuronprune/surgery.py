@@ -21,7 +21,8 @@ from .masks import _check_fit
 
 # %% ../nbs/06_surgery.ipynb #factors
 def _factors(m, keep, label):
-    "(left [k, O, j], right [k, j, K/k], bias or None) of the components of layer `m` that `keep` keeps; float64, on the CPU."
+    """(left [k, O, j], right [k, j, K/k], bias or None) of the components of layer `m` that `keep` keeps;
+    float64, on the CPU."""
     w, keep = m.weight.detach().cpu().double().flatten(1), keep.view(-1, keep.shape[-1])
     bias = None if m.bias is None else m.bias.detach().cpu().double()
     if label:
@@ -46,9 +47,13 @@ def _decompose(model, mask):
     if mask.scale: raise ValueError("mask: a mask of ranks takes no scale; expected plain True and False")
     twin = _twins(model)
     for k in mask:
-        if k in twin: raise UnsupportedLayerError(f"mask: {k!r} shares its weight with {twin[k]!r}; factors of one would not be those of the other")
-        if getattr(model.get_submodule(k), 'groups', 1) > 1: raise UnsupportedLayerError(f"mask: {k!r} is a grouped convolution, whose weight is not one matrix")
-        if isinstance(model.get_submodule(k.rpartition('.')[0]), Factored): raise ValueError(f"mask: {k!r} is a factor already; expected a mask for merge(model)")
+        if k in twin:
+            raise UnsupportedLayerError(f"mask: {k!r} shares its weight with {twin[k]!r}; "
+                                        "factors of one would not be those of the other")
+        if getattr(model.get_submodule(k), 'groups', 1) > 1:
+            raise UnsupportedLayerError(f"mask: {k!r} is a grouped convolution, whose weight is not one matrix")
+        if isinstance(model.get_submodule(k.rpartition('.')[0]), Factored):
+            raise ValueError(f"mask: {k!r} is a factor already; expected a mask for merge(model)")
     return {k:_factors(model.get_submodule(k), v, mask.labels.get(k)) for k,v in mask.items() if not v.all()}
 
 # %% ../nbs/06_surgery.ipynb #truncate
@@ -82,7 +87,8 @@ def _scale(model, mask):
 def apply(model:nn.Module, # changed in place
           mask:Mask        # any unit
          )->nn.Module:
-    "Zero what `mask` drops (and multiply its `scale` in, once), or write the truncated products; changes `model` in place and returns it."
+    """Zero what `mask` drops (and multiply its `scale` in, once), or write the truncated products;
+    changes `model` in place and returns it."""
     if mask.unit == 'rank': return _truncate(model, _decompose(model, mask))
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for n,keep in mask.expand(model).items(): state[n].masked_fill_(~keep, 0)
@@ -93,9 +99,12 @@ def apply(model:nn.Module, # changed in place
 def _pattern(model, mask, g):
     "Layer -> bool tensor like its weight, True = kept."
     keep, params = mask.expand(model), dict(model.named_parameters(remove_duplicate=False))
-    return {n:keep.get(f'{n}.weight', torch.ones_like(params[f'{n}.weight'], dtype=torch.bool)).cpu().clone() for n in g.layers}
+    return {n:keep.get(f'{n}.weight', torch.ones_like(params[f'{n}.weight'], dtype=torch.bool)).cpu().clone()
+            for n in g.layers}
 
-def _read(w): "Input columns [n_in] with a weight left in some row."; return w.any(0).flatten(1).any(1) if w.ndim > 2 else w.any(0)
+def _read(w):
+    "Input columns [n_in] with a weight left in some row."
+    return w.any(0).flatten(1).any(1) if w.ndim > 2 else w.any(0)
 
 # %% ../nbs/06_surgery.ipynb #dead-channels
 @public
@@ -110,7 +119,8 @@ def dead_channels(model:nn.Module, # the dense or masked model
     if mask.unit == 'channel': dead.update({k:dead[k] | ~v for k,v in mask.items() if not k.endswith(':in')})
     while True:
         for n,d in dead.items(): w[n][d] = False
-        cut = {n:dead[n] if _depthwise(l) else ~_read(w[n]) for n,l in g.layers.items() if l['groups'] == 1 or _depthwise(l)}
+        cut = {n:dead[n] if _depthwise(l) else ~_read(w[n]) for n,l in g.layers.items() if l['groups'] == 1
+               or _depthwise(l)}
         new = {p:v & ~dead[p] for p,v in g.unread(cut).items()}
         if not any(v.any() for v in new.values()): return dead
         for p,v in new.items(): dead[p] |= v
@@ -127,12 +137,14 @@ def _noise(xb):
     "Inputs of the form of `xb` that resemble no image: noise of its mean and spread; whole numbers in another order."
     def one(o):
         if not o.is_floating_point(): return o.flip(-1)
-        return (o.float().mean()+torch.randn(o.shape, generator=generator(0)).to(o.device)*(o.float().std(correction=0)+1e-3)).to(o.dtype)
+        return (o.float().mean()+torch.randn(o.shape, generator=generator(0)).to(o.device)
+                *(o.float().std(correction=0)+1e-3)).to(o.dtype)
     return mapped(one, xb)
 
 @torch.no_grad()
 def _measured(masked, g, xb):
-    "Layer -> (value of every input [n_in], bool: is it the same for all images and positions?), from 8 images and noise."
+    """Layer -> (value of every input [n_in], bool: is it the same for all images and positions?),
+    from 8 images and noise."""
     seen, hooks, xb = {}, [], take(xb, slice(8))
     def watch(n):
         def hook(m, inp):
@@ -150,16 +162,19 @@ def _measured(masked, g, xb):
 # %% ../nbs/06_surgery.ipynb #takes
 def _takes(m, value, still):
     "Bool per input: a constant that the layer can take over exactly?"
-    padded = not isinstance(m, nn.Linear) and m.padding_mode == 'zeros' and (m.padding == 'same' or m.padding != 'valid' and any(m.padding))
+    padded = (not isinstance(m, nn.Linear) and m.padding_mode == 'zeros'
+              and (m.padding == 'same' or m.padding != 'valid' and any(m.padding)))
     return still & (value == 0) if padded or (m.bias is None and getattr(m, 'groups', 1) == 1) else still
 
 # %% ../nbs/06_surgery.ipynb #constants
 def _constants(w, g, takes):
-    "(layer -> bool [n_out]: channels whose weights meet constants only, layer -> bool [n_in]: constants it can take over)."
+    """(layer -> bool [n_out]: channels whose weights meet constants only, layer -> bool [n_in]:
+    constants it can take over)."""
     const = {n:~o.flatten(1).any(1) for n,o in w.items()}
     while True:
         flat, old = {n:t & g.silent(const, n) for n,t in takes.items()}, const
-        const = {n:o | flat[n] if _depthwise(g.layers[n]) else ~w[n][:, ~flat[n]].flatten(1).any(1) if g.layers[n]['groups'] == 1 else o
+        const = {n:o | flat[n] if _depthwise(g.layers[n]) else ~w[n][:, ~flat[n]].flatten(1).any(1)
+                 if g.layers[n]['groups'] == 1 else o
                  for n,o in old.items()}
         if all(torch.equal(const[n], old[n]) for n in const): return const, flat
 
@@ -194,7 +209,8 @@ class _Plan:
 
 def _plan(model, mask, xb):
     "What goes, as a `_Plan`."
-    if mask.graph is None and xb is None: raise ValueError("mask: carries no graph; expected xb, a batch for tracing the model")
+    if mask.graph is None and xb is None:
+        raise ValueError("mask: carries no graph; expected xb, a batch for tracing the model")
     g = mask.graph if mask.graph is not None else trace(model, xb)
     dead, worth = _doomed(model, mask, g, xb)
     gone = _gone(dead, g); outs, ins = kept_slots(g, gone)
@@ -212,7 +228,8 @@ def plan(model:nn.Module, # the dense or masked model
          mask:Mask,       # what to drop
          xb=None          # a batch of inputs; needed when the mask carries no graph, and to find constants
         )->dict:
-    "Module path -> (kept output indices, kept input indices), LongTensors; None where nothing changes. `ValueError` without graph and batch."
+    """Module path -> (kept output indices, kept input indices), LongTensors; None where nothing changes.
+    `ValueError` without graph and batch."""
     return _plan(model, mask, None if xb is None else _at(model, xb)).cuts
 
 # %% ../nbs/06_surgery.ipynb #surgeryerror
@@ -253,7 +270,8 @@ def _fold(model, worth):
     for n,v in worth.items():
         m = model.get_submodule(n)
         w = m.weight.cpu().double()
-        if v.any() and getattr(m, 'groups', 1) == 1 and m.bias is not None: m.bias += ((w.flatten(2).sum(2) if w.ndim > 2 else w) @ v.double()).to(m.bias)
+        if v.any() and getattr(m, 'groups', 1) == 1 and m.bias is not None:
+            m.bias += ((w.flatten(2).sum(2) if w.ndim > 2 else w) @ v.double()).to(m.bias)
     return model
 
 # %% ../nbs/06_surgery.ipynb #difference
@@ -269,27 +287,35 @@ def difference(a:nn.Module, # reference
     if [o.shape for o in ya] != [o.shape for o in yb]: return math.inf
     pairs = [(p, q) for p,q in zip(ya, yb) if p.is_floating_point() and p.numel()]
     apart = [(p-q).abs().max().item() for p,q in pairs]
-    return math.nan if any(map(math.isnan, apart)) else max(apart, default=0.) / max([1e-12, *(p.abs().max().item() for p,_ in pairs)])
+    return (math.nan if any(map(math.isnan, apart))
+            else max(apart, default=0.) / max([1e-12, *(p.abs().max().item() for p,_ in pairs)]))
 
 # %% ../nbs/06_surgery.ipynb #groupedlinear
 class GroupedLinear(nn.Conv1d):
-    "A block-diagonal linear map without bias: each of `groups` equal parts of the inputs has outputs of its own, [..., in] -> [..., out]."
+    """A block-diagonal linear map without bias: each of `groups` equal parts of the inputs has outputs of its own,
+    [..., in] -> [..., out]."""
     channel_dim = -1
-    def __init__(self, n_in, n_out, groups, device=None): super().__init__(n_in, n_out, 1, groups=groups, bias=False, device=device)
-    def forward(self, x): return super().forward(x.reshape(-1, self.in_channels, 1)).view(*x.shape[:-1], self.out_channels)
+    def __init__(self, n_in, n_out, groups, device=None):
+        super().__init__(n_in, n_out, 1, groups=groups, bias=False, device=device)
+    def forward(self, x):
+        return super().forward(x.reshape(-1, self.in_channels, 1)).view(*x.shape[:-1], self.out_channels)
 
 # %% ../nbs/06_surgery.ipynb #factored
 def _factored(m, left, right, bias):
-    "The `Factored` form of layer `m` from factors [k, O, j] and [k, j, K/k]; geometry, dtype and device are those of `m`."
-    k, o, j = left.shape; n, has = k*right.shape[2], dict(bias=bias is not None, device='meta') # no random numbers are drawn there
+    """The `Factored` form of layer `m` from factors [k, O, j] and [k, j, K/k];
+    geometry, dtype and device are those of `m`."""
+    # no random numbers are drawn there
+    k, o, j = left.shape; n, has = k*right.shape[2], dict(bias=bias is not None, device='meta')
     if isinstance(m, nn.Linear):
         first = nn.Linear(n, j, bias=False, device='meta') if k == 1 else GroupedLinear(n, k*j, k, device='meta')
         last = nn.Linear(k*j, o, **has)
     else:
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[m.weight.ndim-3]
-        first = conv(n//math.prod(m.kernel_size), k*j, m.kernel_size, m.stride, m.padding, m.dilation, k, False, m.padding_mode, device='meta')
+        first = conv(n//math.prod(m.kernel_size), k*j, m.kernel_size, m.stride, m.padding, m.dilation, k, False,
+                     m.padding_mode, device='meta')
         last = conv(k*j, o, 1, **has)
-    own = lambda t, like, p: nn.Parameter(t.to(p).reshape(like.shape).clone(memory_format=torch.contiguous_format), requires_grad=p.requires_grad)
+    own = lambda t, like, p: nn.Parameter(t.to(p).reshape(like.shape).clone(memory_format=torch.contiguous_format),
+                                          requires_grad=p.requires_grad)
     first.weight, last.weight = own(right, first.weight, m.weight), own(left.movedim(0, 1), last.weight, m.weight)
     if bias is not None: last.bias = own(bias, bias, m.bias)
     return Factored(first, last).train(m.training)
@@ -303,7 +329,8 @@ def _swap(model, old, new):
     return model
 
 def _replace(model, factors):
-    "`model` with the factors in place of the layers, or the truncated product where they have as many weights; in place."
+    """`model` with the factors in place of the layers, or the truncated product where they have as many weights;
+    in place."""
     for k,f in factors.items():
         m = model.get_submodule(k)
         if 0 < f[0].numel()+f[1].numel() < m.weight.numel(): model = _swap(model, m, _factored(m, *f))
@@ -324,7 +351,9 @@ def _merged(m):
     "The one layer that computes what the `Factored` layer `m` does."
     a, b = m; k = getattr(a, 'groups', 1); has = dict(bias=b.bias is not None, device='meta')
     if isinstance(b, nn.Linear): new = nn.Linear(a.weight[0].numel()*k, len(b.weight), **has)
-    else: new = type(a)(a.in_channels, len(b.weight), a.kernel_size, a.stride, a.padding, a.dilation, padding_mode=a.padding_mode, **has)
+    else:
+        new = type(a)(a.in_channels, len(b.weight), a.kernel_size, a.stride, a.padding, a.dilation,
+                      padding_mode=a.padding_mode, **has)
     left, right = b.weight.detach().flatten(1).double(), a.weight.detach().flatten(1).double()
     w = torch.einsum('okj,kjc->okc', left.view(len(left), k, -1), right.view(k, left.shape[1]//k, -1)).to(a.weight)
     new.weight, new.bias = nn.Parameter(w.reshape(new.weight.shape), requires_grad=a.weight.requires_grad), b.bias
@@ -374,16 +403,18 @@ def _verify(masked, small, xb, tol):
             return
         except Exception as e: raise SurgeryError(f"the shrunken model cannot run: {e}. {_HINT}") from e
         if not d <= tol and (given or not math.isnan(d)) and (strict or not _rounding(masked, small, x, tol)):
-            raise SurgeryError(f"masked and shrunken model differ by {d:.2g} of the largest output; allowed are tol={tol:g}")
+            raise SurgeryError(f"masked and shrunken model differ by {d:.2g} of the largest output; "
+                               f"allowed are tol={tol:g}")
 
 # %% ../nbs/06_surgery.ipynb #shrink-2
 @public
 def shrink(model:nn.Module, # dense or masked; not changed
            mask:Mask,       # what to drop
            xb,              # a batch of inputs for the check: a tensor, a tuple or a dictionary
-           tol:float=None   # largest relative difference allowed; None = 1e-5 (in half precision eight times the dtype's `eps`), or none in double precision
+           tol:float=None   # largest relative difference allowed; None = 1e-5, in half precision 8·`eps`
           )->nn.Module:
-    "A new, smaller model that computes what the masked one does, or `SurgeryError`; what cannot be removed stays as zeros."
+    """A new, smaller model that computes what the masked one does, or `SurgeryError`;
+    what cannot be removed stays as zeros."""
     check_batch(xb); xb = _at(model, xb)
     masked, small, p = _masked_and_small(model, mask, xb)
     _verify(masked, small, xb, tol)
@@ -400,16 +431,19 @@ def save(model:nn.Module, # pruned or not
     try: json.dumps(spec)
     except TypeError: spec = None
     factored = {n:getattr(m[0], 'groups', 1) for n,m in model.named_modules() if isinstance(m, Factored)}
-    save_tensors(path, model.state_dict(), dict(kind='model', spec=spec, factored=factored, widths=getattr(model, 'cut_widths', {})))
+    save_tensors(path, model.state_dict(),
+                 dict(kind='model', spec=spec, factored=factored, widths=getattr(model, 'cut_widths', {})))
 
 # %% ../nbs/06_surgery.ipynb #rebuild
 def _rebuild(spec, state):
-    "An unpruned network of the zoo from its spec, without memory; raises for a spec that is none, or is larger than `state` can be."
+    """An unpruned network of the zoo from its spec, without memory;
+    raises for a spec that is none, or is larger than `state` can be."""
     from neuronprune.models import build, own_args
     name = check_type('spec', spec, dict).get('name')
     for k in spec: check_choice('spec', k, ['name', 'c_in', 'n_out', 'size', *own_args(name)])
     for k,n in dict(depth=len(state), c_in=sum(v.numel() for v in state.values())).items():
-        if check_int(k, spec.get(k, 0)) > n: raise ValueError(f"{k}={spec[k]}: the file has {len(state)} tensors, too few or too small for that")
+        if check_int(k, spec.get(k, 0)) > n:
+            raise ValueError(f"{k}={spec[k]}: the file has {len(state)} tensors, too few or too small for that")
     with torch.device('meta'): return build(**{k:tuple(v) if isinstance(v, list) else v for k,v in spec.items()})
 
 # %% ../nbs/06_surgery.ipynb #refactor
@@ -426,7 +460,8 @@ def _check_shapes(model, state):
     "Raises unless `state` has the names of `model`'s tensors and nowhere more entries."
     own = model.state_dict()
     for k in [*own, *state]:
-        if k not in own or k not in state: raise ValueError(f"{k}: {'not in the file' if k in own else 'the network has no such tensor'}")
+        if k not in own or k not in state:
+            raise ValueError(f"{k}: {'not in the file' if k in own else 'the network has no such tensor'}")
         if own[k].ndim != state[k].ndim or any(n > m for n,m in zip(state[k].shape, own[k].shape)):
             raise ValueError(f"{k}: shape {tuple(state[k].shape)}, but {tuple(own[k].shape)} in the unpruned network")
 
@@ -434,7 +469,8 @@ def _check_runs(model, spec):
     "Raises unless a network without memory takes what its spec says, and gives as many outputs."
     x = torch.empty(2, spec['c_in'], spec['size'], spec['size'], device='meta')
     with as_found(model, train=False), torch.no_grad(): shape = tuple(model(x).shape)
-    if shape != (2, spec['n_out']): raise ValueError(f"spec: says {spec['n_out']} outputs, the tensors make {shape[1:]}")
+    if shape != (2, spec['n_out']):
+        raise ValueError(f"spec: says {spec['n_out']} outputs, the tensors make {shape[1:]}")
 
 def _narrowed(model, state):
     "`model` cut to the widths in `state`, in place."
@@ -464,7 +500,8 @@ def load(path,                # file written by `save`
     "The saved model, rebuilt at its pruned widths. `ValueError` when the file is damaged, no model, or needs `model=`."
     state, h = load_tensors(path, 'model')
     if model is None and h.get('spec') is None:
-        raise ValueError(f"path={str(path)!r}: the file holds no recipe of the zoo; expected model=, an unpruned instance")
+        raise ValueError(f"path={str(path)!r}: the file holds no recipe of the zoo; "
+                         "expected model=, an unpruned instance")
     zoo, cure = model is None, 'delete the file, or give the unpruned network that it was saved from as model='
     with reading(path, cure):
         model = _refactor(_rebuild(h['spec'], state) if zoo else model, state, h.get('factored', {}))

@@ -166,7 +166,7 @@ def _lost(df, when, y):
 @public
 def plot_tradeoff(df:pd.DataFrame, # rows of `prune` or `study`, one per size
                   x:str='params',  # what is removed: 'params' | 'macs'
-                  y:str=None,      # lost: 'accuracy', 'top5', 'loss' or a metric; None = accuracy, or loss without counts
+                  y:str=None, # lost: 'accuracy', 'top5', 'loss' or a metric; None = accuracy, or loss without counts
                   *, when:str='tuned', # after fine-tuning, or as 'pruned'
                   lowest:float=-10. # lowest bottom of the vertical axis for accuracies, percentage points
                  ):
@@ -213,7 +213,8 @@ def _layer_table(df, density):
 def plot_budget(df:pd.DataFrame, # rows of `prune` or `study`, one per size
                 density:float    # which cut; the nearest one asked for is shown
                ):
-    "Bars per layer and method, means over nets: % of the weights left, density over a uniform cut's. Returns the figure."
+    """Bars per layer and method, means over nets: % of the weights left, density over a uniform cut's.
+    Returns the figure."""
     import matplotlib.pyplot as plt
     d = _labelled(_keyed(df)); near, table, names = _layer_table(d, check_fraction('density', density, open_hi=False))
     colours, y, h = _colours(d), np.arange(len(names)), .8/len(table)
@@ -248,7 +249,8 @@ def _one_study(df):
 @public
 def results_arrays(df:pd.DataFrame # rows of `prune` or `study`: one data set, network, start and rewinding
                   )->dict:
-    "The arrays of the published files, axes (net, interval, repetition, algorithm), layers last; `ValueError` if mixed."
+    """The arrays of the published files, axes (net, interval, repetition, algorithm), layers last;
+    `ValueError` if mixed."""
     d = _one_study(df)
     axes = [sorted(d.seed.unique()), sorted(d.step.unique()), list(dict.fromkeys(d['name']))]
     at = [pd.Index(a).get_indexer(d[k]) for a,k in zip(axes, ('seed', 'step', 'name'))]
@@ -263,7 +265,8 @@ def results_arrays(df:pd.DataFrame # rows of `prune` or `study`: one data set, n
                samples_per_layer=put(left), densities=put(d.density))
     r = d.iloc[0]; names = np.array(list(json.loads(r.layers)))
     return dict(res, sizes_total=int(r.dense_params), flops_total=int(r.dense_macs),
-                names=np.array(axes[2]), nets=np.array(axes[0]), layers=names, dataset_train=r.dataset, dataset_test=r.dataset)
+                names=np.array(axes[2]), nets=np.array(axes[0]), layers=names, dataset_train=r.dataset,
+                dataset_test=r.dataset)
 
 # %% ../nbs/23a_tradeoff.ipynb #published-table
 def _published_table(t):

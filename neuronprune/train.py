@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from .core import (as_found, check_choice, check_int, check_type, digesting, feed, mapped, seed_everything, tensors,
-                              public)
+from .core import (as_found, check_choice, check_int, check_type, digesting, feed, mapped, seed_everything,
+                              tensors, public)
 from .evaluation import *
 from .evaluation import _named, _said, _shown
 from fastai.callback.core import Callback, CancelFitException, event
@@ -49,7 +49,8 @@ def _snapshot(model):
 
 def _sample(model):
     "Parameter name -> 16 of its entries, evenly spread, on the CPU."
-    return {k:p.detach().flatten()[::max(1, p.numel()//16)][:16].float().cpu().clone() for k,p in model.named_parameters()}
+    return {k:p.detach().flatten()[::max(1, p.numel()//16)][:16].float().cpu().clone()
+            for k,p in model.named_parameters()}
 
 def _same_origin(now, then):
     "Are the entries `now` those of `then`, zeros and at most half of each parameter aside?"
@@ -59,7 +60,8 @@ def _same_origin(now, then):
 # %% ../nbs/05_train.ipynb #rewind
 @public
 class Rewind(Callback):
-    "Keep the weights of chosen epochs on the CPU: `states[k]` is the state dict after `k` epochs, `init` is `states[0]`."
+    """Keep the weights of chosen epochs on the CPU: `states[k]` is the state dict after `k` epochs,
+    `init` is `states[0]`."""
     order = 75
     def __init__(self, epochs=() # epochs to keep, counted over all fits of the learner; 0 is always kept
                 ):
@@ -81,7 +83,8 @@ class Rewind(Callback):
 # %% ../nbs/05_train.ipynb #belongs
 @patch
 @public
-def pair(self:Rewind)->tuple: "What the marks are about: this model with these initial weights."; return id(self.model), id(self.states.get(0))
+def pair(self:Rewind)->tuple:
+    "What the marks are about: this model with these initial weights."; return id(self.model), id(self.states.get(0))
 
 @patch
 @public
@@ -99,13 +102,15 @@ def vouch(self:Rewind):
 @patch
 @public
 def belongs(self:Rewind)->bool:
-    "Have the weights of now come from the snapshots, as far as one can tell? Another model, or another `states[0]`, is not judged."
+    """Have the weights of now come from the snapshots, as far as one can tell?
+    Another model, or another `states[0]`, is not judged."""
     known = [s for o,s in self.known if o == self.pair()]
     return not self.lost and (self.fitting or not known or any(_same_origin(_sample(self.model), s) for s in known))
 
 # %% ../nbs/05_train.ipynb #learner-2
 class _Learner(Learner):
-    "A fastai `Learner` whose events reach only the callbacks that answer them, and whose batches are split by `split_batch`."
+    """A fastai `Learner` whose events reach only the callbacks that answer them,
+    and whose batches are split by `split_batch`."""
     def _split(self, b):
         x, self.yb = split_batch(b, n_inp=getattr(self.dls, 'n_inp', None))
         self.xb = _positional(self.model, x)
@@ -115,14 +120,16 @@ class _Learner(Learner):
         for o in [event_name] if isinstance(event_name, str) else event_name: self._call_one(o)
     def _call_one(self, event_name):
         if event_name == 'before_fit': self.answering = {}
-        if event_name not in self.answering: self.answering[event_name] = _answering(self.cbs.sorted('order'), event_name)
+        if event_name not in self.answering:
+            self.answering[event_name] = _answering(self.cbs.sorted('order'), event_name)
         for cb in self.answering[event_name]: cb(event_name)
 
 def _answering(cbs, event_name):
     "The callbacks that do something at an event; all of them at the end of a fit, when fastai switches each on again."
     if not hasattr(event, event_name): raise AttributeError(f"event_name={event_name!r}: not an event of fastai")
     if event_name in ('after_fit', 'after_cancel_fit'): return list(cbs)
-    own = lambda cb: hasattr(type(cb), event_name) or event_name in vars(cb) or type(cb).__call__ is not Callback.__call__
+    own = lambda cb: hasattr(type(cb), event_name) or event_name in vars(cb) or type(
+        cb).__call__ is not Callback.__call__
     return [cb for cb in cbs if own(cb)]
 
 # %% ../nbs/05_train.ipynb #positional
@@ -188,15 +195,16 @@ def learner(model:nn.Module,      # network to train; moved to the device of `dl
            )->Learner:
     "A quiet fastai `Learner` whose initial weights are kept in `learn.rewind.init`."
     check_type('model', model, nn.Module)
-    if not hasattr(dls, 'train'): raise TypeError(f"dls: expected fastai DataLoaders, as from get_dls, got {type(dls).__name__}")
+    if not hasattr(dls, 'train'):
+        raise TypeError(f"dls: expected fastai DataLoaders, as from get_dls, got {type(dls).__name__}")
     cls, usual, kw = _opt(opt, momentum)
     if device is not None: dls.to(torch.device(device))
     cbs = list(L(cbs))
     if not any(isinstance(o, Rewind) for o in cbs): cbs.append(Rewind())
     learn = _Learner(dls, model.to(getattr(dls, 'device', None)), loss_func=loss_func or _CrossEntropy(),
                      opt_func=partial(OptimWrapper, opt=cls, weight_decay=wd, **{**kw, **opt_args}),
-                     lr=usual if lr is None else _check_lr(lr), metrics=accuracy if metrics is None else metrics, cbs=cbs,
-                     **({} if splitter is None else dict(splitter=splitter)))
+                     lr=usual if lr is None else _check_lr(lr), metrics=accuracy if metrics is None else metrics,
+                     cbs=cbs, **({} if splitter is None else dict(splitter=splitter)))
     learn.seed,learn.n_fits,learn.history = check_int('seed', seed),0,[]
     if 'progress' in learn.__dict__: learn.remove_cb(learn.progress)
     learn.logger = noop
@@ -214,15 +222,21 @@ class _Loaders(DataLoaders):
     def test(self): return self.loaders[-1]
 
 def _first_batch(name, dl):
-    "(inputs, targets) of the first batch of the loader `dl`; raises `TypeError` or `ValueError` in the name of its argument."
+    """(inputs, targets) of the first batch of the loader `dl`;
+    raises `TypeError` or `ValueError` in the name of its argument."""
     want = 'a loader of (inputs, labels) batches, such as a torch DataLoader'
-    if isinstance(dl, (torch.Tensor, nn.Module, str, Mapping)) or not hasattr(dl, '__iter__') or hasattr(dl, '__next__'):
-        raise TypeError(f"{name}: expected {want}, got {type(dl).__name__}{'; fastai DataLoaders go to learner(model, dls)' if hasattr(dl, 'loaders') else ''}")
+    if (isinstance(dl, (torch.Tensor, nn.Module, str, Mapping)) or not hasattr(dl, '__iter__')
+        or hasattr(dl, '__next__')):
+        hint = '; fastai DataLoaders go to learner(model, dls)' if hasattr(dl, 'loaders') else ''
+        raise TypeError(f"{name}: expected {want}, got {type(dl).__name__}{hint}")
     if isinstance(dl, (list, tuple)) and any(isinstance(o, torch.Tensor) for o in dl):
         raise TypeError(f"{name}: expected {want}, got one batch; wrap it in a list")
     try: n = len(dl)
-    except TypeError: raise TypeError(f"{name}: the loader has no length (an iterable data set); expected one over a data set that can be indexed") from None
-    if n == 0: raise ValueError(f"{name}: no batches; expected at least one (is the batch size larger than the data set?)")
+    except TypeError:
+        raise TypeError(f"{name}: the loader has no length (an iterable data set); "
+                        "expected one over a data set that can be indexed") from None
+    if n == 0:
+        raise ValueError(f"{name}: no batches; expected at least one (is the batch size larger than the data set?)")
     try: return split_batch(next(iter(dl)), n_inp=getattr(dl, 'n_inp', None))
     except ValueError as e: raise ValueError(f"{name}{str(e).removeprefix('dls')}") from None
 
@@ -233,39 +247,47 @@ def _guessed(out, yb):
     "The loss that outputs and targets leave no doubt about; `ValueError` otherwise."
     y = yb[0]
     if len(yb) == 1 and isinstance(out, torch.Tensor) and isinstance(y, torch.Tensor):
-        if y.dtype == torch.int64 and out.ndim == y.ndim+1 > 1 and out.shape[1] > 1 and out.shape[:1] + out.shape[2:] == y.shape:
+        if (y.dtype == torch.int64 and out.ndim == y.ndim+1 > 1 and out.shape[1] > 1
+            and out.shape[:1] + out.shape[2:] == y.shape):
             return _CrossEntropy() if y.ndim == 1 else nn.CrossEntropyLoss()
         alike = out.shape == y.shape or out.shape[1:] == (1,) and out.shape[:1] == y.shape
         if y.is_floating_point() and alike and not ((y == 0) | (y == 1)).all(): return MSELossFlat()
-    raise ValueError(f"loss_func=None: outputs {_said(out)} and labels {_said(yb)} do not say which loss is meant (labels of 0 and 1 may be for "
-                     "nn.BCEWithLogitsLoss(), which cannot be guessed); expected as_learner(model, train, loss_func=…), (outputs, labels) -> mean loss")
+    raise ValueError(f"loss_func=None: outputs {_said(out)} and labels {_said(yb)} do not say which loss is meant "
+                     "(labels of 0 and 1 may be for "
+                     "nn.BCEWithLogitsLoss(), which cannot be guessed); "
+                     "expected as_learner(model, train, loss_func=…), (outputs, labels) -> mean loss")
 
 # %% ../nbs/05_train.ipynb #as-learner
 @public
 def as_learner(model:nn.Module, # network, trained or not; it stays on its device
-               train,          # loader of (inputs, labels), such as a torch `DataLoader`; several inputs are (x1, x2, y) or a dictionary (x, y)
+               train,          # loader of (inputs, labels), as of torch; inputs may be many or a dict
                valid=None,     # the same to judge by while training, None = `test`, or else `train`, with a warning
                test=None,      # the same for the accuracies in records, None = `valid`
-               loss_func=None, # (outputs, labels) -> mean loss; None = cross entropy or mean squared error, whichever the labels leave no doubt about
+               loss_func=None, # (outputs, labels) -> mean loss; None = cross entropy or squared error
                lr:float=None,  # default learning rate, None = that of `opt`
                metrics=None,   # None = accuracy for class numbers, else none
                opt='sgd',      # as for `learner`
                **args          # further arguments of `learner`
               )->Learner:
-    "A `Learner` for a network and loaders that know nothing of fastai; `ValueError` for loaders without labels, or where the loss cannot be guessed."
+    """A `Learner` for a network and loaders that know nothing of fastai;
+    `ValueError` for loaders without labels, or where the loss cannot be guessed."""
     named = {k:o for k,o in dict(train=train, valid=valid, test=test).items() if o is not None}
     dev = next((p.device for p in check_type('model', model, nn.Module).parameters()), torch.device('cpu'))
     with seed_everything(0): xb, yb = [_first_batch(k, o) for k,o in named.items()][0]
-    with as_found(model, train=False), torch.no_grad(), digesting(*tensors(xb), name='train'): out = feed(model, mapped(lambda o: o.to(dev), xb))
+    with as_found(model, train=False), torch.no_grad(), digesting(*tensors(xb), name='train'):
+        out = feed(model, mapped(lambda o: o.to(dev), xb))
     if valid is None and test is None:
-        warnings.warn("valid=None: the network is judged by its own training data; expected valid=, a loader of data it has not seen")
+        warnings.warn("valid=None: the network is judged by its own training data; "
+                      "expected valid=, a loader of data it has not seen")
     if loss_func is None: loss_func = _guessed(out, yb)
-    scores = isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] > 1 and len(yb) == 1 and yb[0].dtype == torch.int64 and yb[0].ndim == 1
+    scores = (isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] > 1 and len(yb) == 1
+              and yb[0].dtype == torch.int64 and yb[0].ndim == 1)
     held_out = [o for o in (valid, test) if o is not None] or [train]
     dls = _Loaders([train, *held_out], dev)
     dls.record = {'name': type(getattr(train, 'dataset', train)).__name__, 'evaluated_on': list(named)[-1],
                   **{f'n_{k}':len(o.dataset) for k,o in named.items() if hasattr(o, 'dataset')}}
-    return learner(model, dls, opt, lr, loss_func=loss_func, metrics=metrics if metrics is not None else [accuracy] if scores else [], **args)
+    return learner(model, dls, opt, lr, loss_func=loss_func,
+                   metrics=metrics if metrics is not None else [accuracy] if scores else [], **args)
 
 # %% ../nbs/05_train.ipynb #cos
 SCHEDULES = ('one_cycle', 'flat', 'step', 'cosine', 'linear')
@@ -286,7 +308,8 @@ def schedule_lr(schedule:str,     # one of `SCHEDULES`
     if bool(len(milestones)) != (schedule == 'step'):
         want = 'at least one epoch' if schedule == 'step' else 'none'
         raise ValueError(f"milestones={tuple(milestones)}: schedule={schedule!r} expects {want}")
-    if warmup and schedule == 'one_cycle': raise ValueError(f"warmup={warmup}: 'one_cycle' warms up by itself; expected 0")
+    if warmup and schedule == 'one_cycle':
+        raise ValueError(f"warmup={warmup}: 'one_cycle' warms up by itself; expected 0")
     if warmup < 0: raise ValueError(f"warmup={warmup}: expected a number of epochs, 0 or more")
     curve = dict(flat=lambda x: lr, linear=lambda x: lr*(1-x), cosine=lambda x: _cos(lr, 0, x),
                  step=lambda x: lr*gamma**sum(x*epochs >= m-1e-6 for m in milestones),
@@ -334,10 +357,12 @@ def _try_batch(learn):
     with as_found(model, train=False), torch.no_grad():
         with digesting(*tensors(xb)): out = feed(model, xb)
         y = yb[0]
-        if isinstance(out, torch.Tensor) and out.ndim == 2 and y.dtype == torch.int64 and y.ndim == 1 and (y.min() < 0 or y.max() >= out.shape[1]):
-            raise ValueError(f"yb: labels from {int(y.min())} to {int(y.max())}, but the network has {out.shape[1]} outputs; "
-                             f"expected labels 0 to {out.shape[1]-1}, or a network built with a larger n_out")
-        if any(hasattr(type(cb), 'after_pred') for cb in learn.cbs): return # a callback makes something else of the outputs
+        if (isinstance(out, torch.Tensor) and out.ndim == 2 and y.dtype == torch.int64 and y.ndim == 1
+            and (y.min() < 0 or y.max() >= out.shape[1])):
+            raise ValueError(f"yb: labels from {int(y.min())} to {int(y.max())}, but the network has "
+                             f"{out.shape[1]} outputs; expected labels 0 to {out.shape[1]-1}, or a larger n_out")
+        if any(hasattr(type(cb), 'after_pred') for cb in learn.cbs):
+            return # a callback makes something else of the outputs
         _check_target('the loss', learn.loss_func, out, yb)
         for m in learn.metrics:
             if isinstance(m, AvgMetric): _check_target('the metric', m.func, out, yb)
@@ -375,7 +400,8 @@ def fit(learn:Learner,   # changed in place
         try: learn.fit(todo, lr=lr, cbs=[sched, guard, *L(cbs)])
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e): raise
-            raise ValueError("dls.train: a batch of one example, from which batch norm learns nothing; expected larger batches, "
+            raise ValueError("dls.train: a batch of one example, from which batch norm learns nothing; "
+                             "expected larger batches, "
                              "and a loader with drop_last=True where one example is left over") from e
         finally: _keep_history(learn)
     if guard.bad:

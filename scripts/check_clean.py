@@ -1,9 +1,11 @@
-"""check_clean.py GLOB... -- COMMAND...: run a command; fail, and name the files, when it changed any file the globs match."""
+"""check_clean.py GLOB... -- COMMAND...: run a command;
+fail, and name the files, when it changed any file the globs match."""
 import subprocess, sys
 from hashlib import sha256
 from pathlib import Path
 
-def state(globs): return {p: sha256(p.read_bytes()).digest() for g in globs for p in sorted(Path('.').glob(g)) if p.is_file()}
+def state(globs):
+    return {p: sha256(p.read_bytes()).digest() for g in globs for p in sorted(Path('.').glob(g)) if p.is_file()}
 
 i = sys.argv.index('--')
 globs, cmd = sys.argv[1:i], sys.argv[i+1:]

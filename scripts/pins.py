@@ -7,12 +7,14 @@ from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-INDIRECT = ('numpy', 'fastprogress', 'clarabel', 'osqp', 'scs', 'pillow', 'ipython', 'jupyter-client', 'nbclient', 'nbformat', 'setuptools')
+INDIRECT = ('numpy', 'fastprogress', 'clarabel', 'osqp', 'scs', 'pillow', 'ipython', 'jupyter-client', 'nbclient',
+            'nbformat', 'setuptools')
 
 def needs():
     "Name -> what is said about its version, for every requirement of settings.ini."
     cfg = ConfigParser(delimiters=['=']); cfg.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
-    return dict(re.match(r'([\w-]+)(.*)', o).groups() for k,v in cfg['DEFAULT'].items() if k.endswith('requirements') for o in v.split())
+    return dict(re.match(r'([\w-]+)(.*)', o).groups() for k,v in cfg['DEFAULT'].items() if k.endswith('requirements')
+                for o in v.split())
 
 def oldest():
     "name==lower bound, where there is one."

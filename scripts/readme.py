@@ -1,4 +1,5 @@
-"""readme.py [--check]: make README.md, and the pictures it shows, from nbs/index.ipynb; with --check only say what differs."""
+"""readme.py [--check]: make README.md, and the pictures it shows, from nbs/index.ipynb;
+with --check only say what differs."""
 import base64, json, re, sys
 from pathlib import Path, PurePosixPath
 
@@ -42,7 +43,8 @@ def convert(nb):
 def main(check):
     md, files = convert(json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8')))
     files = {'README.md': md.encode(), **files}
-    stale = [str(p.relative_to(ROOT)) for p in (ROOT/'nbs/images').glob('readme-*.png') if str(p.relative_to(ROOT)) not in files]
+    stale = [str(p.relative_to(ROOT)) for p in (ROOT/'nbs/images').glob('readme-*.png')
+             if str(p.relative_to(ROOT)) not in files]
     if check:
         differ = stale + [f for f, b in files.items() if not (ROOT/f).is_file() or (ROOT/f).read_bytes() != b]
         if differ: sys.exit(f"not what nbs/index.ipynb says: {', '.join(differ)}; run `make readme`")

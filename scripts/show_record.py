@@ -4,7 +4,8 @@ In a notebook the record is the text of the cell tagged `record`, without such a
 import json, re, sys
 from pathlib import Path
 
-def text(cell): return [''.join(o['data']['text/plain']) for o in cell.get('outputs', []) if 'text/plain' in o.get('data', {})]
+def text(cell):
+    return [''.join(o['data']['text/plain']) for o in cell.get('outputs', []) if 'text/plain' in o.get('data', {})]
 
 path = Path(sys.argv[1])
 d = json.loads(path.read_text(encoding='utf-8'))

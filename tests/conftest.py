@@ -1,4 +1,5 @@
-"""What several test files share: no deadline for examples (the machine may be busy), and pages that are run again and again in one kernel."""
+"""What several test files share: no deadline for examples (the machine may be busy),
+and pages that are run again and again in one kernel."""
 import copy, os
 from pathlib import Path
 import nbformat, pytest
@@ -8,16 +9,19 @@ from nbclient import NotebookClient
 settings.register_profile('patient', deadline=None); settings.load_profile('patient')
 
 def run_pages(path, cases, extra=''):
-    "Run All, once per case, in one kernel: each with its values after the parameters cell, then `extra`. The outputs of each run as text."
+    """Run All, once per case, in one kernel: each with its values after the parameters cell, then `extra`.
+    The outputs of each run as text."""
     page, whole = nbformat.read(path, 4), None
     for i,case in enumerate(cases):
         nb = copy.deepcopy(page)
         for j,c in enumerate(nb.cells):
             c['id'] = f'r{i}c{j}'
-            if 'parameters' in c.metadata.get('tags', []): c.source += ''.join(f'\n{k} = {v!r}' for k,v in case.items()) + f'\n{extra}'
+            if 'parameters' in c.metadata.get('tags', []):
+                c.source += ''.join(f'\n{k} = {v!r}' for k,v in case.items()) + f'\n{extra}'
         if whole is None: whole = nb
         else: whole.cells += nb.cells
-    NotebookClient(whole, timeout=300, kernel_name='python3', resources=dict(metadata=dict(path=str(Path(path).parent)))).execute()
+    NotebookClient(whole, timeout=300, kernel_name='python3',
+                   resources=dict(metadata=dict(path=str(Path(path).parent)))).execute()
     n = len(page.cells)
     return [str([c.get('outputs') for c in whole.cells[i*n:(i+1)*n]]) for i in range(len(cases))]
 

@@ -16,17 +16,20 @@ def test_harmonic_sizes_of_the_paper():
     ('cubic', lambda hi, lo, n: [lo+(hi-lo)*(1-i/(n-1))**3 for i in range(n)]),
     ('harmonic2', lambda hi, lo, n: [hi*i**(-math.log(hi/lo)/math.log(n)) for i in range(1, n+1)])])
 def test_sizes_between_two_ends(kind, f):
-    for hi,lo,n in [(.85, .15, 58), (.5, .02, 15), (1., .9, 2)]: assert np.allclose(sizes(kind, hi, lo, n), f(hi, lo, n), atol=1e-9)
+    for hi,lo,n in [(.85, .15, 58), (.5, .02, 15), (1., .9, 2)]:
+        assert np.allclose(sizes(kind, hi, lo, n), f(hi, lo, n), atol=1e-9)
 
 def test_pieces_follow_each_other():
-    plan = [dict(kind='manual', values=[.99, .855]), dict(hi=.85, lo=.15, count=58), dict(kind='linear', hi=.132, lo=.02, count=9)]
+    plan = [dict(kind='manual', values=[.99, .855]), dict(hi=.85, lo=.15, count=58),
+            dict(kind='linear', hi=.132, lo=.02, count=9)]
     ds = size_list(plan)
     assert len(ds) == 69 and ds[:3] == [.99, .855, .85] and ds[59:61] == [.15, .132] and ds[-1] == .02
     assert size_list([.5, .2]) == [.5, .2] and size_list(dict(hi=.5, lo=.1, count=1)) == [.5]
 
 @pytest.mark.parametrize('kw,words', [
     (dict(kind='geometrc', hi=.5, lo=.1, count=3), "did you mean 'geometric'"), (dict(hi=.5, lo=.1), 'count=None'),
-    (dict(hi=.1, lo=.5, count=3), 'descending'), (dict(hi=50, lo=.1, count=3), 'did you mean 0.5'), (dict(kind='manual', values=[]), 'empty'),
+    (dict(hi=.1, lo=.5, count=3), 'descending'), (dict(hi=50, lo=.1, count=3), 'did you mean 0.5'),
+    (dict(kind='manual', values=[]), 'empty'),
     (dict(kind='harmonic', lo=.05, count=0), 'count=0'), (dict(kind='manual', values=[.5, .5]), 'descending'),
     (dict(kind='manual', values=[.5, 0.]), 'keeps nothing'), (dict(kind='manual', values=[.5], hi=.9), 'hi=0.9')])
 def test_bad_sizes(kw, words):

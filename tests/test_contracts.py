@@ -14,7 +14,8 @@ from neuronprune.models import build
 from neuronprune.surgery import apply, difference, shrink
 from test_graph import found
 
-HERE = [k for k in methods() if k != 'bestof' and k in core._registry or k != 'bestof' and importlib.util.find_spec(f'neuronprune.{core._modules[k]}')]
+HERE = [k for k in methods() if k != 'bestof' and k in core._registry or k != 'bestof'
+        and importlib.util.find_spec(f'neuronprune.{core._modules[k]}')]
 each = pytest.mark.parametrize('name', HERE)
 BATCH_NORM = ('slimming',) # methods that look at batch norms
 
@@ -26,9 +27,13 @@ def dls(): return get_dls('digits', bs=64)
 def network(name):
     if name in BATCH_NORM: m = build('vgg7_bn', 1, 10, 8, seed=0).train()
     else:
-        with core.seed_everything(0): m = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 10))
+        with core.seed_everything(0):
+            m = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 20), nn.ReLU(),
+                              nn.Linear(20, 10))
     for o in m.modules():
-        if isinstance(o, nn.BatchNorm2d): nn.init.uniform_(o.weight, .5, 1.5, generator=core.generator(o.num_features)); nn.init.normal_(o.bias, generator=core.generator(1))
+        if isinstance(o, nn.BatchNorm2d):
+            nn.init.uniform_(o.weight, .5, 1.5, generator=core.generator(o.num_features))
+            nn.init.normal_(o.bias, generator=core.generator(1))
     m[-1].bias.requires_grad_(False); next(iter(layers(m).values())).eval()
     return m
 
@@ -37,7 +42,9 @@ def call(name, model, dls, **kw):
     fn = methods()[name].fn; own = inspect.signature(fn).parameters
     small = dict(n_per_class=1 if name == 'mip' else 8) if 'n_per_class' in own else dict(n=64) if 'n' in own else {}
     small |= dict(n_groups=(4, 4)) if 'n_groups' in own else {}
-    if 'init' in own and isinstance(model, nn.Module): small |= dict(init={k:v + .01*torch.randn(v.shape, generator=core.generator(5)) if v.is_floating_point() else v for k,v in model.state_dict().items()})
+    if 'init' in own and isinstance(model, nn.Module):
+        small |= dict(init={k:v + .01*torch.randn(v.shape, generator=core.generator(5)) if v.is_floating_point() else v
+                            for k,v in model.state_dict().items()})
     return methods()[name](model, dls, **({k:v for k,v in dict(seed=0).items() if k in own} | small | kw))
 
 @pytest.fixture(scope='module')
@@ -45,19 +52,25 @@ def results(dls):
     cache = {}
     def get(name):
         if name not in cache:
-            model = network(name); before, rng = found(model), (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+            model = network(name)
+            before, rng = found(model), (torch.get_rng_state().tolist(), random.getstate(),
+                                         np.random.get_state()[1].tolist())
             res = call(name, model, dls)
-            cache[name] = res, model, before == found(model), rng == (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+            cache[name] = res, model, before == found(
+                model), rng == (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
         return cache[name]
     return get
 
 @each
 def test_description(name):
     m = methods()[name]
-    assert m.name == name and m.unit in core.UNITS and m.fn.__doc__ and m.paper and (callable(m.allocate) or isinstance(m.allocate, dict))
-    assert m.at in ('init', 'trained') or isinstance(m.at, int); assert m.rewind in ('none', 'init', 'sign') or isinstance(m.rewind, int)
+    assert (m.name == name and m.unit in core.UNITS and m.fn.__doc__ and m.paper
+            and (callable(m.allocate) or isinstance(m.allocate, dict)))
+    assert m.at in ('init', 'trained') or isinstance(m.at, int)
+    assert m.rewind in ('none', 'init', 'sign') or isinstance(m.rewind, int)
     own = inspect.signature(m.fn).parameters
-    assert list(own)[:2] == ['model', 'dls'] and all(p.kind == p.KEYWORD_ONLY for p in list(own.values())[2:]) and 'seed' in own and 'progress' in own and 'graph' in own
+    assert (list(own)[:2] == ['model', 'dls'] and all(p.kind == p.KEYWORD_ONLY for p in list(own.values())[2:])
+            and 'seed' in own and 'progress' in own and 'graph' in own)
     if isinstance(m.allocate, dict): assert set(m.allocate) <= set(inspect.signature(allocate).parameters)
 
 @each
@@ -70,12 +83,15 @@ def test_result(name, results):
         if res.unit == 'weight': assert v.shape == w.shape
         if res.unit == 'channel': assert len(v) == w.shape[1 if k != n else 0]
         if res.unit == 'group': assert tuple(map(len, res.labels[n])) == w.shape[:2] and v.ndim == 2
-        if res.unit == 'rank': assert v.shape == (min(w.flatten(1).shape),) and (v[:-1] >= v[1:]).all() and res.cost[k] == sum(w.flatten(1).shape)
+        if res.unit == 'rank':
+            assert (v.shape == (min(w.flatten(1).shape),) and (v[:-1] >= v[1:]).all()
+                    and res.cost[k] == sum(w.flatten(1).shape))
     if isinstance(res, Scores):
         assert res.method == name and res.secs >= 0 and all(isinstance(o, str) for o in res.skipped.values())
         assert {k.removesuffix(':in') for k in res} | set(res.skipped) >= set(lay) and not set(res) & set(res.skipped)
         assert len(torch.cat([v.flatten().double() for v in res.values()]).unique()) > 1
-    if res.unit == 'channel': assert res.graph is not None and not {k for k in res if not k.endswith(':in')} & set(res.graph.fixed)
+    if res.unit == 'channel':
+        assert res.graph is not None and not {k for k in res if not k.endswith(':in')} & set(res.graph.fixed)
 
 @each
 def test_same_seed_same_bytes(name, results, dls):
@@ -93,16 +109,19 @@ def test_model_and_random_state_left_as_found(name, results):
 
 @each
 def test_gradients_of_the_user_survive(name, dls):
-    model = network(name).requires_grad_(True); model(torch.rand(4, 1, 8, 8)).sum().backward(); before = {k:p.grad.clone() for k,p in model.named_parameters()}
+    model = network(name).requires_grad_(True); model(torch.rand(4, 1, 8, 8)).sum().backward()
+    before = {k:p.grad.clone() for k,p in model.named_parameters()}
     call(name, model, dls)
     assert all(torch.equal(p.grad, before[k]) for k,p in model.named_parameters())
 
 @each
 def test_allocates_applies_saves(name, results, dls, tmp_path):
     res, model, *_ = results(name); m = methods()[name]; xb = next(iter(dls.valid))[0][:8]
-    mask = res if isinstance(res, Mask) else m.allocate(res, .5) if callable(m.allocate) else allocate(res, .5, **m.allocate)
+    mask = (res if isinstance(res, Mask) else m.allocate(res, .5) if callable(m.allocate)
+            else allocate(res, .5, **m.allocate))
     assert 0 < mask.sparsity < 1
-    if m.unit in ('channel', 'rank') or isinstance(res, Scores) and res.graph is not None: assert difference(apply(copy.deepcopy(model), mask), shrink(model, mask, xb), xb) <= 1e-5
+    if m.unit in ('channel', 'rank') or isinstance(res, Scores) and res.graph is not None:
+        assert difference(apply(copy.deepcopy(model), mask), shrink(model, mask, xb), xb) <= 1e-5
     res.save(tmp_path/'r'); back = type(res).load(tmp_path/'r')
     assert list(back) == list(res) and all(torch.equal(v, back[k]) for k,v in res.items()) and back.unit == res.unit
 
@@ -130,7 +149,8 @@ LABELS = [k for k in NEED if 'labels' in methods()[k].needs]
 
 @pytest.mark.parametrize('name', NEED)
 def test_plain_fastai_loaders_work(name):
-    gen = core.generator(0); call(name, network(name), loaders(torch.rand(200, 1, 8, 8, generator=gen), torch.arange(200)%10))
+    gen = core.generator(0)
+    call(name, network(name), loaders(torch.rand(200, 1, 8, 8, generator=gen), torch.arange(200)%10))
 
 @pytest.mark.parametrize('name,label', [(k, o) for k in LABELS for o in (10, -1)])
 def test_labels_out_of_range_are_refused(name, label):
@@ -139,13 +159,16 @@ def test_labels_out_of_range_are_refused(name, label):
 
 @pytest.mark.parametrize('name', NEED)
 def test_bad_loaders_are_refused(name):
-    with pytest.raises(ValueError, match='empty'): call(name, network(name), loaders(torch.rand(0, 1, 8, 8), torch.zeros(0).long()))
-    with pytest.raises(ValueError, match='NaN'): call(name, network(name), loaders(torch.full((200, 1, 8, 8), float('nan')), torch.arange(200)%10))
+    with pytest.raises(ValueError, match='empty'):
+        call(name, network(name), loaders(torch.rand(0, 1, 8, 8), torch.zeros(0).long()))
+    with pytest.raises(ValueError, match='NaN'):
+        call(name, network(name), loaders(torch.full((200, 1, 8, 8), float('nan')), torch.arange(200)%10))
     with pytest.raises(ValueError, match='dls'): call(name, network(name), None)
 
 @pytest.mark.parametrize('name', NEED)
 def test_images_of_another_size_are_refused(name):
-    with pytest.raises(ValueError, match='shape|digest'): call(name, network(name), loaders(torch.rand(200, 1, 5, 5), torch.arange(200)%10))
+    with pytest.raises(ValueError, match='shape|digest'):
+        call(name, network(name), loaders(torch.rand(200, 1, 5, 5), torch.arange(200)%10))
 
 @pytest.mark.parametrize('name', HERE)
 def test_a_model_without_layers_is_refused(name, dls):

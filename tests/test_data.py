@@ -51,7 +51,8 @@ def test_idx_files_in_root_itself_and_from_the_environment(tmp_path, monkeypatch
 
 def test_cifar_is_read_after_its_checksum_only(tmp_path, monkeypatch):
     d = tmp_path/'cifar-10-batches-py'; d.mkdir()
-    batch = lambda n: dict(data=np.arange(n*3072, dtype=np.int64).astype(np.uint8).reshape(n, 3072), labels=[i % 10 for i in range(n)])
+    batch = lambda n: dict(data=np.arange(n*3072, dtype=np.int64).astype(np.uint8).reshape(n, 3072),
+                           labels=[i % 10 for i in range(n)])
     for f in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']: (d/f).write_bytes(pickle.dumps(batch(20)))
     (d/'batches.meta').write_bytes(pickle.dumps(dict(label_names=[f'c{i}' for i in range(10)])))
     with pytest.raises(DamagedFileError, match='cifar-10-batches-py.*corrupted'): get_dls('cifar10', root=tmp_path)
@@ -68,7 +69,8 @@ def test_flowers_split_of_the_energy_papers(tmp_path, monkeypatch):
         def __init__(self, root, split, download):
             n = dict(train=2, val=3, test=9)[split]
             self._image_files,self._labels = [tmp_path/f'{split}{i}.png' for i in range(n)],[i % 2 for i in range(n)]
-    for o in ('flowers-102/jpg', 'flowers-102/imagelabels.mat', 'flowers-102/setid.mat'): (tmp_path/o).mkdir(parents=True)
+    for o in ('flowers-102/jpg', 'flowers-102/imagelabels.mat', 'flowers-102/setid.mat'):
+        (tmp_path/o).mkdir(parents=True)
     for s,n in dict(train=2, val=3, test=9).items():
         for i in range(n): Image.new('RGB', (20, 10), (i, i, i)).save(tmp_path/f'{s}{i}.png')
     monkeypatch.setattr(tv, 'Flowers102', Flowers)
@@ -92,10 +94,12 @@ def test_imagenet_layouts(tmp_path, kaggle):
     assert sorted(torch.cat([y for _,y in dls.test]).tolist()) == [0, 0, 1, 1]
     if kaggle: assert dls.test.dataset.y.tolist() == [1, 0, 1, 0]
     epochs = [torch.cat([x for x,_ in dls.train]) for _ in range(2)]
-    again = get_dls('imagenet', 16, root=tmp_path, bs=4, augment='resized_crop', valid_pct=.25, device='cpu', num_workers=1)
+    again = get_dls('imagenet', 16, root=tmp_path, bs=4, augment='resized_crop', valid_pct=.25, device='cpu',
+                    num_workers=1)
     assert not torch.equal(*epochs) and torch.equal(torch.cat([x for x,_ in again.train]), epochs[0])
     def seeded(): dls.train.g.manual_seed(7); return torch.cat([x for x,_ in dls.train])
-    assert torch.equal(seeded(), seeded()) and not torch.equal(seeded(), epochs[0]) # crops, too, follow the loader's generator
+    # crops, too, follow the loader's generator
+    assert torch.equal(seeded(), seeded()) and not torch.equal(seeded(), epochs[0])
 
 def test_folders_of_one_name_have_different_records(tmp_path):
     for i,n in enumerate((10, 10, 11)): write_images(tmp_path/str(i)/'im', dict(cat=n, dog=10), seed=0)
@@ -133,8 +137,10 @@ def test_missing_set_says_what_where_and_how(tmp_path, name):
     assert str(tmp_path) in str(e.value) and 'Get it' in str(e.value) and 'NEURONPRUNE_DATA' in str(e.value)
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('kw,said', [(dict(valid_pct=10), 'did you mean 0.1'), (dict(valid_pct=True), 'valid_pct'), (dict(valid_pct=0), 'at least one'),
-    (dict(bs=0), 'bs=0'), (dict(size=0), 'size=0'), (dict(c_in=2), 'c_in=2'), (dict(n_train=9999), 'n_train=9999'), (dict(seed=.5), 'seed=0.5'),
+@pytest.mark.parametrize('kw,said', [(dict(valid_pct=10), 'did you mean 0.1'), (dict(valid_pct=True), 'valid_pct'),
+                                     (dict(valid_pct=0), 'at least one'),
+    (dict(bs=0), 'bs=0'), (dict(size=0), 'size=0'), (dict(c_in=2), 'c_in=2'), (dict(n_train=9999), 'n_train=9999'),
+                                     (dict(seed=.5), 'seed=0.5'),
     (dict(augment='mixup'), 'crop'), (dict(augment='resized_crop'), 'resident'), (dict(normalize='zscore'), 'standard'),
     (dict(normalize=((.5,), (0.,))), 'positive')])
 def test_bad_arguments(kw, said):
@@ -166,11 +172,13 @@ def test_large_sets_are_resized_batch_by_batch(monkeypatch):
     torch.testing.assert_close(whole.one_batch()[0], lazy.one_batch()[0])
 
 @settings(max_examples=60)
-@given(counts=st.lists(st.integers(1, 30), min_size=2, max_size=6), m=st.integers(1, 30), seed=st.integers(0, 99), k=st.integers(1, 40))
+@given(counts=st.lists(st.integers(1, 30), min_size=2, max_size=6), m=st.integers(1, 30), seed=st.integers(0, 99),
+       k=st.integers(1, 40))
 def test_calibration_batch_is_balanced_or_refused(counts, m, seed, k):
     y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     if m > min(counts):
-        with pytest.raises(ValueError, match=f'class {counts.index(min(counts))} has {min(counts)} images'): data.balanced(y, len(counts), m, seed)
+        with pytest.raises(ValueError, match=f'class {counts.index(min(counts))} has {min(counts)} images'):
+            data.balanced(y, len(counts), m, seed)
     else:
         idx = data.balanced(y, len(counts), m, seed)
         assert torch.bincount(y[idx]).tolist() == [m]*len(counts) and len(set(idx.tolist())) == len(idx)
@@ -179,7 +187,8 @@ def test_calibration_batch_is_balanced_or_refused(counts, m, seed, k):
         picked,rest = stratified(y, k, seed)
         assert len(picked) == k and sorted((*picked.tolist(), *rest.tolist())) == list(range(len(y)))
         own = torch.tensor(counts); share = torch.bincount(y[picked], minlength=len(counts)) - k*own/len(y)
-        assert (share.abs() <= .5 + len(own)/2*own/len(y) + 1e-6).all(), 'each class is rounded to a half, and the sum of that is shared'
+        assert (share.abs() <= .5 + len(own)/2*own/len(y) + 1e-6).all(), (
+            'each class is rounded to a half, and the sum of that is shared')
 
 def test_calibration_batch_is_plain_training_input():
     dls = get_dls('digits', 16, augment='crop+flip+cutout+rotate', normalize='standard', device='cpu')
@@ -194,26 +203,31 @@ def test_calibration_batch_from_foreign_loaders():
     x,y = torch.randn(40, 3, 5, 5),torch.arange(40) % 4
     ds = torch.utils.data.TensorDataset(x, y)
     fast = DataLoaders(DataLoader(ds, bs=7, shuffle=True), DataLoader(ds, bs=7, shuffle=True))
-    plain = DataLoaders(torch.utils.data.DataLoader(ds, 7, shuffle=True), torch.utils.data.DataLoader(ds, 9, shuffle=True))
+    plain = DataLoaders(torch.utils.data.DataLoader(ds, 7, shuffle=True),
+                        torch.utils.data.DataLoader(ds, 9, shuffle=True))
     a,b = calib_batch(fast, 4, seed=2),calib_batch(plain, 4, seed=2)
     assert all(torch.equal(o, p) for o,p in zip(a, b)) and torch.bincount(a[1]).tolist() == [4]*4
     with pytest.raises(ValueError, match='third one'): calib_batch(fast, 1, split='test')
     with pytest.raises(ValueError, match='class 0 has 10 images'): calib_batch(fast, 11)
-    with pytest.raises(ValueError, match='NaN'): calib_batch(DataLoaders(*[DataLoader(torch.utils.data.TensorDataset(x*float('nan'), y), bs=8)]*2), 1)
-    with pytest.raises(ValueError, match='integer'): calib_batch(DataLoaders(*[DataLoader(torch.utils.data.TensorDataset(x, y.float()), bs=8)]*2), 1)
+    with pytest.raises(ValueError, match='NaN'):
+        calib_batch(DataLoaders(*[DataLoader(torch.utils.data.TensorDataset(x*float('nan'), y), bs=8)]*2), 1)
+    with pytest.raises(ValueError, match='integer'):
+        calib_batch(DataLoaders(*[DataLoader(torch.utils.data.TensorDataset(x, y.float()), bs=8)]*2), 1)
     with pytest.raises(ValueError, match='empty'): calib_batch(DataLoaders(*[DataLoader([], bs=8)]*2), 1)
 
 def triples(x, y, form, dtype=torch.int64):
     "Examples of several inputs in one of the forms that loaders give them."
     z = x.flatten(1)
-    return [dict(tuple=(a, b, c), nested=((a, b), c), mapping=(dict(a=a, b=b), c))[form] for a,b,c in zip(x, z, y.to(dtype))]
+    return [dict(tuple=(a, b, c), nested=((a, b), c), mapping=(dict(a=a, b=b), c))[form]
+            for a,b,c in zip(x, z, y.to(dtype))]
 
 @pytest.mark.parametrize('form', ['tuple', 'nested', 'mapping'])
 @pytest.mark.parametrize('torchs', [False, True])
 def test_calibration_batch_of_several_inputs(form, torchs):
     x,y = torch.randn(40, 3, 5, 5),torch.arange(40) % 4
     ds,one = triples(x, y, form),list(zip(x, y))
-    both = [torch.utils.data.DataLoader(o, 7, shuffle=True) if torchs else DataLoader(o, bs=7, shuffle=True) for o in (ds, one)]
+    both = [torch.utils.data.DataLoader(o, 7, shuffle=True) if torchs else DataLoader(o, bs=7, shuffle=True)
+            for o in (ds, one)]
     (xb,yb),(want,labels) = (calib_batch(DataLoaders(o, o), n=9, seed=1) for o in both)
     a,b = xb.values() if form == 'mapping' else xb
     assert isinstance(xb, dict if form == 'mapping' else tuple) and torch.equal(yb, labels)
@@ -225,17 +239,22 @@ def test_labels_of_any_integer_type(dtype):
     a,b = (calib_batch(DataLoaders(*[DataLoader(list(zip(x, o)), bs=8)]*2), 3) for o in (y, y.to(dtype)))
     assert b[1].dtype == torch.int64 and all(torch.equal(o, p) for o,p in zip(a, b))
 
-@pytest.mark.parametrize('items,said', [([dict(x=torch.zeros(3), y=0)]*8, 'a batch is a dict; expected a pair'), ([(torch.zeros(3),)]*8, 'expected a pair'),
-    ([(torch.zeros(3), 'cat')]*8, 'labels of a batch are a'), ([(torch.zeros(3), True)]*8, 'integer class labels'), ([(torch.zeros(3), torch.tensor(1j))]*8, 'integer class labels'),
-    ([(torch.zeros(3), .5)]*8, 'integer class labels'), ([(torch.zeros(3), torch.zeros(4).long())]*8, 'integer class labels')])
+@pytest.mark.parametrize('items,said', [([dict(x=torch.zeros(3), y=0)]*8, 'a batch is a dict; expected a pair'),
+                                        ([(torch.zeros(3),)]*8, 'expected a pair'),
+    ([(torch.zeros(3), 'cat')]*8, 'labels of a batch are a'), ([(torch.zeros(3), True)]*8, 'integer class labels'),
+                                        ([(torch.zeros(3), torch.tensor(1j))]*8, 'integer class labels'),
+    ([(torch.zeros(3), .5)]*8, 'integer class labels'),
+                                        ([(torch.zeros(3), torch.zeros(4).long())]*8, 'integer class labels')])
 def test_batches_that_are_no_pairs(items, said):
     for dl in (DataLoader(items, bs=4), torch.utils.data.DataLoader(items, 4)):
         with pytest.raises(ValueError, match=said): calib_batch(DataLoaders(dl, dl), n=2)
 
 def test_inputs_of_different_shapes_and_no_loaders():
     rows = [(torch.zeros(i//4+1), i % 2) for i in range(8)]
-    with pytest.raises(ValueError, match='dls: the inputs have different shapes'): calib_batch(DataLoaders(*[DataLoader(rows, bs=4)]*2), n=8)
-    for bad in ([1, 2], 5, torch.zeros(4, 1, 8, 8), (torch.zeros(3), torch.zeros(3)), torch.utils.data.DataLoader(rows, 4), None):
+    with pytest.raises(ValueError, match='dls: the inputs have different shapes'):
+        calib_batch(DataLoaders(*[DataLoader(rows, bs=4)]*2), n=8)
+    for bad in ([1, 2], 5, torch.zeros(4, 1, 8, 8), (torch.zeros(3), torch.zeros(3)),
+                torch.utils.data.DataLoader(rows, 4), None):
         with pytest.raises(TypeError, match='^dls.*: expected fastai DataLoaders'): calib_batch(bad, n=2)
 
 # files that are not what they should be
@@ -244,14 +263,19 @@ IDX = ['train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-u
 
 def test_gzipped_idx_files(tmp_path):
     write_idx(tmp_path/'plain'); write_idx(tmp_path/'gz')
-    for f in IDX: (tmp_path/'gz'/f'{f}.gz').write_bytes(gzip.compress((tmp_path/'gz'/f).read_bytes())); (tmp_path/'gz'/f).unlink()
+    for f in IDX:
+        (tmp_path/'gz'/f'{f}.gz').write_bytes(gzip.compress((tmp_path/'gz'/f).read_bytes())); (tmp_path/'gz'/f).unlink()
     a, b = (get_dls('mnist', root=tmp_path/o, device='cpu') for o in ('plain', 'gz'))
-    assert all(torch.equal(x.dataset.x, y.dataset.x) and torch.equal(x.dataset.y, y.dataset.y) for x,y in zip(a.loaders, b.loaders))
+    assert all(torch.equal(x.dataset.x, y.dataset.x) and torch.equal(x.dataset.y, y.dataset.y)
+               for x,y in zip(a.loaders, b.loaders))
 
 head = lambda *n: struct.pack(f'>{len(n)}I', *n)
-BROKEN = dict(empty=b'', html=b'<!DOCTYPE html><html>not found</html>'*9, header=head(2051, 60)[:6], magic=head(2052, 60, 28, 28)+bytes(60*784), dtype=bytes([0, 0, 13, 3])+head(60, 28, 28)+bytes(60*784),
-              labels=head(2049, 60)+bytes(60), huge=head(2051, 2**31, 28, 28)+bytes(60*784), most=head(2051, *[2**32-1]*3)+bytes(9), none=head(2051, 0, 28, 28), short=head(2051, 60, 28, 28)+bytes(60*784-1),
-              long=head(2051, 60, 28, 28)+bytes(60*784+1), side=head(2051, 60, 14, 56)+bytes(60*784), more=head(2051, 61, 28, 28)+bytes(61*784), fewer=head(2051, 59, 28, 28)+bytes(59*784))
+BROKEN = dict(empty=b'', html=b'<!DOCTYPE html><html>not found</html>'*9, header=head(2051, 60)[:6],
+              magic=head(2052, 60, 28, 28)+bytes(60*784), dtype=bytes([0, 0, 13, 3])+head(60, 28, 28)+bytes(60*784),
+              labels=head(2049, 60)+bytes(60), huge=head(2051, 2**31, 28, 28)+bytes(60*784), most=head(
+    2051, *[2**32-1]*3)+bytes(9), none=head(2051, 0, 28, 28), short=head(2051, 60, 28, 28)+bytes(60*784-1),
+              long=head(2051, 60, 28, 28)+bytes(60*784+1), side=head(2051, 60, 14, 56)+bytes(60*784),
+              more=head(2051, 61, 28, 28)+bytes(61*784), fewer=head(2051, 59, 28, 28)+bytes(59*784))
 
 @pytest.mark.parametrize('gz', [False, True])
 @pytest.mark.parametrize('kind', BROKEN)
@@ -259,11 +283,13 @@ def test_broken_idx_files(tmp_path, kind, gz):
     write_idx(tmp_path); f = tmp_path/IDX[0]; f.unlink()
     if gz: (tmp_path/f'{f.name}.gz').write_bytes(gzip.compress(BROKEN[kind]))
     else: f.write_bytes(BROKEN[kind])
-    with pytest.raises(DamagedFileError, match=f'path=.*(images|labels).*ubyte.*{data.FETCH}'): get_dls('mnist', root=tmp_path)
+    with pytest.raises(DamagedFileError, match=f'path=.*(images|labels).*ubyte.*{data.FETCH}'):
+        get_dls('mnist', root=tmp_path)
 
 def test_broken_label_and_gzip_files(tmp_path):
     write_idx(tmp_path); f = tmp_path/IDX[3]; good = f.read_bytes()
-    for bad, said in [(good[:-1]+bytes([10]), 'label 10'), (head(2049, 19)+bytes(19), '19 labels for the 20 images'), (good[:-1], 'fewer'), (b'\x1f\x8b', 'starts with')]:
+    for bad, said in [(good[:-1]+bytes([10]), 'label 10'), (head(2049, 19)+bytes(19), '19 labels for the 20 images'),
+                      (good[:-1], 'fewer'), (b'\x1f\x8b', 'starts with')]:
         f.write_bytes(bad)
         with pytest.raises(DamagedFileError, match=f'path=.*{f.name}.*{said}'): get_dls('mnist', root=tmp_path)
     f.unlink(); z = gzip.compress(good)
@@ -274,14 +300,20 @@ def test_broken_label_and_gzip_files(tmp_path):
 def numbers(dls): return [len(o.dataset) for o in dls.loaders]
 
 def test_links_that_lead_back(tmp_path):
-    root = tmp_path/'im'; write_images(root, dict(cat=10, dog=10)); want = numbers(get_dls(root, valid_pct=.2, device='cpu'))
-    for link, to in [(root/'cat'/'loop', root), (root/'cat'/'loop', root/'cat'), (root/'bird', root/'dog'), (root/'cat'/'x.png', root/'dog'/'0001.png'), (root/'cat'/'x.png', root/'cat'/'0001.png'), (root/'all', tmp_path)]:
+    root = tmp_path/'im'; write_images(root, dict(cat=10, dog=10))
+    want = numbers(get_dls(root, valid_pct=.2, device='cpu'))
+    for link, to in [(root/'cat'/'loop', root), (root/'cat'/'loop', root/'cat'), (root/'bird', root/'dog'),
+                     (root/'cat'/'x.png', root/'dog'/'0001.png'), (root/'cat'/'x.png', root/'cat'/'0001.png'),
+                     (root/'all', tmp_path)]:
         link.symlink_to(to)
-        with pytest.raises(ValueError, match=f'folder: .*{link.name}.* once more; remove the link'): get_dls(root, valid_pct=.2)
+        with pytest.raises(ValueError, match=f'folder: .*{link.name}.* once more; remove the link'):
+            get_dls(root, valid_pct=.2)
         link.unlink()
-    write_images(tmp_path/'other', dict(fish=10), seed=1); (root/'fish').symlink_to(tmp_path/'other'/'fish'); (root/'notes.txt').symlink_to(root/'cat'/'0001.png')
+    write_images(tmp_path/'other', dict(fish=10), seed=1); (root/'fish').symlink_to(tmp_path/'other'/'fish')
+    (root/'notes.txt').symlink_to(root/'cat'/'0001.png')
     shutil.copy(root/'cat'/'0001.png', tmp_path/'alone.png'); (root/'dog'/'new.png').symlink_to(tmp_path/'alone.png')
-    assert sum(numbers(get_dls(root, valid_pct=.2, device='cpu'))) == sum(want) + 11, 'links to what is not read otherwise are welcome'
+    assert sum(numbers(get_dls(root, valid_pct=.2, device='cpu'))) == sum(want) + 11, (
+        'links to what is not read otherwise are welcome')
     (root/'cat'/'new2.png').symlink_to(tmp_path/'alone.png')
     with pytest.raises(ValueError, match='once more'): get_dls(root, valid_pct=.2)
 
@@ -296,7 +328,8 @@ def test_links_between_the_parts(tmp_path):
 @pytest.mark.parametrize('content', ['empty', 'html', 'half', 'header', 'flipped'])
 def test_broken_images(tmp_path, content, lazy):
     write_images(tmp_path, dict(cat=10, dog=10)); f = tmp_path/'dog'/'0003.png'; b = f.read_bytes()
-    f.write_bytes(dict(empty=b'', html=b'<!DOCTYPE html>', half=b[:len(b)//2], header=b[:20], flipped=b[:60]+bytes([b[60]^255])+b[61:])[content])
+    f.write_bytes(dict(empty=b'', html=b'<!DOCTYPE html>', half=b[:len(b)//2], header=b[:20],
+                       flipped=b[:60]+bytes([b[60]^255])+b[61:])[content])
     with pytest.raises(DamagedFileError, match='path=.*0003.png.*delete or replace it'):
         dls = get_dls(tmp_path, valid_pct=.2, bs=4, resident=False if lazy else None, device='cpu')
         for dl in dls.loaders: list(dl)
@@ -307,15 +340,29 @@ def test_other_classes_in_the_validation_images_of_imagenet(tmp_path):
 
 @pytest.mark.parametrize('line', ['v0', 'v0,', 'v0,n99 1 2', 'v0,n01,more'])
 def test_broken_tables_of_labels(tmp_path, line):
-    root = tmp_path/'ILSVRC'/'Data'/'CLS-LOC'; write_images(root, dict(val=1)); write_images(root/'train', dict(n01=4, n02=4))
+    root = tmp_path/'ILSVRC'/'Data'/'CLS-LOC'; write_images(root, dict(val=1))
+    write_images(root/'train', dict(n01=4, n02=4))
     (tmp_path/'LOC_val_solution.csv').write_text(f'ImageId,PredictionString\n{line}\n')
     with pytest.raises(DamagedFileError, match='path=.*LOC_val_solution.csv'): get_dls('imagenet', 8, root=tmp_path)
 
-@pytest.mark.parametrize('kw,said', [(dict(size=16000), 'size=16000.*GiB'), (dict(size=10**7), 'size=10000000: expected'), (dict(size=10**6, bs=10**9), 'size=1000000'), (dict(normalize=(float('nan'),)*2), 'normalize=.*finite'), (dict(normalize=(.1, float('inf'))), 'normalize'),
-    (dict(normalize=((.1,)*3, (.2,)*3)), 'normalize=.*1 each'), (dict(normalize=((.1, .2), (.1, .2))), 'normalize=.*one per colour'), (dict(normalize=((.1,)*3, (.1,)*2), c_in=3), 'normalize'), (dict(normalize=(.5,)), 'normalize'), (dict(normalize=('a', 'b')), 'normalize'), (dict(normalize=(.5, -.5)), 'normalize'),
-    (dict(normalize=(.5, 0)), 'normalize'), (dict(normalize=5), 'normalize=5'), (dict(augment=5), 'augment'), (dict(augment={'crop': 1}), 'augment'), (dict(augment=[5]), 'augment'), (dict(augment=lambda x: x), 'augment: .<lambda>. does not take .x, g.'),
-    (dict(augment=lambda x, g: None), 'augment=<lambda>'), (dict(augment=lambda x, g: x[:, :, 1:]), 'augment=<lambda>.*out of'), (dict(augment=['flip', lambda x, g: x.long()]), 'augment=random_flip, <lambda>'),
-    (dict(augment=lambda x, g: x[0]), 'augment'), (dict(root=5), None)])
+@pytest.mark.parametrize('kw,said',
+                         [(dict(size=16000), 'size=16000.*GiB'), (dict(size=10**7), 'size=10000000: expected'),
+                          (dict(size=10**6, bs=10**9), 'size=1000000'),
+                          (dict(normalize=(float('nan'),)*2), 'normalize=.*finite'),
+                          (dict(normalize=(.1, float('inf'))), 'normalize'),
+                          (dict(normalize=((.1,)*3, (.2,)*3)), 'normalize=.*1 each'),
+                          (dict(normalize=((.1, .2), (.1, .2))), 'normalize=.*one per colour'),
+                          (dict(normalize=((.1,)*3, (.1,)*2), c_in=3), 'normalize'),
+                          (dict(normalize=(.5,)), 'normalize'), (dict(normalize=('a', 'b')), 'normalize'),
+                          (dict(normalize=(.5, -.5)), 'normalize'),
+                          (dict(normalize=(.5, 0)), 'normalize'), (dict(normalize=5), 'normalize=5'),
+                          (dict(augment=5), 'augment'),
+                          (dict(augment={'crop': 1}), 'augment'), (dict(augment=[5]), 'augment'),
+                          (dict(augment=lambda x: x), 'augment: .<lambda>. does not take .x, g.'),
+                          (dict(augment=lambda x, g: None), 'augment=<lambda>'),
+                          (dict(augment=lambda x, g: x[:, :, 1:]), 'augment=<lambda>.*out of'),
+                          (dict(augment=['flip', lambda x, g: x.long()]), 'augment=random_flip, <lambda>'),
+                          (dict(augment=lambda x, g: x[0]), 'augment'), (dict(root=5), None)])
 def test_bad_values_that_only_the_data_show(kw, said):
     if said is None:
         with pytest.raises(TypeError, match='root=5'): get_dls('mnist', **kw)
@@ -331,8 +378,11 @@ def test_augmentation_is_tried_without_a_trace():
     def jitter(x, g): calls.append(x.shape); return x + torch.rand(x.shape, generator=g)*.01
     state = torch.get_rng_state(); own, plain = get_dls('digits', augment=jitter), get_dls('digits')
     assert calls == [(1, 1, 8, 8)] and torch.equal(state, torch.get_rng_state())
-    again = get_dls('digits', augment=jitter); assert torch.equal(own.one_batch()[0], again.one_batch()[0]) and torch.equal(own.valid.one_batch()[0], plain.valid.one_batch()[0])
-    three = get_dls('digits', normalize=([.1, .2, .3], [1., 2., 3.]), c_in=3); assert three.record['mean'] == [.1, .2, .3]
+    again = get_dls('digits', augment=jitter)
+    assert (torch.equal(own.one_batch()[0], again.one_batch()[0])
+            and torch.equal(own.valid.one_batch()[0], plain.valid.one_batch()[0]))
+    three = get_dls('digits', normalize=([.1, .2, .3], [1., 2., 3.]), c_in=3)
+    assert three.record['mean'] == [.1, .2, .3]
 
 @real
 def test_real_mnist():

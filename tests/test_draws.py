@@ -25,7 +25,8 @@ def test_expected_unique_by_hand(w, n):
 
 @given(weights)
 def test_infinitely_many_draws_hit_what_can_be_hit(w):
-    q = np.array(w+[0])/sum(w); assert expected_unique(q, np.inf) == sum(o > 0 for o in w) and expected_unique([0., 0.], np.inf) == 0
+    q = np.array(w+[0])/sum(w)
+    assert expected_unique(q, np.inf) == sum(o > 0 for o in w) and expected_unique([0., 0.], np.inf) == 0
 
 def test_rows_with_target_zero_are_gone():
     f, n = sample(np.full((2, 4), .25), [0, 2], rng()); assert (f[0] == 0).all() and n[0] == 0 and f[1].any()
@@ -35,7 +36,8 @@ def test_draws_for_is_the_smallest_of_a_loop(rows, data):
     k = max(map(len, rows)); q = np.array([np.pad(np.array(r)/sum(r), (0, k-len(r))) for r in rows])
     t = [data.draw(st.integers(0, len(r))) for r in rows]
     n = draws_for(q, t)
-    assert n.dtype == np.int64 and n.tolist() == [smallest(*o) for o in zip(q, t)] and [draws_for(*o) for o in zip(q, t)] == n.tolist()
+    assert (n.dtype == np.int64 and n.tolist() == [smallest(*o) for o in zip(q, t)]
+            and [draws_for(*o) for o in zip(q, t)] == n.tolist())
 
 @pytest.mark.parametrize('k', (2, 3, 10, 1000))
 def test_uniform_closed_form(k):
@@ -95,14 +97,16 @@ def test_the_decision_never_looks_at_the_outcome():
 
 def test_distinct_items_are_as_many_as_wanted():
     q = rng().dirichlet(np.full(30, .5)); f, n = sample(np.tile(q, (5000, 1)), 12, rng(2)); seen = (f > 0).sum(1)
-    assert abs(seen.mean()-12) < 4*seen.std()/5000**.5 and abs(expected_unique(np.tile(q, (5000, 1)), n).sum()-60_000) < .5
+    assert (abs(seen.mean()-12) < 4*seen.std()/5000**.5
+            and abs(expected_unique(np.tile(q, (5000, 1)), n).sum()-60_000) < .5)
 
 @given(st.integers(0, 10_000), st.integers(2, 12), st.integers(1, 8))
 def test_a_budget_over_rows_is_met_to_half_a_draw(seed, k, rows):
     g = rng(seed); q = g.dirichlet(np.ones(k), rows); t = g.integers(0, k, rows)
     many, near = draws_for(q, t), draws_near(q, t); less = many-near
     step = expected_unique(q, many)-expected_unique(q, np.maximum(many-1, 0)); total = expected_unique(q, near).sum()
-    assert set(less.tolist()) <= {0, 1} and (near >= np.minimum(t, 1)).all() and abs(total-t.sum()) <= step.max()/2 + 1e-9
+    assert (set(less.tolist()) <= {0, 1} and (near >= np.minimum(t, 1)).all()
+            and abs(total-t.sum()) <= step.max()/2 + 1e-9)
 
 def test_targets_of_a_budget_are_cut_too(): assert draws_near([[.5, .5, 0], [0, 0, 0]], [2, 1]).tolist() == [1, 0]
 
@@ -112,7 +116,8 @@ def test_same_seed_same_draws_and_torch_tensors_will_do():
     assert (a == b).all() and (a != c).any()
 
 def test_the_global_random_state_is_not_touched():
-    before = np.random.get_state()[1].tolist(); sample([.5, .5], 1, rng()); assert np.random.get_state()[1].tolist() == before
+    before = np.random.get_state()[1].tolist(); sample([.5, .5], 1, rng())
+    assert np.random.get_state()[1].tolist() == before
 
 def test_reweigh_is_its_formula():
     q, c = rng().dirichlet(np.ones(4), 3), rng().integers(0, 5, (3, 4))

@@ -1,4 +1,5 @@
-"""The contract of the one loop: sizes, starts, rewinds, interruptions, searches; whatever the unit, the same answers."""
+"""The contract of the one loop: sizes, starts, rewinds, interruptions, searches;
+whatever the unit, the same answers."""
 import copy, json, os, signal, subprocess, sys, time, warnings
 import numpy as np, pandas as pd, pytest, torch
 from neuronprune import chain as C, core, pipeline as P, surgery
@@ -17,8 +18,8 @@ from neuronprune.train import Rewind, fit, learner
 from neuronprune.evaluation import evaluate
 
 FT = dict(unit='channel', norm='l1', scope='layer')
-WAYS = {'one_shot': dict(start='dense'), 'cascade': {}, 'rewind': dict(rewind=1, fine_tune_epochs=2, tune_args=dict(start_epoch=1)),
-        'redraw': dict(rewind='redraw')}
+WAYS = {'one_shot': dict(start='dense'), 'cascade': {},
+        'rewind': dict(rewind=1, fine_tune_epochs=2, tune_args=dict(start_epoch=1)), 'redraw': dict(rewind='redraw')}
 KINDS = {'weights': ('magnitude', {}), 'channels': ('magnitude', FT)}
 SIZES = [.5, .2, .1]
 ways, kinds = pytest.mark.parametrize('way', WAYS), pytest.mark.parametrize('kind', KINDS)
@@ -58,7 +59,8 @@ def numbers(graph, unit, scope, ties, seed=0):
     return lambda k, s: (lambda v: (v*8).round()/8 if ties else v)(draw(s))
 
 FIXED = [dict(unit='weight', scope=s, of=o) for s in ('global', 'layer') for o in ('units', 'params', 'macs')] + \
-        [dict(unit='channel', scope=s, of=o, normalize=n) for s in ('global', 'layer') for o in ('units', 'params', 'macs', 'network')
+        [dict(unit='channel', scope=s, of=o, normalize=n) for s in ('global', 'layer')
+         for o in ('units', 'params', 'macs', 'network')
          for n in ('auto', None, 'max')]
 
 def fixed(learn, unit, ties):
@@ -82,7 +84,9 @@ def test_rounds_of_fixed_scores_end_where_one_does(dls, conv, kw, ties):
         one, three = (masks_of(d, model, kw, ties, sparsity=.8, rounds=n) for n in (1, 3))
         if kw['of'] == 'network': # rounds pass over other channels: none comes back, and the budget is met
             assert abs(one.meta['achieved']-three.meta['achieved']) < .05
-        else: assert all(torch.equal(one[k], three[k]) for k in one), {k:(int(one[k].sum()), int(three[k].sum())) for k in one}
+        else:
+            assert all(torch.equal(one[k], three[k])
+                       for k in one), {k:(int(one[k].sum()), int(three[k].sum())) for k in one}
 
 @pytest.mark.parametrize('kw', [k for k in FIXED if k['of'] != 'network'], ids=lambda k: '-'.join(map(str, k.values())))
 def test_sizes_of_fixed_scores_end_where_one_does(dls, conv, kw):
@@ -107,27 +111,32 @@ def test_weight_budgets_are_exact(dls, tmp_path, way, name):
     for f,left in zip(files, res.rows.layers):
         assert {k:int(f[f'{k}.weight'].count_nonzero()) for k in ('fc1', 'fc2', 'fc3')} == json.loads(left)
     if way != 'one_shot':
-        for a,b in zip(files, files[1:]): assert all(((a[k] != 0) | (b[k] == 0)).all() for k in a if k.endswith('weight'))
+        for a,b in zip(files, files[1:]):
+            assert all(((a[k] != 0) | (b[k] == 0)).all() for k in a if k.endswith('weight'))
 
 def test_channels_leave_at_every_cut(dls, tmp_path):
     res, want = sized(dls, args=FT, folder=tmp_path), [budget(build('lenet300', 1, 10, 8), o) for o in SIZES]
     df = res.rows
-    assert (df.weights >= want).all() and (np.diff(df.params_stored) < 0).all() and (df.macs_stored == df.macs_nonzero).all()
+    assert ((df.weights >= want).all() and (np.diff(df.params_stored) < 0).all()
+            and (df.macs_stored == df.macs_nonzero).all())
     for i,r in df.iterrows():
         net = surgery.load(tmp_path/f'size{i:03d}.safetensors')
         assert count_params(net) == r.params_stored and evaluate(net, dls.test).k == r.tuned_k
-        assert r.weights-want[i] < 64+net.fc1.out_features+net.fc2.out_features+10 or not i, 'within one neuron of each layer'
-    assert res.model.fc1.out_features < 300 and res.mask['fc1'].sum() == res.model.fc1.out_features and len(res.mask['fc1']) == 300
+        assert r.weights-want[i] < 64+net.fc1.out_features+net.fc2.out_features+10 or not i, (
+            'within one neuron of each layer')
+    assert (res.model.fc1.out_features < 300 and res.mask['fc1'].sum() == res.model.fc1.out_features
+            and len(res.mask['fc1']) == 300)
 
 def test_zeros_that_stay_and_channels_that_leave_are_the_same_network(dls):
     "Nothing is trained in between, and the scores are given: the masks are equal, and so is what the networks answer."
     def run(shrink):
         learn = start(dls)
-        return prune(learn, 'magnitude', sizes=SIZES, scores=fixed(learn, 'channel', False), unit='channel', of='units', fine_tune_epochs=0,
-                     latency=False, shrink=shrink)
+        return prune(learn, 'magnitude', sizes=SIZES, scores=fixed(learn, 'channel', False), unit='channel', of='units',
+                     fine_tune_epochs=0, latency=False, shrink=shrink)
     a, b = map(run, (False, 'each'))
     assert all(torch.equal(a.mask[k], b.mask[k]) for k in a.mask)
-    assert a.rows.pruned_k.tolist() == b.rows.pruned_k.tolist() and a.model.fc1.out_features == 300 > b.model.fc1.out_features
+    assert (a.rows.pruned_k.tolist() == b.rows.pruned_k.tolist()
+            and a.model.fc1.out_features == 300 > b.model.fc1.out_features)
     assert a.rows.params_stored.tolist() == b.rows.params_stored.tolist()
 
 @pytest.mark.parametrize('way', ['cascade', 'redraw', 'rewind'])
@@ -146,7 +155,8 @@ def test_size_one_changes_nothing(dls, kind):
 
 def test_some_sizes_are_only_cut(dls, tmp_path):
     res = sized(dls, sizes=(.6, .5, .4, .3, .2), fine_tunes=2, folder=tmp_path)
-    assert res.rows.tuned_k.notna().tolist() == [False, False, True, False, True] == res.rows.train_secs.notna().tolist()
+    assert (res.rows.tuned_k.notna().tolist() == [False, False, True, False, True]
+            == res.rows.train_secs.notna().tolist())
     a, b = network(tmp_path, 0), network(tmp_path, 1)
     assert all(torch.equal(b[k], torch.where(b[k] != 0, a[k], 0.)) for k in a if k.endswith('weight'))
 
@@ -158,7 +168,8 @@ def test_of_says_what_a_size_counts(dls):
 def test_rows_and_reports_are_each_other(dls):
     res = sized(dls)
     assert [Report.from_row(r) for r in res.rows.to_dict('records')] == res.reports and res.report is res.reports[-1]
-    assert [json.loads(json.dumps(Report.from_plain(r.plain()).plain())) for r in res.reports] == [r.plain() for r in res.reports]
+    assert ([json.loads(json.dumps(Report.from_plain(r.plain()).plain())) for r in res.reports]
+            == [r.plain() for r in res.reports])
 
 # 3. where cuts and trainings start
 
@@ -186,8 +197,10 @@ def test_rewinding_restores_the_kept_epoch(dls, monkeypatch, kind):
     kept = start(dls).rewind.states[1]
     seen, _ = trained_from(dls, monkeypatch, *KINDS[kind], way='rewind')
     assert [(o['start_epoch'], o['epochs']) for _,o in seen] == [(1, 2)]*3
-    for s,_ in seen: assert subset(s['fc1.weight'], kept['fc1.weight']) and subset(s['fc3.bias'][None], kept['fc3.bias'][None])
-    assert kind == 'channels' or torch.equal(seen[2][0]['fc2.weight'], torch.where(seen[2][0]['fc2.weight'] != 0, kept['fc2.weight'], 0.))
+    for s,_ in seen:
+        assert subset(s['fc1.weight'], kept['fc1.weight']) and subset(s['fc3.bias'][None], kept['fc3.bias'][None])
+    assert kind == 'channels' or torch.equal(seen[2][0]['fc2.weight'],
+                                             torch.where(seen[2][0]['fc2.weight'] != 0, kept['fc2.weight'], 0.))
 
 @kinds
 def test_drawing_afresh(dls, monkeypatch, kind):
@@ -198,7 +211,8 @@ def test_drawing_afresh(dls, monkeypatch, kind):
 
 def test_a_users_network_is_drawn_afresh(dls):
     class Own(torch.nn.Module):
-        def __init__(self): super().__init__(); self.fc, self.w = torch.nn.Linear(64, 10), torch.nn.Parameter(torch.ones(10))
+        def __init__(self):
+            super().__init__(); self.fc, self.w = torch.nn.Linear(64, 10), torch.nn.Parameter(torch.ones(10))
         def forward(self, x): return self.fc(x.flatten(1))*self.w
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 20), torch.nn.ReLU(), torch.nn.Linear(20, 10))
     learn = fit(learner(net, dls, lr=.05), 1); before = state(learn)
@@ -236,12 +250,14 @@ def test_factors_are_multiplied_in_once(dls, tmp_path, registered, monkeypatch, 
     seen = [o[0] for o in trained_from(dls, monkeypatch, 'doubling', way=way, folder=tmp_path)[0]]
     for i,s in enumerate(seen):
         before = network(tmp_path, i-1) if i and way == 'cascade' else first
-        if unit == 'weight': assert torch.equal(s['fc1.weight'], torch.where(s['fc1.weight'] != 0, 2*before['fc1.weight'], 0.))
+        if unit == 'weight':
+            assert torch.equal(s['fc1.weight'], torch.where(s['fc1.weight'] != 0, 2*before['fc1.weight'], 0.))
         else: assert subset(s['fc1.weight'], 2*before['fc1.weight'])
 
 def test_pruned_inputs_stay_zero(dls, tmp_path, registered):
     @registered('pixels', unit='channel', allocate=dict(of='network', normalize=None))
-    def pixels(model, dls=None, *, graph=None, seed=0): return Scores({'fc1:in': model.fc1.weight.abs().sum(0)}, 'channel', graph=graph)
+    def pixels(model, dls=None, *, graph=None, seed=0):
+        return Scores({'fc1:in': model.fc1.weight.abs().sum(0)}, 'channel', graph=graph)
     res = sized(dls, 'pixels', sizes=(.8, .7), folder=tmp_path)
     gone = [(network(tmp_path, i)['fc1.weight'] == 0).all(0) for i in (0, 1)]
     assert 0 < gone[0].sum() < gone[1].sum() < 64 and (gone[0] <= gone[1]).all()
@@ -260,8 +276,8 @@ def stopped_at(monkeypatch, where, count):
         return real(self, *a, **k)
     monkeypatch.setattr(C.Chain, where, f)
 
-ALL = {**KINDS, 'random': ('random', {}), 'ranks': ('svd', {}), 'pfp': ('pfp', {}), 'masked channels': ('magnitude', dict(FT, shrink=False)),
-       'sipp': ('sipp', dict(variant='rand'))}
+ALL = {**KINDS, 'random': ('random', {}), 'ranks': ('svd', {}), 'pfp': ('pfp', {}),
+       'masked channels': ('magnitude', dict(FT, shrink=False)), 'sipp': ('sipp', dict(variant='rand'))}
 
 @pytest.mark.parametrize('what', ALL)
 @ways
@@ -277,10 +293,12 @@ def test_resumed_equals_uninterrupted(dls, tmp_path, monkeypatch, what, way, whe
     parts = run(tmp_path/'b'); again = run(tmp_path/'b')
     for other in (parts, again):
         pd.testing.assert_frame_equal(timeless(whole.rows), timeless(other.rows))
-        assert all(torch.equal(a, b) for a,b in zip(whole.model.state_dict().values(), other.model.state_dict().values()))
+        assert all(torch.equal(a, b)
+                   for a,b in zip(whole.model.state_dict().values(), other.model.state_dict().values()))
         assert all(torch.equal(whole.mask[k], other.mask[k]) for k in whole.mask)
     for i in range(3):
-        assert (tmp_path/'a'/f'size{i:03d}.safetensors').read_bytes() == (tmp_path/'b'/f'size{i:03d}.safetensors').read_bytes()
+        assert ((tmp_path/'a'/f'size{i:03d}.safetensors').read_bytes()
+                == (tmp_path/'b'/f'size{i:03d}.safetensors').read_bytes())
     assert len(list((tmp_path/'b').glob('state*'))) == 1 and not list(tmp_path.rglob('*.tmp'))
 
 def test_rounds_and_one_size_resume_too(dls, tmp_path, monkeypatch):
@@ -301,7 +319,8 @@ import torch; torch.set_num_threads(1)
 dls = get_dls('digits', n_train=320)
 learn = fit(learner(build('lenet300', 1, 10, 8, seed=0), dls, lr=.05), 2)
 print('ready', flush=True)
-prune(learn, 'magnitude', sizes=[.8, .6, .4, .3, .2, .1], unit='channel', fine_tune_epochs=2, latency=False, folder=sys.argv[1])
+prune(learn, 'magnitude', sizes=[.8, .6, .4, .3, .2, .1], unit='channel', fine_tune_epochs=2, latency=False,
+      folder=sys.argv[1])
 """
 
 @pytest.mark.parametrize('secs', [.05, .6])
@@ -319,12 +338,17 @@ def test_killed_and_run_again(dls, tmp_path, secs):
 
 def test_what_a_folder_is_known_by(dls, tmp_path):
     sized(dls, folder=tmp_path, sizes=[.5])
-    for kw,words in [(dict(sizes=[.4]), 'sizes'), (dict(fine_tune_epochs=2), 'epochs'), (dict(args=dict(norm='l2')), 'args')]:
-        with pytest.raises(ValueError, match=f'was begun with {words}'): sized(dls, **{**dict(sizes=[.5]), **kw}, folder=tmp_path)
-    with pytest.raises(ValueError, match='other weights'): prune(start(dls, epochs=1), 'magnitude', sizes=[.5], fine_tune_epochs=1, latency=False, folder=tmp_path)
-    with pytest.raises(ValueError, match='other shapes'): prune(start(dls, 'mlp'), 'magnitude', sizes=[.5], fine_tune_epochs=1, latency=False, folder=tmp_path)
+    for kw,words in [(dict(sizes=[.4]), 'sizes'), (dict(fine_tune_epochs=2), 'epochs'),
+                     (dict(args=dict(norm='l2')), 'args')]:
+        with pytest.raises(ValueError, match=f'was begun with {words}'):
+            sized(dls, **{**dict(sizes=[.5]), **kw}, folder=tmp_path)
+    with pytest.raises(ValueError, match='other weights'):
+        prune(start(dls, epochs=1), 'magnitude', sizes=[.5], fine_tune_epochs=1, latency=False, folder=tmp_path)
+    with pytest.raises(ValueError, match='other shapes'):
+        prune(start(dls, 'mlp'), 'magnitude', sizes=[.5], fine_tune_epochs=1, latency=False, folder=tmp_path)
     other = get_dls('digits', n_train=320, seed=5); learn = start(dls); learn.dls = other
-    with pytest.raises(ValueError, match='other data'): prune(learn, 'magnitude', sizes=[.5], fine_tune_epochs=1, latency=False, folder=tmp_path)
+    with pytest.raises(ValueError, match='other data'):
+        prune(learn, 'magnitude', sizes=[.5], fine_tune_epochs=1, latency=False, folder=tmp_path)
 
 @pytest.mark.parametrize('name', ['size001', 'mask001', 'state001', 'rows'])
 @pytest.mark.parametrize('how', ['cut', 'gone'])
@@ -348,11 +372,14 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_anything(dls, tmp_p
 
 @pytest.mark.parametrize('kw,words', [
     (dict(sizes=[.2, .5]), 'descending'), (dict(sizes=[.5], sparsity=.5), 'exactly one'), (dict(sizes=[]), 'empty'),
-    (dict(sizes=[.5], rounds=2), 'rounds=2'), (dict(sizes=[.5], start='dens'), "start='dens'"), (dict(sizes=[.5], rewind='redrawn'), 'redraw'),
-    (dict(sizes=[.5], shrink='some'), 'shrink'), (dict(sizes=[.5], fine_tunes=2), 'only 1 sizes'), (dict(sizes=[50]), 'did you mean 0.5'),
-    (dict(sizes=[.5], tune_args=dict(lr=.1), lr=.2), 'one of the two'), (dict(sizes=[.5], tune_args=dict(epochs=2)), 'tune_args'),
+    (dict(sizes=[.5], rounds=2), 'rounds=2'), (dict(sizes=[.5], start='dens'), "start='dens'"),
+    (dict(sizes=[.5], rewind='redrawn'), 'redraw'),
+    (dict(sizes=[.5], shrink='some'), 'shrink'), (dict(sizes=[.5], fine_tunes=2), 'only 1 sizes'),
+    (dict(sizes=[50]), 'did you mean 0.5'), (dict(sizes=[.5], tune_args=dict(lr=.1), lr=.2), 'one of the two'),
+    (dict(sizes=[.5], tune_args=dict(epochs=2)), 'tune_args'),
     (dict(sizes=[dict(kind='geometrc', hi=.5, lo=.1, count=2)]), 'geometric'), (dict(sizes=[.5], rewind=7), 'epoch 7'),
-    (dict(method='svd', sizes=[.5], rewind='init'), 'factors'), (dict(method='bestof', unit='channel', sizes=[.5], shrink='each'), 'search')])
+    (dict(method='svd', sizes=[.5], rewind='init'), 'factors'),
+    (dict(method='bestof', unit='channel', sizes=[.5], shrink='each'), 'search')])
 def test_refused_at_once(dls, kw, words):
     learn = start(dls, epochs=1); before = state(learn)
     with pytest.raises((ValueError, TypeError)) as e: prune(learn, **{**dict(method='magnitude'), **kw})
@@ -368,8 +395,10 @@ def test_bestof_is_the_best_of_n(dls):
     twin = start(dls); graph = C.trace(twin.model, C.first_inputs(twin)); tries = []
     for i in range(8):
         g = core.generator(i)
-        m = allocate(Scores({k:torch.rand(v.shape, generator=g) for k,v in C.candidates(twin.model, 'weight', graph).items()}, 'weight'), .5)
-        net = copy.deepcopy(twin.model); surgery.apply(net, m); e = evaluate(net, dls.valid); tries.append((e.accuracy, -e.loss, m))
+        m = allocate(Scores({k:torch.rand(v.shape, generator=g)
+                             for k,v in C.candidates(twin.model, 'weight', graph).items()}, 'weight'), .5)
+        net = copy.deepcopy(twin.model); surgery.apply(net, m); e = evaluate(net, dls.valid)
+        tries.append((e.accuracy, -e.loss, m))
     best = max(tries, key=lambda o: o[:2])[2]
     assert all(torch.equal(best[k], res.mask[k]) for k in best)
 
@@ -378,7 +407,8 @@ def budget_of(mask):
 
 @pytest.mark.parametrize('unit', ['weight', 'channel'])
 def test_a_search_in_sizes(dls, tmp_path, monkeypatch, unit):
-    run = lambda d: prune(start(dls), 'bestof', sizes=[.5, .2], unit=unit, n=4, fine_tune_epochs=1, latency=False, folder=d)
+    run = lambda d: prune(start(dls), 'bestof', sizes=[.5, .2], unit=unit, n=4, fine_tune_epochs=1, latency=False,
+                          folder=d)
     whole = run(tmp_path/'a'); masks = [Mask.load(tmp_path/'a'/f'mask{i:03d}.safetensors') for i in (0, 1)]
     assert all((masks[1][k] <= masks[0][k]).all() for k in masks[1]) and len(whole.rows) == 2
     import neuronprune.search as S
@@ -399,7 +429,8 @@ def test_an_interrupted_search_keeps_the_best_so_far(dls, registered):
     def halfway(task, *, state=None, keep=None, seed=0):
         m = task.allocate(Scores({k:torch.rand(v.shape) for k,v in task.candidates.items()}, 'weight'))
         keep(Found(m, [], 1, {}, 'running')); raise KeyboardInterrupt
-    with pytest.warns(UserWarning, match="status 'interrupted'"): res = prune(start(dls), 'halfway', .5, fine_tune_epochs=0, latency=False)
+    with pytest.warns(UserWarning, match="status 'interrupted'"):
+        res = prune(start(dls), 'halfway', .5, fine_tune_epochs=0, latency=False)
     assert res.report.status == 'interrupted' and res.mask.sparsity == .5
     @registered('nothing', unit='weight', kind='search')
     def nothing(task, *, state=None, keep=None): raise KeyboardInterrupt

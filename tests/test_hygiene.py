@@ -10,13 +10,16 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT/'nbs', ROOT/'neuronprune'
-BOOKS = sorted(str(p.relative_to(NBS)) for p in NBS.rglob('*.ipynb') if not any(q.startswith(('.', '_')) for q in p.relative_to(NBS).parts))
+BOOKS = sorted(str(p.relative_to(NBS)) for p in NBS.rglob('*.ipynb')
+               if not any(q.startswith(('.', '_')) for q in p.relative_to(NBS).parts))
 PAPERS = [b for b in BOOKS if b.startswith('papers/')]
 MODULES = sorted(p.stem for p in LIB.glob('*.py') if not p.stem.startswith('_'))
-GROUND = {'core', 'door', 'files', 'kinds', 'datasets', 'data', 'probe', 'graph', 'masks', 'allocate', 'evaluation', 'train', 'retrain', 'blocks', 'draws', 'inputs'}
+GROUND = {'core', 'door', 'files', 'kinds', 'datasets', 'data', 'probe', 'graph', 'masks', 'allocate', 'evaluation',
+          'train', 'retrain', 'blocks', 'draws', 'inputs'}
 METHODS = set('baselines mip provable mint energy anneal lowrank criteria sampling'.split())
 PATHS = re.compile(r'(?<![\w.])/(?:work|root|tmp|home|Users|opt)/[\w.+-]+')
 BARS = re.compile(r'<progress|progress-bar|jupyter-widgets|widget-view|\d%\|[█▏ ]')
+WIDTH = 120 # columns of a line of code
 # Books a reader starts from: their first cell needs no `> sentence`
 FRONT = {'index.ipynb', 'experiments.ipynb'}
 
@@ -32,8 +35,10 @@ def flag(c, name): return re.search(rf'^#\|\s*{name}\b', source(c), re.M)
 def outputs(book): return [(c['id'], o) for c in cells(book) for o in c['outputs']]
 def shown(o):
     "All text of an output, pictures left out"
-    data = {'': o.get('text', ''), **{k: v for k, v in o.get('data', {}).items() if not k.startswith('image/') or 'svg' in k}}
-    return '\n'.join(v if isinstance(v, str) else ''.join(v) if isinstance(v, list) else json.dumps(v) for v in data.values())
+    data = {'': o.get('text', ''),
+            **{k: v for k, v in o.get('data', {}).items() if not k.startswith('image/') or 'svg' in k}}
+    return '\n'.join(v if isinstance(v, str) else ''.join(v) if isinstance(v, list) else json.dumps(v)
+                     for v in data.values())
 def parameters(book): return [c for c in cells(book) if 'parameters' in c['metadata'].get('tags', [])]
 
 def settings():
@@ -77,8 +82,13 @@ def test_first_cell(book):
 
 @each_book
 def test_exported_cells_are_short(book):
-    sizes = {c['id']: sum(bool(o.strip()) and not o.startswith(('#|', '@public')) for o in source(c).splitlines()) for c in cells(book) if flag(c, 'export')}
+    sizes = {c['id']: sum(bool(o.strip()) and not o.startswith(('#|', '@public')) for o in source(c).splitlines())
+             for c in cells(book) if flag(c, 'export')}
     assert not {k: n for k, n in sizes.items() if n > 40}
+
+@each_book
+def test_code_is_narrow(book):
+    assert not [(c['id'], len(l)) for c in cells(book) for l in source(c).splitlines() if len(l) > WIDTH]
 
 @each_book
 def test_parameters_are_literals(book):
@@ -106,7 +116,8 @@ def test_imported_names_exist(book):
     for c in cells(book):
         src = re.sub(r'^\s*[%!].*$', 'pass', source(c), flags=re.M)
         for n in ast.walk(ast.parse(src)):
-            if isinstance(n, ast.Import): [importlib.import_module(a.name) for a in n.names if a.name.startswith('neuronprune')]
+            if isinstance(n, ast.Import):
+                [importlib.import_module(a.name) for a in n.names if a.name.startswith('neuronprune')]
             if not (isinstance(n, ast.ImportFrom) and (n.module or '').startswith('neuronprune')): continue
             mod = importlib.import_module(n.module)
             for a in n.names:
@@ -114,7 +125,8 @@ def test_imported_names_exist(book):
 
 # The modules
 
-def exported(book): return next((m[1] for c in cells(book) if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))), None)
+def exported(book):
+    return next((m[1] for c in cells(book) if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))), None)
 
 @each_module
 def test_module_comes_from_a_notebook(module):
@@ -126,14 +138,26 @@ def test_every_exporting_notebook_has_its_module():
     assert sorted(filter(None, map(exported, BOOKS))) == MODULES
 
 def test_nothing_else_is_code():
-    assert sorted(str(p.relative_to(LIB)) for p in LIB.rglob('*.py')) == sorted(['__init__.py', '_modidx.py', *(f'{m}.py' for m in MODULES)])
+    assert (sorted(str(p.relative_to(LIB)) for p in LIB.rglob('*.py'))
+            == sorted(['__init__.py', '_modidx.py', *(f'{m}.py' for m in MODULES)]))
+
+FILES = sorted(str(p.relative_to(ROOT)) for d in ('neuronprune', 'tests', 'benchmarks', 'scripts')
+               for p in (ROOT/d).glob('*.py') if p.name != '_modidx.py')
+
+@pytest.mark.parametrize('file', FILES)
+def test_files_are_narrow(file):
+    "`__all__` and a chapter's sentence are set by nbdev, and so are their line breaks."
+    own = r'^(__all__ = \[.*?\]|""".*?""")'
+    text = re.sub(own, '', (ROOT/file).read_text(encoding='utf-8'), count=2, flags=re.M | re.S)
+    assert not [l for l in text.splitlines() if len(l) > WIDTH]
 
 @each_module
 def test_modidx(module):
     d, cfg = importlib.import_module('neuronprune._modidx').d, settings()
     tree = ast.parse((LIB/f'{module}.py').read_text(encoding='utf-8'))
     defined = {f'neuronprune.{module}.{n.name}' for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-               and not any(getattr(o, 'id', getattr(getattr(o, 'func', o), 'id', '')).startswith('patch') for o in n.decorator_list)}
+               and not any(getattr(o, 'id', getattr(getattr(o, 'func', o), 'id', '')).startswith('patch')
+                           for o in n.decorator_list)}
     listed = d['syms'][f'neuronprune.{module}']
     assert defined <= set(listed)
     assert {f for _, f in listed.values()} <= {f'neuronprune/{module}.py'}
@@ -147,7 +171,8 @@ def test_method_stands_on_the_ground_only(module):
     names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     inner = {n.split('.')[1] if '.' in n else n for n in names if n.split('.')[0] == 'neuronprune'}
     inner |= {n.module or n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level}
-    assert {o for o in inner if not o.startswith(f'{module}_')} <= GROUND, 'a method may have chapters of its own, named after it'
+    assert {o for o in inner if not o.startswith(f'{module}_')} <= GROUND, (
+        'a method may have chapters of its own, named after it')
 
 # The front page and the metadata
 
@@ -163,7 +188,8 @@ def test_readme_links():
     assert not [o for o in links if not (ROOT/o).exists()]
 
 def test_no_machine_paths_in_text():
-    files = [p for g in ('*.md', '*.cff', '*.ini', '*.toml', '*.yml', 'Makefile', '.ci/*', '.github/**/*', 'neuronprune/*.py', 'scripts/*.py', 'nbs/params/**/*')
+    files = [p for g in ('*.md', '*.cff', '*.ini', '*.toml', '*.yml', 'Makefile', '.ci/*', '.github/**/*',
+                         'neuronprune/*.py', 'scripts/*.py', 'nbs/params/**/*')
              for p in ROOT.glob(g) if p.is_file()]
     assert not [(p.name, m[0]) for p in files for m in PATHS.finditer(p.read_text(encoding='utf-8'))]
 

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = ['core', 'files', 'graph', 'masks', 'allocate', 'surgery', 'inputs', 'draws', 'blocks', 'models']
 METHODS = ['mint', 'mip', 'provable', 'baselines', 'lowrank', 'criteria', 'sampling']
-NEVER = {'torchvision', 'torchvision.models', 'papermill', 'cvxpy', 'cvxopt', 'sklearn.cluster', 'sklearn.neighbors', 'IPython', 'ipykernel',
+NEVER = {'torchvision', 'torchvision.models', 'papermill', 'cvxpy', 'cvxopt', 'sklearn.cluster', 'sklearn.neighbors',
+         'IPython', 'ipykernel',
          'dask', 'ray', 'torch._dynamo', 'torch.onnx'}   # not even by neuronprune.all
 HEAVY = NEVER | {'fastai', 'pandas', 'matplotlib', 'sklearn', 'scipy.stats'} # not by a method
 LIMIT = 400 # lines of code a module may have, blank lines and comments aside
@@ -27,7 +28,8 @@ print(json.dumps(res))
 @pytest.fixture(scope='module')
 def loaded():
     "Module -> what is loaded, beyond torch's own, once it and those before it are imported."
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', CODE, *GROUND, *METHODS, 'data', 'all'], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', CODE, *GROUND, *METHODS, 'data', 'all'],
+                         capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return {k:set(v) for k,v in json.loads(run.stdout).items()}
 
@@ -62,7 +64,8 @@ def test_mip_offers_the_names_of_its_chapters():
                                   ('mip', 'mip_program', 'mip_relax', 'mip_solve'))
     for o in ('ClassBalanceError', 'Problem', 'chain', 'interval', 'modules_in_order', 'problem', 'reduce', 'run'):
         assert o in mip.__all__ and getattr(mip, o) is getattr(program, o)
-    for o in ('NoIncumbentError', 'SolverNotSuitableError'): assert o in mip.__all__ and getattr(mip, o) is getattr(solve, o)
+    for o in ('NoIncumbentError', 'SolverNotSuitableError'):
+        assert o in mip.__all__ and getattr(mip, o) is getattr(solve, o)
     own = lambda m: {o for o in re.findall(r'^ *from \.(mip\w*) import', inspect.getsource(m), re.M)}
     assert (own(relax), own(program), own(solve)) == (set(), {'mip_relax'}, {'mip_relax'})
 
@@ -71,17 +74,21 @@ def test_the_callback_of_slimming_comes_when_asked_for():
     assert baselines.SlimmingCallback is retrain.SlimmingCallback and 'SlimmingCallback' in baselines.__all__
     with pytest.raises(AttributeError, match="no attribute 'Slimming'"): baselines.Slimming
 
-MODULES = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'neuronprune').glob('*.py')) if not p.stem.startswith('_')}
+MODULES = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'neuronprune').glob('*.py'))
+           if not p.stem.startswith('_')}
 def n_lines(text): return sum(bool(o.strip()) and not o.lstrip().startswith('#') for o in text.splitlines())
 
 @pytest.mark.parametrize('name', MODULES)
-def test_a_module_is_short(name): assert (n_lines(MODULES[name]) > LIMIT) == (name in LONGER), 'cut it; or, if it has become shorter, strike it off the list'
+def test_a_module_is_short(name):
+    assert (n_lines(MODULES[name]) > LIMIT) == (name in LONGER), (
+        'cut it; or, if it has become shorter, strike it off the list')
 
 def at_the_top(text):
     "Modules of the package that a module imports while it is itself imported."
     for n in ast.parse(text).body:
         if not isinstance(n, ast.ImportFrom): continue
-        inner = n.module or '' if n.level else (n.module.split('.', 1)+[''])[1] if n.module.split('.')[0] == 'neuronprune' else None
+        inner = (n.module or '' if n.level else (n.module.split('.', 1)+[''])[1]
+                 if n.module.split('.')[0] == 'neuronprune' else None)
         if inner is not None: yield from [inner] if inner else [a.name for a in n.names if a.name in MODULES]
 
 def test_imports_go_round_no_circle():

@@ -5,7 +5,8 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import cdist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from neuronprune import mint_engine
-from neuronprune.mint_engine import crossings, crossings_batched, crossings_near, kruskal_crossings, mst, pair_dists, sq_dists
+from neuronprune.mint_engine import (crossings, crossings_batched, crossings_near, kruskal_crossings, mst, pair_dists,
+                                     sq_dists)
 
 def cloud(seed, n, d): return np.random.default_rng(seed).normal(size=(n, d))
 def length(d2, edges): return np.sqrt(d2[tuple(edges.T)]).sum()
@@ -43,10 +44,12 @@ def test_duplicates(seed, n):
     assert 0 <= crossings(d2[None], np.zeros_like(d2), n//2)[0] <= n-1
 
 @settings(max_examples=60)
-@given(seed=st.integers(0, 2**20), n=st.integers(3, 90), scale=st.floats(.01, 2), guess=st.floats(0, 30), share=st.floats(0, 1))
+@given(seed=st.integers(0, 2**20), n=st.integers(3, 90), scale=st.floats(.01, 2), guess=st.floats(0, 30),
+       share=st.floats(0, 1))
 def test_near_is_scipys(seed, n, scale, guess, share):
     "Whatever the children's scale and the guess of the slack."
-    y, x, m = cloud(seed, n, 12), scale*cloud(seed+1, n, 6), int(share*n); idx = np.array([0,0,1,1,1,2]); b = cdist(y, y)**2
+    y, x, m = cloud(seed, n, 12), scale*cloud(seed+1, n, 6), int(share*n); idx = np.array([0,0,1,1,1,2])
+    b = cdist(y, y)**2
     got, need = crossings_near(b, x, idx, m, guess, n_max=n)
     assert got.tolist() == [by_scipy(b + cdist(x[:,idx==k], x[:,idx==k])**2, m) for k in range(3)]
     assert np.isclose(need, max((cdist(x[:,idx==k], x[:,idx==k])**2)[tuple(mst(b).T)].max() for k in range(3)))
@@ -55,7 +58,8 @@ def test_certificate_is_tight_and_kept():
     "Every tree edge of every child is among the pairs; a slack of zero leaves the tree of b alone; the pairs are few."
     y, x = cloud(0, 150, 40), .3*cloud(1, 150, 6); b = cdist(y, y)**2
     trees = [mst(b + cdist(x[:,[k]], x[:,[k]])**2) for k in range(6)]
-    need = max((cdist(x[:,[k]], x[:,[k]])**2)[tuple(mst(b).T)].max() for k in range(6)); found = mst(b, need)[1]; found = found | found.T
+    need = max((cdist(x[:,[k]], x[:,[k]])**2)[tuple(mst(b).T)].max() for k in range(6)); found = mst(b, need)[1]
+    found = found | found.T
     assert all(found[tuple(e.T)].all() for e in trees)
     assert mst(b, 0)[1].sum() == 149 and found.sum()/2 < 150*20
     assert any(not (mst(b, 0)[1] | mst(b, 0)[1].T)[tuple(e.T)].all() for e in trees)
@@ -72,7 +76,8 @@ def test_bottleneck_is_brute_force():
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**20), n=st.integers(2, 40), top=st.sampled_from([1,2,5]))
 def test_ties_go_the_same_way(seed, n, top):
-    "Distances of a few whole numbers: Kruskal on the CPU and the batched Prim order equal lengths by (smaller, larger) index."
+    """Distances of a few whole numbers: Kruskal on the CPU and the batched Prim order equal lengths by
+    (smaller, larger) index."""
     rng = np.random.default_rng(seed); x, y, m = rng.integers(0, top+1, (n,2)), rng.integers(0, top+1, (n,2)), n//2
     b, dx = (cdist(o, o, 'sqeuclidean').astype('f4') for o in (y, x))
     i, j = np.triu_indices(n, 1)
@@ -89,14 +94,17 @@ def test_ties_go_the_same_way(seed, n, top):
 
 def test_engines_agree_on_a_layer():
     y, x = cloud(5, 200, 30).astype('f4'), .5*cloud(6, 200, 8).astype('f4'); idx = np.arange(8)//2
-    dx, bs = torch.stack([sq_dists(x[:,idx==k]) for k in range(4)]), torch.stack([sq_dists(y), sq_dists(y[:,:3]), sq_dists(y[:,:25])])
+    dx, bs = (torch.stack([sq_dists(x[:,idx==k]) for k in range(4)]),
+              torch.stack([sq_dists(y), sq_dists(y[:,:3]), sq_dists(y[:,:25])]))
     batched = crossings_batched(dx, bs, 70)
     assert batched.shape == (4,3) and batched.dtype == torch.int64
     for g,b in enumerate(bs):
-        assert crossings(dx, b, 70).tolist() == batched[:,g].tolist() == crossings_near(b.numpy(), x, idx, 70, n_max=200)[0].tolist()
+        assert (crossings(dx, b, 70).tolist() == batched[:,g].tolist()
+                == crossings_near(b.numpy(), x, idx, 70, n_max=200)[0].tolist())
 
 def test_children_do_not_interact():
-    y, x = cloud(7, 90, 20), cloud(8, 90, 9); b, idx = cdist(y, y)**2, np.arange(9)//3; every = crossings_near(b, x, idx, 30, n_max=90)[0]
+    y, x = cloud(7, 90, 20), cloud(8, 90, 9); b, idx = cdist(y, y)**2, np.arange(9)//3
+    every = crossings_near(b, x, idx, 30, n_max=90)[0]
     assert [crossings_near(b, x[:,idx==k], np.zeros(3, int), 30, n_max=90)[0][0] for k in range(3)] == every.tolist()
     assert len(set(every.tolist())) > 1
 
@@ -117,4 +125,5 @@ def test_distances(seed, shift):
     a, b = cloud(seed, 20, 7) + shift, cloud(seed+1, 9, 7) + shift
     np.testing.assert_allclose(sq_dists(a, b), cdist(a, b)**2, rtol=1e-9, atol=1e-9)
     assert sq_dists(a.astype('f4')).dtype == torch.float32 and (sq_dists(a) >= 0).all()
-    np.testing.assert_allclose(pair_dists(a, np.array([0,0,1,1,1,2,2]), np.array([3]), np.array([8]))[:,0], [((a[3,c]-a[8,c])**2).sum() for c in ([0,1],[2,3,4],[5,6])], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(pair_dists(a, np.array([0,0,1,1,1,2,2]), np.array([3]), np.array([8]))[:,0],
+                               [((a[3,c]-a[8,c])**2).sum() for c in ([0,1],[2,3,4],[5,6])], rtol=1e-9, atol=1e-9)

@@ -5,7 +5,8 @@ from torchvision import models as tvm
 from neuronprune.core import layers
 from neuronprune.models import ZOO, build, min_size, models, resnet_cifar, vgg, wide_resnet
 
-BIG = ('resnet101', 'resnet110', 'densenet121', 'wrn16_8', 'vgg19', 'vgg19_bn', 'resnet34', 'resnet50', 'vgg16_dgl', 'vgg16_mint', 'vgg16', 'alexnet')
+BIG = ('resnet101', 'resnet110', 'densenet121', 'wrn16_8', 'vgg19', 'vgg19_bn', 'resnet34', 'resnet50', 'vgg16_dgl',
+       'vgg16_mint', 'vgg16', 'alexnet')
 SMALL = [k for k in ZOO if k not in BIG]
 
 @pytest.mark.parametrize('name', SMALL)
@@ -42,7 +43,9 @@ def test_seed_is_reproducible_and_local():
 
 def test_stems():
     for name in ('resnet18', 'squeezenet1_1', 'alexnet'):
-        with torch.device('meta'): small,full = build(name, 3, 10, 32),build(name, 3, 10, 32, stem='full') if name != 'alexnet' else build(name, 3, 10, 65)
+        with torch.device('meta'):
+            small,full = (build(name, 3, 10, 32),
+                          build(name, 3, 10, 32, stem='full') if name != 'alexnet' else build(name, 3, 10, 65))
         first = lambda m: layers(m)[next(iter(layers(m)))]
         assert first(small).stride == (1, 1) and first(full).stride != (1, 1)
     with pytest.raises(ValueError, match='stem'): build('resnet18', stem='tiny')
@@ -72,18 +75,35 @@ def test_option_a_still_fits_after_channels_are_gone():
     torch.testing.assert_close(small(x), masked(x), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(masked(x), model(x))
 
-@pytest.mark.parametrize('call,said', [(lambda: build('resnet-18'), "did you mean 'resnet18'"), (lambda: build('lenet5', size=8), 'up-sample'),
-    (lambda: build('mlp', size=0), 'size=0'), (lambda: build('mlp', c_in=True), 'c_in'), (lambda: build('mlp', n_out=2.), 'n_out'),
-    (lambda: build('mlp', init='zeros'), 'kaiming'), (lambda: build('vgg16', size=32, weights='IMAGENET1K_V1'), 'none for vgg16'),
-    (lambda: build('resnet18', weights='IMAGENET1K_V9', size=224), 'IMAGENET1K_V1'), (lambda: min_size('vgg61'), 'vgg16'),
-    (lambda: build('mlp', n_out=10**12), 'n_out=1000000000000: expected'), (lambda: build('mlp', n_out=10**20), 'n_out=1'), (lambda: build('mlp', size=10**9), 'size=1000000000'),
-    (lambda: build('mlp', c_in=10**13), 'c_in=1'), (lambda: build('densenet22', 3, growth=10**9, size=32), 'growth=1'), (lambda: build('vgg16', 3, 10, 32, head=(10**9,)), 'GiB'),
-    (lambda: build('vgg16', 3, 10, 32, head=5), 'head=5'), (lambda: build('vgg16', 3, 10, 32, head=[5]), 'head=5: expected a tuple'), (lambda: build('vgg16', 3, 10, 32, head=(.5,)), 'head=0.5'),
-    (lambda: build('vgg16', 3, 10, 32, head='ab'), "head='ab'"), (lambda: build('vgg16', 3, 10, 32, hed=(5,)), "did you mean 'head'"), (lambda: build('resnet20', 3, head=(5,), size=32), 'head: resnet20 takes no'),
-    (lambda: build('mlp', dropout=50), 'did you mean 0.5'), (lambda: build('mlp', dropout='a'), 'dropout'), (lambda: build('mlp', bias=1), 'bias'), (lambda: build('mlp', widths=(3,)), 'argument of mlp'),
-    (lambda: build('lenet5', size=32, pool=3), 'pool=3'), (lambda: build('lenet5', ks=400), 'ks=400'), (lambda: build('lenet5', ks=0), 'ks=0'), (lambda: build('basiccnn', widths=(3, 4), size=32), 'four numbers'),
-    (lambda: build('densenet22', depth=23, size=32), 'depth=23'), (lambda: build('vgg16', bn='yes', size=32), "bn='yes'"), (lambda: build('vgg7', out_side=0, size=32), 'out_side=0'), (lambda: build([]), 'name: expected a name'),
-    (lambda: min_size('vgg16', head=[5]), 'head'), (lambda: min_size({}), 'name: expected a name'), (lambda: resnet_cifar(21), 'depth=21'), (lambda: wide_resnet(17, 1), 'depth=17'), (lambda: models()['vgg61'], 'vgg16')])
+@pytest.mark.parametrize('call,said', [(lambda: build('resnet-18'), "did you mean 'resnet18'"),
+                                       (lambda: build('lenet5', size=8), 'up-sample'),
+    (lambda: build('mlp', size=0), 'size=0'), (lambda: build('mlp', c_in=True), 'c_in'),
+                                       (lambda: build('mlp', n_out=2.), 'n_out'),
+    (lambda: build('mlp', init='zeros'), 'kaiming'),
+                                       (lambda: build('vgg16', size=32, weights='IMAGENET1K_V1'), 'none for vgg16'),
+    (lambda: build('resnet18', weights='IMAGENET1K_V9', size=224), 'IMAGENET1K_V1'),
+                                       (lambda: min_size('vgg61'), 'vgg16'),
+    (lambda: build('mlp', n_out=10**12), 'n_out=1000000000000: expected'), (lambda: build(
+    'mlp', n_out=10**20), 'n_out=1'), (lambda: build('mlp', size=10**9), 'size=1000000000'),
+    (lambda: build('mlp', c_in=10**13), 'c_in=1'), (lambda: build('densenet22', 3, growth=10**9, size=32), 'growth=1'),
+                                       (lambda: build('vgg16', 3, 10, 32, head=(10**9,)), 'GiB'),
+    (lambda: build('vgg16', 3, 10, 32, head=5), 'head=5'),
+                                       (lambda: build('vgg16', 3, 10, 32, head=[5]), 'head=5: expected a tuple'),
+                                       (lambda: build('vgg16', 3, 10, 32, head=(.5,)), 'head=0.5'),
+    (lambda: build('vgg16', 3, 10, 32, head='ab'), "head='ab'"),
+                                       (lambda: build('vgg16', 3, 10, 32, hed=(5,)), "did you mean 'head'"),
+                                       (lambda: build('resnet20', 3, head=(5,), size=32), 'head: resnet20 takes no'),
+    (lambda: build('mlp', dropout=50), 'did you mean 0.5'), (lambda: build('mlp', dropout='a'), 'dropout'),
+                                       (lambda: build('mlp', bias=1), 'bias'),
+                                       (lambda: build('mlp', widths=(3,)), 'argument of mlp'),
+    (lambda: build('lenet5', size=32, pool=3), 'pool=3'), (lambda: build('lenet5', ks=400), 'ks=400'), (lambda: build(
+    'lenet5', ks=0), 'ks=0'), (lambda: build('basiccnn', widths=(3, 4), size=32), 'four numbers'),
+    (lambda: build('densenet22', depth=23, size=32), 'depth=23'),
+                                       (lambda: build('vgg16', bn='yes', size=32), "bn='yes'"), (lambda: build(
+    'vgg7', out_side=0, size=32), 'out_side=0'), (lambda: build([]), 'name: expected a name'),
+    (lambda: min_size('vgg16', head=[5]), 'head'), (lambda: min_size({}), 'name: expected a name'),
+                                       (lambda: resnet_cifar(21), 'depth=21'), (lambda: wide_resnet(17, 1), 'depth=17'),
+                                       (lambda: models()['vgg61'], 'vgg16')])
 def test_errors(call, said):
     with pytest.raises((ValueError, TypeError), match=said): call()
 
@@ -94,7 +114,8 @@ def test_pretrained_weights_without_a_download(monkeypatch):
         def __getitem__(self, k): return self
         def get_state_dict(self, **kw): return copy.deepcopy(donor.state_dict())
     monkeypatch.setattr(tvm, 'get_model_weights', lambda name: Fake())
-    same,grey = build('squeezenet1_1', 3, 1000, 224, weights='DEFAULT'),build('squeezenet1_1', 1, 5, 224, weights='DEFAULT')
+    same,grey = (build('squeezenet1_1', 3, 1000, 224, weights='DEFAULT'),
+                 build('squeezenet1_1', 1, 5, 224, weights='DEFAULT'))
     assert all(torch.equal(p, q) for p,q in zip(same.state_dict().values(), donor.state_dict().values()))
     x = torch.rand(1, 1, 64, 64)
     torch.testing.assert_close(grey.features(x), same.features(x.expand(-1, 3, -1, -1)))

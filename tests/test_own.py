@@ -1,4 +1,5 @@
-"""Networks, loaders and learners that others made: batches in the place of loaders, PyTorch without fastai, fastai's own learners."""
+"""Networks, loaders and learners that others made: batches in the place of loaders, PyTorch without fastai,
+fastai's own learners."""
 import copy, warnings
 import numpy as np, pandas as pd, pytest, torch
 from functools import partial
@@ -24,7 +25,8 @@ SCORES = [k for k,m in methods().items() if m.kind == 'score']
 def _seeded(): torch.manual_seed(0)
 
 def net(n_out=3, n_in=12):
-    return nn.Sequential(nn.Linear(n_in, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, n_out))
+    return nn.Sequential(nn.Linear(n_in, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16),
+                         nn.ReLU(), nn.Linear(16, n_out))
 
 class Two(nn.Module):
     "A network of two inputs."
@@ -48,7 +50,8 @@ def test_every_method_takes_a_batch(name):
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
     if 'data' in m.needs: assert s.meta['n'] == len(X) and s.meta['split'] == 'batch' # all of it
 
-@pytest.mark.parametrize('name', [k for k in SCORES if k not in ('mip', 'slimming', 'magsign')]) # mip: one tensor; slimming: batch norms; magsign: an init
+# mip: one tensor; slimming: batch norms; magsign: an init
+@pytest.mark.parametrize('name', [k for k in SCORES if k not in ('mip', 'slimming', 'magsign')])
 @pytest.mark.parametrize('form', [lambda u, v: (u, v), lambda u, v: [u, v], lambda u, v: dict(v=v, u=u)])
 def test_inputs_of_any_form(name, form):
     model, m = Two(), methods()[name]
@@ -62,15 +65,20 @@ def test_a_batch_is_what_loaders_of_it_give():
 
 @pytest.mark.parametrize('name', ['snip', 'taylor', 'pfp', 'mint', 'thinet', 'pca', 'magnitude'])
 @pytest.mark.parametrize('batch,kind,said', [
-    (X, TypeError, r'batch: expected a pair \(xb, yb\), got Tensor'), ((X, Y, Y), TypeError, r'batch: expected a pair \(xb, yb\), got tuple of 3'),
-    ((X, None), TypeError, 'batch: yb: expected a Tensor, got NoneType'), ((X, Y[:5]), ValueError, 'batch: yb: 5 labels for 60 inputs'),
+    (X, TypeError, r'batch: expected a pair \(xb, yb\), got Tensor'),
+    ((X, Y, Y), TypeError, r'batch: expected a pair \(xb, yb\), got tuple of 3'),
+    ((X, None), TypeError, 'batch: yb: expected a Tensor, got NoneType'),
+    ((X, Y[:5]), ValueError, 'batch: yb: 5 labels for 60 inputs'),
     (((X, V[:7]), Y), ValueError, 'batch: tensors of 7, 60 examples'),
-    ((X, R), ValueError, r'batch: yb: shape \(60, 1\)'), ((X, Y.float()), ValueError, 'batch: yb: dtype torch.float32; expected integer'),
-    ((X[:0], Y[:0]), ValueError, 'batch: xb: the batch is empty'), (('a', Y), TypeError, 'batch: xb: expected a Tensor')])
+    ((X, R), ValueError, r'batch: yb: shape \(60, 1\)'),
+    ((X, Y.float()), ValueError, 'batch: yb: dtype torch.float32; expected integer'),
+    ((X[:0], Y[:0]), ValueError, 'batch: xb: the batch is empty'),
+    (('a', Y), TypeError, 'batch: xb: expected a Tensor')])
 def test_what_is_wrong_with_a_batch(name, batch, kind, said):
     with pytest.raises(kind, match=said): methods()[name](net(), batch=batch)
 
-@pytest.mark.parametrize('kw,said', [(dict(dls=OneBatch((X, Y))), 'batch, dls: a OneBatch'), (dict(n=5), 'batch, n=5'), (dict(n_per_class=5), 'batch, n_per_class=5'),
+@pytest.mark.parametrize('kw,said', [(dict(dls=OneBatch((X, Y))), 'batch, dls: a OneBatch'), (dict(n=5), 'batch, n=5'),
+                                     (dict(n_per_class=5), 'batch, n_per_class=5'),
                                      (dict(split='valid'), "batch, split='valid'")])
 def test_a_batch_beside_what_chooses_images(kw, said):
     with pytest.raises(ValueError, match=said): methods()['taylor'](net(), batch=(X, Y), **kw)
@@ -101,18 +109,25 @@ def test_as_learner_guesses_the_loss():
 
 @pytest.mark.parametrize('n_out,y', [(1, (R > 0).float()), (3, torch.eye(3)[Y]), (1, Y), (3, R), (3, Y > 0)])
 def test_a_loss_that_cannot_be_guessed_is_asked_for(n_out, y):
-    with pytest.raises(ValueError, match='loss_func=None: .*BCEWithLogitsLoss.*cannot be guessed.*as_learner'): as_learner(net(n_out), *[loader(X, y)]*2)
+    with pytest.raises(ValueError, match='loss_func=None: .*BCEWithLogitsLoss.*cannot be guessed.*as_learner'):
+        as_learner(net(n_out), *[loader(X, y)]*2)
 
 def test_a_binary_loss_that_is_given():
-    y = (R > 0).float(); learn = as_learner(net(1), *[loader(X, y)]*2, loss_func=nn.BCEWithLogitsLoss(), lr=.05, metrics=partial(accuracy_multi, thresh=.5))
+    y = (R > 0).float()
+    learn = as_learner(net(1), *[loader(X, y)]*2, loss_func=nn.BCEWithLogitsLoss(), lr=.05,
+                       metrics=partial(accuracy_multi, thresh=.5))
     r = prune(learn, 'magnitude', .5, fine_tune_epochs=2).report
     assert r.tuned.k is None and r.tuned.n == 60 and 'accuracy_multi' in r.tuned.metrics and r.tuned.loss > 0
 
 @pytest.mark.parametrize('train,kind,said', [
-    (loader(X), ValueError, 'train: a batch is a list'), (5, TypeError, 'train: expected a loader'), (X, TypeError, 'train: .*got Tensor'),
-    ((X, Y), TypeError, 'train: .*one batch; wrap it in a list'), ([], ValueError, 'train: no batches'), ([dict(x=X, y=Y)], ValueError, "train: a batch is a dict with 'x', 'y'"),
-    (iter(loader(X, Y)), TypeError, 'train: expected a loader'), (loader(V, Y), ValueError, 'train: the model cannot digest'),
-    (loader(X, Y, bs=99, drop_last=True), ValueError, 'train: no batches'), (DataLoaders(loader(X, Y)), TypeError, 'learner.model, dls')])
+    (loader(X), ValueError, 'train: a batch is a list'), (5, TypeError, 'train: expected a loader'),
+    (X, TypeError, 'train: .*got Tensor'),
+    ((X, Y), TypeError, 'train: .*one batch; wrap it in a list'), ([], ValueError, 'train: no batches'),
+    ([dict(x=X, y=Y)], ValueError, "train: a batch is a dict with 'x', 'y'"),
+    (iter(loader(X, Y)), TypeError, 'train: expected a loader'),
+    (loader(V, Y), ValueError, 'train: the model cannot digest'),
+    (loader(X, Y, bs=99, drop_last=True), ValueError, 'train: no batches'),
+    (DataLoaders(loader(X, Y)), TypeError, 'learner.model, dls')])
 def test_loaders_that_are_none(train, kind, said):
     with pytest.raises(kind, match=said): as_learner(net(), train, loader(X, Y))
     with pytest.raises(kind, match='valid'): as_learner(net(), loader(X, Y), 5 if kind is TypeError else loader(X))
@@ -120,7 +135,8 @@ def test_loaders_that_are_none(train, kind, said):
 def test_an_iterable_data_set_has_no_length():
     class Stream(IterableDataset):
         def __iter__(self): return iter(zip(X, Y))
-    with pytest.raises(TypeError, match='train: the loader has no length'): as_learner(net(), DataLoader(Stream(), batch_size=4))
+    with pytest.raises(TypeError, match='train: the loader has no length'):
+        as_learner(net(), DataLoader(Stream(), batch_size=4))
 
 def test_inputs_in_a_dictionary_and_several_inputs():
     ds = [(dict(u=X[i], v=V[i]), Y[i]) for i in range(60)]
@@ -131,19 +147,24 @@ def test_inputs_in_a_dictionary_and_several_inputs():
 def test_batches_of_one():
     plain = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)); one = loader(X, Y, bs=1)
     assert prune(plain, 'magnitude', .5, dls=(one, one), fine_tune_epochs=1, lr=.001).report.tuned.n == 60
-    with pytest.raises(ValueError, match='dls.train: a batch of one example'): fit(as_learner(net(), loader(X[:17], Y[:17]), loader(X, Y)), 1)
+    with pytest.raises(ValueError, match='dls.train: a batch of one example'):
+        fit(as_learner(net(), loader(X[:17], Y[:17]), loader(X, Y)), 1)
 
 def test_prune_takes_a_model_and_loaders():
     run = lambda *dls: prune(net(), 'magnitude', .5, dls=dls if len(dls) > 1 else dls[0], fine_tune_epochs=1).report
     with pytest.warns(UserWarning, match='judged by its own training data'): one = run(loader(X, Y))
     two, three = run(loader(X, Y), loader(X[:30], Y[:30])), run(loader(X, Y), loader(X[:30], Y[:30]), loader(X[:9], Y[:9]))
     assert (one.tuned.n, two.tuned.n, three.tuned.n) == (60, 30, 9) and three.dataset == 'TensorDataset'
-    assert [r.data['evaluated_on'] for r in (one, two, three)] == ['train', 'valid', 'test'] and three.data['n_train'] == 60
-    model = net(); assert prune(model, 'magnitude', .5, dls=([(X, Y)], [(X, Y)]), fine_tune_epochs=0).model is model and (model[0].weight == 0).any()
+    assert ([r.data['evaluated_on'] for r in (one, two, three)] == ['train', 'valid', 'test']
+            and three.data['n_train'] == 60)
+    model = net()
+    assert (prune(model, 'magnitude', .5, dls=([(X, Y)], [(X, Y)]), fine_tune_epochs=0).model is model
+            and (model[0].weight == 0).any())
 
 def test_it_is_the_same_in_one_call():
     a, b = net(), net(); b.load_state_dict(a.state_dict()); dls = loader(X, Y), loader(X, Y)
-    x, y = prune(a, 'taylor', .5, dls=dls, fine_tune_epochs=2, lr=.05), prune(as_learner(b, *dls), 'taylor', .5, fine_tune_epochs=2, lr=.05)
+    x, y = (prune(a, 'taylor', .5, dls=dls, fine_tune_epochs=2, lr=.05),
+            prune(as_learner(b, *dls), 'taylor', .5, fine_tune_epochs=2, lr=.05))
     assert x.report.tuned == y.report.tuned and all(torch.equal(v, b.state_dict()[k]) for k,v in a.state_dict().items())
 
 def test_prune_on_our_loaders_keeps_what_they_know():
@@ -151,32 +172,42 @@ def test_prune_on_our_loaders_keeps_what_they_know():
     assert r.dataset == 'digits' and r.before.n == 359
 
 @pytest.mark.parametrize('call,kind,said', [
-    (lambda: prune(net(), 'magnitude', .5), TypeError, 'learn: expected a Learner.*or a model beside dls=, got Sequential and dls=None'),
-    (lambda: prune(as_learner(net(), *[loader(X, Y)]*2), 'magnitude', .5, dls=loader(X, Y)), ValueError, 'dls: got a DataLoader beside a Learner'),
-    (lambda: prune(net(), 'magnitude', .5, dls=(X, Y)), TypeError, 'dls: train: .*one batch'), (lambda: prune(net(), 'magnitude', .5, dls=()), ValueError, 'dls: 0 loaders'),
-    (lambda: prune(net(), 'magnitude', .5, dls=[loader(X, Y)]*4), ValueError, 'dls: 4 loaders'), (lambda: prune(net(), 'magnitude', .5, dls=loader(X)), ValueError, 'dls: train: a batch'),
-    (lambda: prune(net(1), 'magnitude', .5, dls=loader(X, (R > 0).float())), ValueError, 'dls: loss_func=None'), (lambda: prune('net', 'magnitude', .5), TypeError, 'learn: expected a Learner')])
+    (lambda: prune(net(), 'magnitude', .5), TypeError,
+     'learn: expected a Learner.*or a model beside dls=, got Sequential and dls=None'),
+    (lambda: prune(as_learner(net(), *[loader(X, Y)]*2), 'magnitude', .5, dls=loader(X, Y)), ValueError,
+     'dls: got a DataLoader beside a Learner'),
+    (lambda: prune(net(), 'magnitude', .5, dls=(X, Y)), TypeError, 'dls: train: .*one batch'),
+    (lambda: prune(net(), 'magnitude', .5, dls=()), ValueError, 'dls: 0 loaders'),
+    (lambda: prune(net(), 'magnitude', .5, dls=[loader(X, Y)]*4), ValueError, 'dls: 4 loaders'),
+    (lambda: prune(net(), 'magnitude', .5, dls=loader(X)), ValueError, 'dls: train: a batch'),
+    (lambda: prune(net(1), 'magnitude', .5, dls=loader(X, (R > 0).float())), ValueError, 'dls: loss_func=None'),
+    (lambda: prune('net', 'magnitude', .5), TypeError, 'learn: expected a Learner')])
 def test_calls_of_prune_that_are_wrong(call, kind, said):
     with pytest.raises(kind, match=said): quiet(call)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_the_network_stays_on_its_device():
     for dev in ('cpu', 'cuda'):
-        model = net().to(dev); res = prune(model, 'taylor', .5, dls=(loader(X, Y), loader(X, Y)), fine_tune_epochs=1, shrink=True)
+        model = net().to(dev)
+        res = prune(model, 'taylor', .5, dls=(loader(X, Y), loader(X, Y)), fine_tune_epochs=1, shrink=True)
         assert next(res.model.parameters()).device.type == dev and len(methods()['taylor'](net().to(dev), batch=(X, Y)))
 
 # ---- what is no classification
 
 def test_an_evaluation_without_counts_goes_through_every_record(tmp_path):
-    res = prune(as_learner(net(1), *[loader(X, R)]*2, lr=.01, metrics=[mae, rmse, mae]), 'magnitude', .5, unit='channel', fine_tune_epochs=1, shrink=True); r = res.report
+    res = prune(as_learner(net(1), *[loader(X, R)]*2, lr=.01, metrics=[mae, rmse, mae]), 'magnitude', .5,
+                unit='channel', fine_tune_epochs=1, shrink=True)
+    r = res.report
     assert set(r.tuned.metrics) == {'mae', '_rmse', 'mae_2'} and r.tuned.k is None and r.tuned.score == -r.tuned.loss
     assert r.tuned.metrics['mae'] == pytest.approx(float((res.model.eval()(X)-R).abs().mean().detach()), rel=1e-4)
     assert r.tuned.loss == pytest.approx(float(((res.model(X)-R)**2).mean().detach()), rel=1e-4)
     assert 'mae' in repr(r) and 'accuracy' not in repr(r) and 'mae' in r._repr_html_() and 'accuracy' not in r._repr_html_()
     assert ('loss and metrics on the test set', 'after fine-tuning') in r.to_frame().index
     r.save(tmp_path/'r.json'); assert Report.load(tmp_path/'r.json').tuned == r.tuned == Report.from_row(r.row()).tuned
-    bare = prune(as_learner(net(1), *[loader(X, R)]*2, lr=.01), 'magnitude', .5, fine_tune_epochs=0).report # a loss and no metric
-    bare.save(tmp_path/'b.json'); assert Report.load(tmp_path/'b.json').final == bare.final == Report.from_row(bare.row()).final
+    # a loss and no metric
+    bare = prune(as_learner(net(1), *[loader(X, R)]*2, lr=.01), 'magnitude', .5, fine_tune_epochs=0).report
+    bare.save(tmp_path/'b.json')
+    assert Report.load(tmp_path/'b.json').final == bare.final == Report.from_row(bare.row()).final
     df = compare([r, bare, Report(before=Evaluation(3, 4), pruned=Evaluation(2, 4))])
     assert 'mae' in df['fine-tuned'][0] and list(df['against before']) == ['–', '–', 'no difference']
     assert plot_compare([r, bare]).axes[0].get_ylabel() == 'loss'
@@ -187,11 +218,14 @@ def test_a_search_goes_by_the_loss():
     assert res.found.evaluations >= 3 and res.report.final.k is None
 
 def test_evaluating_leaves_the_learner_as_it_was(tmp_path):
-    learn = Learner(DataLoaders(loader(X, R), loader(X, R)), net(1), loss_func=MSELossFlat(), metrics=mae, path=tmp_path, cbs=SaveModelCallback(monitor='mae'))
+    learn = Learner(DataLoaders(loader(X, R), loader(X, R)), net(1), loss_func=MSELossFlat(), metrics=mae,
+                    path=tmp_path, cbs=SaveModelCallback(monitor='mae'))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    kept, cbs, files = learn.recorder.values, list(learn.cbs), sorted(tmp_path.rglob('*')); learn.model.train(); stamp = [f.stat().st_mtime_ns for f in files]
+    kept, cbs, files = learn.recorder.values, list(learn.cbs), sorted(tmp_path.rglob('*')); learn.model.train()
+    stamp = [f.stat().st_mtime_ns for f in files]
     a, b = (evaluate(learn, learn.dls.valid) for _ in range(2))
-    assert a == b and learn.recorder.values is kept and set(map(id, learn.cbs)) == set(map(id, cbs)) and learn.model.training
+    assert (a == b and learn.recorder.values is kept and set(map(id, learn.cbs)) == set(map(id, cbs))
+            and learn.model.training)
     assert sorted(tmp_path.rglob('*')) == files and [f.stat().st_mtime_ns for f in files] == stamp
     with pytest.raises(ValueError, match='no batches'): evaluate(learn, [])
     with torch.no_grad(): learn.model[6].bias.fill_(float('nan'))
@@ -210,27 +244,34 @@ def pictures(tmp_path_factory):
 
 def _vision(d):
     from fastai.vision.all import ImageDataLoaders, vision_learner, resnet18
-    return vision_learner(ImageDataLoaders.from_folder(d, valid_pct=.25, seed=0, bs=8, num_workers=0), resnet18, pretrained=False, metrics=accuracy)
+    return vision_learner(ImageDataLoaders.from_folder(d, valid_pct=.25, seed=0, bs=8, num_workers=0), resnet18,
+                          pretrained=False, metrics=accuracy)
 
 def _multi_label(d):
-    from fastai.vision.all import DataBlock, ImageBlock, MultiCategoryBlock, RandomSplitter, get_image_files, vision_learner, resnet18
+    from fastai.vision.all import (DataBlock, ImageBlock, MultiCategoryBlock, RandomSplitter, get_image_files,
+                                   vision_learner, resnet18)
     dls = DataBlock((ImageBlock, MultiCategoryBlock), get_items=get_image_files, splitter=RandomSplitter(.25, seed=0),
-                    get_y=lambda f: [f.parent.name, *(['odd'] if int(f.stem) % 2 else [])]).dataloaders(d, bs=8, num_workers=0)
-    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy_multi); assert isinstance(learn.loss_func, BCEWithLogitsLossFlat)
+                    get_y=lambda f: [f.parent.name, *(['odd'] if int(f.stem) % 2 else [])]).dataloaders(
+        d, bs=8, num_workers=0)
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy_multi)
+    assert isinstance(learn.loss_func, BCEWithLogitsLossFlat)
     return learn
 
 def _unet(d):
     from fastai.vision.all import SegmentationDataLoaders, get_image_files, unet_learner, resnet18
     bright = lambda f: (np.asarray(Image.open(f))[..., 0] > 60).astype(np.uint8)
-    dls = SegmentationDataLoaders.from_label_func(d, get_image_files(d), bright, codes=['no', 'yes'], bs=4, valid_pct=.25, seed=0, num_workers=0)
+    dls = SegmentationDataLoaders.from_label_func(d, get_image_files(d), bright, codes=['no', 'yes'], bs=4,
+                                                  valid_pct=.25, seed=0, num_workers=0)
     return unet_learner(dls, resnet18, pretrained=False, metrics=Dice())
 
 def _tabular(d, real=False):
-    from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, RegressionBlock, TabularDataLoaders, tabular_learner
+    from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, Normalize, RegressionBlock,
+                                    TabularDataLoaders, tabular_learner)
     rng, n = np.random.default_rng(0), 160
     df = pd.DataFrame(dict(c=rng.choice(['x', 'y', 'z'], n), a=rng.normal(size=n), b=rng.normal(size=n)))
     df['t'] = df.a+df.b if real else np.where(df.a+df.b > 0, 'p', 'q')
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['c'], cont_names=['a', 'b'], y_names='t', bs=32,
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['c'],
+                                     cont_names=['a', 'b'], y_names='t', bs=32,
                                      y_block=RegressionBlock() if real else CategoryBlock())
     return tabular_learner(dls, layers=[20, 10], metrics=mae if real else accuracy, n_out=1 if real else 2)
 
@@ -238,26 +279,35 @@ def _text(d):
     from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
     rng = np.random.default_rng(0); words = ['film', 'story', 'the', 'a']
     rows = [(' '.join(rng.choice(words, 10)) + (' good good' if i % 2 else ' bad bad'), 'np'[i % 2]) for i in range(60)]
-    dls = TextDataLoaders.from_df(pd.DataFrame(rows, columns=['text', 'label']), text_col='text', label_col='label', bs=8, valid_pct=.25, seed=0, seq_len=12, num_workers=0)
-    return text_classifier_learner(dls, AWD_LSTM, config={**awd_lstm_clas_config, 'emb_sz': 16, 'n_hid': 20, 'n_layers': 2}, pretrained=False, metrics=accuracy)
+    dls = TextDataLoaders.from_df(pd.DataFrame(rows, columns=['text', 'label']), text_col='text', label_col='label',
+                                  bs=8, valid_pct=.25, seed=0, seq_len=12, num_workers=0)
+    return text_classifier_learner(dls, AWD_LSTM, config={**awd_lstm_clas_config, 'emb_sz': 16, 'n_hid': 20,
+                                                          'n_layers': 2}, pretrained=False, metrics=accuracy)
 
-def _regression(d): return Learner(DataLoaders.from_dsets(*[list(zip(X, R))]*2, bs=16), net(1), loss_func=MSELossFlat(), metrics=mae)
-def _two_inputs(d): return Learner(DataLoaders.from_dsets(*[list(zip(X, V, Y))]*2, bs=16), Two(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+def _regression(d):
+    return Learner(DataLoaders.from_dsets(*[list(zip(X, R))]*2, bs=16), net(1), loss_func=MSELossFlat(), metrics=mae)
+def _two_inputs(d):
+    return Learner(DataLoaders.from_dsets(*[list(zip(X, V, Y))]*2, bs=16), Two(), loss_func=CrossEntropyLossFlat(),
+                   metrics=accuracy)
 
-MADE = [(_vision, 'accuracy', True), (_multi_label, 'accuracy_multi', False), (_unet, 'dice', False), (_tabular, 'accuracy', True), (partial(_tabular, real=True), 'mae', False),
+MADE = [(_vision, 'accuracy', True), (_multi_label, 'accuracy_multi', False), (_unet, 'dice', False),
+        (_tabular, 'accuracy', True), (partial(_tabular, real=True), 'mae', False),
         (_text, 'accuracy', True), (_regression, 'mae', False), (_two_inputs, 'accuracy', True)]
 
 @pytest.mark.parametrize('unit', ['weight', 'channel'])
 @pytest.mark.parametrize('make,metric,counts', MADE, ids=[getattr(o[0], '__name__', '_tabular_real') for o in MADE])
 def test_learners_that_fastai_makes(make, metric, counts, unit, pictures):
     learn = make(pictures)
-    with learn.no_bar(), learn.no_logging(): res = prune(learn, 'magnitude', .5, unit=unit, fine_tune_epochs=1, latency=False)
-    r = res.report; assert res.mask.sparsity == pytest.approx(.5, abs=.02) and r.params_removed > .1 and r.macs_removed > 0
+    with learn.no_bar(), learn.no_logging():
+        res = prune(learn, 'magnitude', .5, unit=unit, fine_tune_epochs=1, latency=False)
+    r = res.report
+    assert res.mask.sparsity == pytest.approx(.5, abs=.02) and r.params_removed > .1 and r.macs_removed > 0
     e = evaluate(learn, learn.dls.valid)
     assert e == r.tuned and (e.k is not None) == counts and np.isfinite(e.loss) and e.n > 0
     with learn.no_bar(): want = learn.validate() # fastai's own figures
     name = learn.metrics[0].name; assert name == metric
-    assert (e.accuracy if counts else e.metrics[name]) == pytest.approx(float(want[1]), abs=1e-5) and e.loss == pytest.approx(float(want[0]), rel=1e-3)
+    assert ((e.accuracy if counts else e.metrics[name]) == pytest.approx(float(want[1]), abs=1e-5)
+            and e.loss == pytest.approx(float(want[0]), rel=1e-3))
     assert Report.from_row(r.row()).tuned == r.tuned and (metric in repr(r)) != counts and len(r.to_frame())
     small = shrink(learn.model, res.mask, xb := mapped(lambda o: o.as_subclass(torch.Tensor), first(learn)))
     assert difference(learn.model, small, xb) < 1e-3 and count_params(small) <= count_params(learn.model)

@@ -5,7 +5,8 @@ import papermill as pm, pytest
 
 PAPERS = sorted((Path(__file__).resolve().parent.parent/'nbs'/'papers').glob('*.ipynb'))
 
-ALLOWED = 'Kernel is running', 'UserWarning: allocate: sparsity' # few blocks and caps, in the quick form, put some budgets out of reach
+# few blocks and caps, in the quick form, put some budgets out of reach
+ALLOWED = 'Kernel is running', 'UserWarning: allocate: sparsity'
 
 def spent():
     "CPU seconds of the kernels that have ended: on a busy machine they do not grow as the clock does."
@@ -15,6 +16,8 @@ def spent():
 @pytest.mark.parametrize('book', PAPERS, ids=lambda p: p.stem)
 def test_quick_form(book, tmp_path, monkeypatch):
     monkeypatch.delenv('NEURONPRUNE_DATA', raising=False); before = spent()
-    nb = pm.execute_notebook(str(book), str(tmp_path/'page.ipynb'), dict(smoke=True, out=str(tmp_path/'runs')), kernel_name='python3', progress_bar=False, cwd=str(tmp_path))
+    nb = pm.execute_notebook(str(book), str(tmp_path/'page.ipynb'), dict(smoke=True, out=str(tmp_path/'runs')),
+                             kernel_name='python3', progress_bar=False, cwd=str(tmp_path))
     assert spent()-before < 60
-    assert not [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error' or o.get('name') == 'stderr' and not any(k in o.text for k in ALLOWED)]
+    assert not [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error'
+                or o.get('name') == 'stderr' and not any(k in o.text for k in ALLOWED)]

@@ -9,10 +9,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def needs():
     c = ConfigParser(delimiters=['=']); c.read(ROOT/'settings.ini', encoding='utf-8')
-    return {k: {r.name: r.specifier for r in map(Requirement, v.split())} for k, v in c['DEFAULT'].items() if k.endswith('requirements')}
+    return {k: {r.name: r.specifier for r in map(Requirement, v.split())} for k, v in c['DEFAULT'].items()
+            if k.endswith('requirements')}
 
-def pins(text): return {r.name: next(iter(r.specifier)).version for r in map(Requirement, (o for o in text.splitlines() if not o.startswith('#')))}
-def made(what): return subprocess.run([sys.executable, ROOT/'scripts/pins.py', what], check=True, capture_output=True, text=True).stdout
+def pins(text):
+    return {r.name: next(iter(r.specifier)).version
+            for r in map(Requirement, (o for o in text.splitlines() if not o.startswith('#')))}
+def made(what):
+    return subprocess.run([sys.executable, ROOT/'scripts/pins.py', what], check=True, capture_output=True,
+                          text=True).stdout
 
 def test_tested_versions_are_allowed_and_complete():
     tested = pins((ROOT/'constraints.txt').read_text(encoding='utf-8')); want = needs()
@@ -28,7 +33,8 @@ def test_oldest_versions_are_the_lower_bounds():
 
 def test_installed_versions():
     installed = pins(made('tested'))
-    assert set(needs()['requirements']) <= set(installed) and not {k: v for k, v in installed.items() if (s := needs()['requirements'].get(k)) is not None and v not in s}
+    assert set(needs()['requirements']) <= set(installed) and not {
+        k: v for k, v in installed.items() if (s := needs()['requirements'].get(k)) is not None and v not in s}
 
 def test_anything_else_is_help():
     r = subprocess.run([sys.executable, ROOT/'scripts/pins.py', 'newest'], capture_output=True, text=True)
@@ -36,5 +42,6 @@ def test_anything_else_is_help():
 
 @pytest.mark.parametrize('pins_, want', [('', "-e '.[dev]'"), ('constraints.txt', "-e '.[dev]' -c constraints.txt")])
 def test_make_takes_the_pins(pins_, want):
-    out = subprocess.run(['make', '-n', '-B', 'install', f'PINS={pins_}'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(['make', '-n', '-B', 'install', f'PINS={pins_}'], cwd=ROOT, check=True, capture_output=True,
+                         text=True).stdout
     assert want+'\n' in out.replace(' \n', '\n')

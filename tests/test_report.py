@@ -9,11 +9,14 @@ from neuronprune.costs import (accounting, count_macs, count_params, hardware, l
 from neuronprune.surgery import factorise
 from neuronprune.evaluation import Evaluation
 
-def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*3*3, 5))
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*3*3, 5))
 XB = torch.randn(6, 3, 7, 7)
 
-@pytest.mark.parametrize('m,shape,macs', [(nn.Linear(7, 5), (7,), 35), (nn.Conv2d(3, 8, 3), (3, 9, 9), 8*27*49), (nn.Conv2d(4, 8, 3, groups=2, padding=1), (4, 6, 6), 8*2*9*36),
-    (nn.Conv2d(3, 4, (3, 1), stride=2, dilation=2), (3, 11, 6), 4*3*3*4*3), (nn.Conv1d(2, 6, 5), (2, 12), 6*2*5*8), (nn.Conv3d(1, 2, 2), (1, 4, 4, 4), 2*8*27)])
+@pytest.mark.parametrize('m,shape,macs', [(nn.Linear(7, 5), (7,), 35), (nn.Conv2d(3, 8, 3), (3, 9, 9), 8*27*49),
+                                          (nn.Conv2d(4, 8, 3, groups=2, padding=1), (4, 6, 6), 8*2*9*36),
+    (nn.Conv2d(3, 4, (3, 1), stride=2, dilation=2), (3, 11, 6), 4*3*3*4*3), (nn.Conv1d(2, 6, 5), (2, 12), 6*2*5*8),
+                                          (nn.Conv3d(1, 2, 2), (1, 4, 4, 4), 2*8*27)])
 def test_macs_of_known_layers(m, shape, macs):
     x = torch.randn(3, *shape)
     assert count_macs(m, x) == macs == count_macs(m, x, nonzero=True)
@@ -39,50 +42,67 @@ def test_memory_is_the_size_of_scipys_files(tmp_path):
     for how, compressed in (('csr_npz', True), ('csr', False)):
         size = 0
         for i, w in enumerate((m[0].weight, m[1].weight)):
-            f = tmp_path/f'{how}{i}.npz'; scipy.sparse.save_npz(f, scipy.sparse.csr_matrix(w.detach().reshape(len(w), -1).numpy()), compressed=compressed)
+            f = tmp_path/f'{how}{i}.npz'
+            scipy.sparse.save_npz(f, scipy.sparse.csr_matrix(w.detach().reshape(len(w), -1).numpy()),
+                                  compressed=compressed)
             size += f.stat().st_size
         assert memory(m, how) == size/2**20
     assert memory(m, 'dense') == (500*300 + 4*18)*4/2**20
     fc2 = nn.Linear(500, 300)
-    assert memory(fc2, 'dense') == pytest.approx(.5722, abs=1e-4) and memory(fc2, 'csr') == pytest.approx(1.147, abs=1e-3) and memory(fc2) == pytest.approx(.537, abs=.005)
+    assert (memory(fc2, 'dense') == pytest.approx(.5722, abs=1e-4)
+            and memory(fc2, 'csr') == pytest.approx(1.147, abs=1e-3) and memory(fc2) == pytest.approx(.537, abs=.005))
     with torch.no_grad(): fc2.weight[torch.rand(300, 500) < .95] = 0
     assert memory(fc2) < .1*.537
     with pytest.raises(ValueError, match="'csr_npz'"): memory(m, 'npz')
 
 def test_retained_percentages_of_mint():
     "Parameters pruned of the whole network from the share retained in the masked layers, as published."
-    for kept, masked, total, pruned in ((15.035583, 14_712_832, 14_977_728, 83.46), (43.363957, 785_664, 848_944, 52.41), (53.2144, 23_445_504, 25_502_912, 43.01),
-                                        (46.6939, 23_445_504, 25_502_912, 49.00), (46.0200, 23_445_504, 25_502_912, 49.62)):
+    for kept, masked, total, pruned in ((15.035583, 14_712_832, 14_977_728, 83.46),
+                                        (43.363957, 785_664, 848_944, 52.41), (53.2144, 23_445_504, 25_502_912, 43.01),
+                                        (46.6939, 23_445_504, 25_502_912, 49.00),
+                                        (46.0200, 23_445_504, 25_502_912, 49.62)):
         assert 100*masked*(1-kept/100)/total == pytest.approx(pruned, abs=.011)
 
 def test_accounting_by_hand(tmp_path):
-    m = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)); before = copy.deepcopy(m.state_dict())
+    m = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    before = copy.deepcopy(m.state_dict())
     with torch.no_grad(): m[5].weight[0] = before['5.weight'][0] = 0
     mask = Mask({'0': torch.rand(4, 2, 3, 3) < .5, '3': torch.rand(6, 16) < .25}, 'weight'); t = accounting(m, mask)
     zeros = [int((~v).sum()) for v in mask.values()]
-    assert list(t.index) == ['0', '3', 'masked layers', 'network'] and t.weights.tolist() == [72, 96, 168, 186] and t.zeros.tolist() == [*zeros, sum(zeros), sum(zeros)]
-    assert t.pruned.tolist() == [z/w for z,w in zip(t.zeros, t.weights)], 'a weight that happens to be zero was not pruned'
+    assert (list(t.index) == ['0', '3', 'masked layers', 'network'] and t.weights.tolist() == [72, 96, 168, 186]
+            and t.zeros.tolist() == [*zeros, sum(zeros), sum(zeros)])
+    assert t.pruned.tolist() == [z/w for z,w in zip(t.zeros, t.weights)], (
+        'a weight that happens to be zero was not pruned')
     cut = copy.deepcopy(m)
     with torch.no_grad():
         for k,v in mask.expand(cut).items(): cut.get_parameter(k).mul_(v)
-    for how in ('dense', 'csr', 'csr_npz'): assert t[how]['network'] == pytest.approx(memory(cut, how), rel=1e-12) and t[how]['0'] == memory(cut[0], how) and t[how]['masked layers'] == pytest.approx(memory(cut[0], how)+memory(cut[3], how))
+    for how in ('dense', 'csr', 'csr_npz'):
+        assert (t[how]['network'] == pytest.approx(memory(cut, how), rel=1e-12) and t[how]['0'] == memory(cut[0], how)
+                and t[how]['masked layers'] == pytest.approx(memory(cut[0], how)+memory(cut[3], how)))
     assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
     with pytest.raises(TypeError, match='mask'): accounting(m, None)
 
 def test_accounting_of_ranks():
     "Factors instead of zeros; the third layer's would not pay, so nothing is gone there."
-    m = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 3)); mask = Mask({'0': torch.arange(8) < 2, '2': torch.tensor([[True]+[False]*15]*2), '3': torch.arange(3) < 2}, 'rank')
+    m = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 3))
+    mask = Mask({'0': torch.arange(8) < 2, '2': torch.tensor([[True]+[False]*15]*2), '3': torch.arange(3) < 2}, 'rank')
     t, small = accounting(m, mask), factorise(m, mask)
-    assert t.weights.tolist() == [144, 512, 48, 704, 704] and t.zeros.tolist() == [144-2*(8+18), 512-(32+2*16), 48-2*19, 144-52+512-64+10, 144-52+512-64+10]
-    for how in ('dense', 'csr', 'csr_npz'): assert t[how]['network'] == pytest.approx(memory(small, how), rel=1e-12) and t[how]['2'] == pytest.approx(memory(small[2], how))
-    few = accounting(m, Mask({'3': torch.tensor([True, True, True])}, 'rank')); assert few.zeros.tolist() == [0, 0, 0] and few.weights.tolist() == [48, 48, 704]
+    assert (t.weights.tolist() == [144, 512, 48, 704, 704]
+            and t.zeros.tolist() == [144-2*(8+18), 512-(32+2*16), 48-2*19, 144-52+512-64+10, 144-52+512-64+10])
+    for how in ('dense', 'csr', 'csr_npz'):
+        assert (t[how]['network'] == pytest.approx(memory(small, how), rel=1e-12)
+                and t[how]['2'] == pytest.approx(memory(small[2], how)))
+    few = accounting(m, Mask({'3': torch.tensor([True, True, True])}, 'rank'))
+    assert few.zeros.tolist() == [0, 0, 0] and few.weights.tolist() == [48, 48, 704]
 
 def report(**kw):
     dense = net(); masked = copy.deepcopy(dense)
     with torch.no_grad(): masked[4].weight[:, ::2] = 0
     mask = Mask({'4': masked[4].weight != 0}, 'weight')
-    return Report.measure(dense, masked, xb=XB, mask=mask, scores=Scores({'4': torch.ones(5, 72)}, 'weight', method='toy', secs=.5),
-                          before=Evaluation(90, 100, .3), pruned=Evaluation(50, 100), tuned=Evaluation(88, 100, .4), seed=1, sparsity=.5, **kw)
+    return Report.measure(dense, masked, xb=XB, mask=mask,
+                          scores=Scores({'4': torch.ones(5, 72)}, 'weight', method='toy', secs=.5),
+                          before=Evaluation(90, 100, .3), pruned=Evaluation(50, 100), tuned=Evaluation(88, 100, .4),
+                          seed=1, sparsity=.5, **kw)
 
 def test_measure_counts():
     r = report(latency=False)
@@ -95,10 +115,12 @@ def test_measure_counts():
     with pytest.raises(TypeError, match='unknown field'): report(accuracy=1)
 
 def test_shrunk_counts_as_stored():
-    dense, small = net(), nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+    dense, small = net(), nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                                        nn.Linear(36, 5))
     mask = Mask({'0': torch.arange(8) < 4}, 'channel')
     r = Report.measure(dense, dense, small, xb=XB, mask=mask)
-    assert r.params_after == count_params(small) and r.macs_after == 4*27*9 + 180 and r.units_removed == .5 and r.weights_removed == .5
+    assert (r.params_after == count_params(small) and r.macs_after == 4*27*9 + 180 and r.units_removed == .5
+            and r.weights_removed == .5)
     assert r.latency_after > 0 and r.latency_batch == 6
 
 def test_round_trip(tmp_path):
@@ -118,7 +140,8 @@ def test_round_trip(tmp_path):
 def test_row_is_flat_and_jsonable():
     row = report().row(); json.dumps(row, allow_nan=False)
     assert all(not isinstance(v, dict) for v in row.values())
-    assert row['tuned_k'] == 88 and row['tuned_lo'] < .88 < row['tuned_hi'] and json.loads(row['memory_after'])['csr_npz'] > 0
+    assert (row['tuned_k'] == 88 and row['tuned_lo'] < .88 < row['tuned_hi']
+            and json.loads(row['memory_after'])['csr_npz'] > 0)
     json.dumps(Report().row(), allow_nan=False)
 
 def test_tables_and_plots():
@@ -126,7 +149,8 @@ def test_tables_and_plots():
     assert 'after fine-tuning' in r._repr_html_() and '88/100' in repr(r)
     empty._repr_html_(); repr(empty)
     df = compare([r, empty])
-    assert df['fine-tuned'][0].startswith('88/100 = 88.0 % [') and df['against before'].tolist() == ['no difference', '–']
+    assert (df['fine-tuned'][0].startswith('88/100 = 88.0 % [')
+            and df['against before'].tolist() == ['no difference', '–'])
     plot_compare([r, empty])
     with pytest.raises(ValueError, match='reports'): compare([])
     with pytest.raises(ValueError, match='x='): plot_compare([r], 'size')
@@ -145,7 +169,8 @@ def test_cost_and_machine():
 
 def test_published_figures():
     df = published()
-    assert set(df.system) == {'mint', 'provable', 'energy', 'anneal'} and df.verified.all() and df.source.str.len().min() > 10
+    assert (set(df.system) == {'mint', 'provable', 'energy', 'anneal'} and df.verified.all()
+            and df.source.str.len().min() > 10)
     for c in ('params_removed', 'accuracy'): assert df[c].dropna().between(0, 1).all()
     vgg = published('mint').query("model == 'vgg16' and method == 'MINT'").iloc[0]
     assert (vgg.params_removed, vgg.accuracy, vgg.memory_mib) == (.8346, .9343, 9.020)
@@ -153,7 +178,9 @@ def test_published_figures():
     with pytest.raises(ValueError, match='system'): published('pfp')
 
 def test_bounds_stand_in_the_record(tmp_path):
-    r = Report(method='sipp', bounds={'fc1': dict(bound=1.25, measured=.2, verdict='vacuous: it certifies nothing')}, extra=dict(rounds=1))
-    assert r.to_frame().loc[('error of a layer’s sums', 'fc1'), 'value'] == 'bound 1.25, measured 0.2; vacuous: it certifies nothing'
+    r = Report(method='sipp', bounds={'fc1': dict(bound=1.25, measured=.2, verdict='vacuous: it certifies nothing')},
+               extra=dict(rounds=1))
+    assert r.to_frame().loc[('error of a layer’s sums', 'fc1'), 'value'] == ('bound 1.25, measured 0.2; vacuous: '
+                                                                             'it certifies nothing')
     r.save(tmp_path/'r.json'); assert Report.load(tmp_path/'r.json').bounds == r.bounds
     assert 'error of a layer’s sums' not in Report(method='snip').to_frame().index.get_level_values(0)

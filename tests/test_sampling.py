@@ -14,22 +14,26 @@ from neuronprune.retrain import sink
 
 def net(seed=0): return build('mlp', 1, 10, 8, seed=seed)
 def small(seed=0):
-    with torch.random.fork_rng(): torch.manual_seed(seed); return nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed); return nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3))
 def scale_of(mask): return torch.cat([v.flatten() for v in mask.scale.values()])
 
 # Probabilities
 
 @given(st.lists(st.lists(st.sampled_from([0., 1., -2., .5, -.25]), min_size=4, max_size=4), min_size=1, max_size=3))
 def test_probabilities_are_their_formulas(w):
-    for row,u,l1,l2,mix,rel in zip(w, *[probabilities(torch.tensor(w), *o).tolist() for o in (['uniform'], ['l1'], ['l2'], ['l1+l2'], ['l1+l2', 'released'])]):
+    for row,u,l1,l2,mix,rel in zip(w, *[probabilities(torch.tensor(w), *o).tolist()
+                                        for o in (['uniform'], ['l1'], ['l2'], ['l1+l2'], ['l1+l2', 'released'])]):
         a, b = [abs(o) for o in row], [o*o for o in row]; sa, sb = sum(a) or 1, sum(b) or 1
         assert l1 == pytest.approx([o/sa for o in a]) and l2 == pytest.approx([o/sb for o in b])
-        assert mix == pytest.approx([(o/sa+p/sb)/2 for o,p in zip(a, b)]) and rel == pytest.approx([(o+p)/((sa+sb) if any(row) else 1) for o,p in zip(a, b)])
+        assert (mix == pytest.approx([(o/sa+p/sb)/2 for o,p in zip(a, b)])
+                and rel == pytest.approx([(o+p)/((sa+sb) if any(row) else 1) for o,p in zip(a, b)]))
         assert u == pytest.approx([(o > 0)/(sum(p > 0 for p in a) or 1) for o in a])
 
 def test_rows_are_those_of_the_outputs():
     for s in ((3, 4, 2, 2), (3, 5), (2, 3, 4)):
-        q = probabilities(torch.randn(s, generator=generator(0)), 'l1'); assert q.shape == s and q.dtype == torch.float64 and np.allclose(q.flatten(1).sum(1), 1)
+        q = probabilities(torch.randn(s, generator=generator(0)), 'l1')
+        assert q.shape == s and q.dtype == torch.float64 and np.allclose(q.flatten(1).sum(1), 1)
 
 def test_tiny_and_huge_weights():
     w = torch.tensor([[1., -3.]], dtype=torch.float64)
@@ -50,8 +54,10 @@ def test_bad_options():
 
 def test_shared_weights_are_scaled_once():
     m = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)); m[2].weight = m[0].weight
-    s = sampling(m); assert all(list(o) == ['0'] and o.skipped == {'2': "it shares its weight with '0'"} for o in (s, uniform(m)))
-    w = m[0].weight.detach().clone(); mask = cut(s, .5); apply(m, mask); assert torch.allclose(m[2].weight, w*mask.scale['0'])
+    s = sampling(m)
+    assert all(list(o) == ['0'] and o.skipped == {'2': "it shares its weight with '0'"} for o in (s, uniform(m)))
+    w = m[0].weight.detach().clone(); mask = cut(s, .5); apply(m, mask)
+    assert torch.allclose(m[2].weight, w*mask.scale['0'])
 
 # Budgets
 
@@ -68,11 +74,13 @@ def test_targets(rows, share):
 def test_the_expected_number_is_the_budget(sparsity):
     m = net(); s = sampling(m, norm='l2'); n = sum(v.numel() for v in s.values()); mask = cut(s, sparsity)
     assert abs((1-mask.meta['expected'])*n - kappa(n, sparsity)) <= 2
-    assert mask.meta['achieved'] == pytest.approx(mask.sparsity) and abs(mask.sparsity-sparsity) < .02 and mask.meta['requested'] == sparsity
+    assert (mask.meta['achieved'] == pytest.approx(mask.sparsity) and abs(mask.sparsity-sparsity) < .02
+            and mask.meta['requested'] == sparsity)
     assert mask.meta['layers'] == pytest.approx({k:1-v.float().mean().item() for k,v in mask.items()})
 
 def test_every_layer_and_neuron_loses_the_same_share():
-    got = np.mean([[float(v.float().mean()) for v in cut(uniform(net()), .7, seed=i).values()] for i in range(20)], axis=0)
+    got = np.mean([[float(v.float().mean()) for v in cut(uniform(net()), .7, seed=i).values()] for i in range(20)],
+                  axis=0)
     assert np.allclose(got, .3, atol=.01)
 
 def test_the_mean_number_over_seeds():
@@ -81,27 +89,37 @@ def test_the_mean_number_over_seeds():
     assert abs(np.mean(kept)-kappa(n, .5)) < 4*np.std(kept)/20 + 1 and len(set(kept)) > 1
 
 def test_a_budget_below_one_weight_per_neuron_warns_and_keeps_one():
-    with pytest.warns(UserWarning, match='sampling: sparsity 0.95 is out of reach, 0.875 achieved'): mask = cut(sampling(small()), .95)
+    with pytest.warns(UserWarning, match='sampling: sparsity 0.95 is out of reach, 0.875 achieved'):
+        mask = cut(sampling(small()), .95)
     assert all((v.sum(1) == 1).all() for v in mask.values())
 
 @given(st.data())
 @settings(max_examples=60)
 def test_no_layer_is_emptied_and_a_missed_budget_warns(data):
-    "Random zeros, whole rows and layers of them: what can be drawn is drawn, every layer keeps a weight, and a warning stands where the budget cannot be met."
-    shapes = data.draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), min_size=1, max_size=3)); rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    norm, sparsity = data.draw(st.sampled_from(['uniform', 'l1', 'l2'])), data.draw(st.sampled_from([.1, .3, .5, .8, .95]))
-    ws = {str(i):torch.tensor(rng.uniform(.5, 1, o)*(rng.random(o) < rng.choice([0, .3, 1])*rng.choice([0, 1, 1], (o[0], 1)))) for i,o in enumerate(shapes)}
-    with warnings.catch_warnings(record=True) as got: warnings.simplefilter('always'); mask = cut(Scores({k:probabilities(w, norm) for k,w in ws.items()}, 'weight', method='sampling'), sparsity)
-    budget = kappa(sum(w.numel() for w in ws.values()), sparsity); rows = sum(int((w != 0).any(1).sum()) for w in ws.values())
+    """Random zeros, whole rows and layers of them: what can be drawn is drawn, every layer keeps a weight,
+    and a warning stands where the budget cannot be met."""
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), min_size=1, max_size=3))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    norm, sparsity = (data.draw(st.sampled_from(['uniform', 'l1', 'l2'])),
+                      data.draw(st.sampled_from([.1, .3, .5, .8, .95])))
+    ws = {str(i):torch.tensor(rng.uniform(.5, 1, o)*(rng.random(o) < rng.choice([0, .3, 1])
+                                                     *rng.choice([0, 1, 1], (o[0], 1)))) for i,o in enumerate(shapes)}
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter('always')
+        mask = cut(Scores({k:probabilities(w, norm) for k,w in ws.items()}, 'weight', method='sampling'), sparsity)
+    budget = kappa(sum(w.numel() for w in ws.values()), sparsity)
+    rows = sum(int((w != 0).any(1).sum()) for w in ws.values())
     bare, alive = sum(not w.any() for w in ws.values()), sum(int((w != 0).sum()) for w in ws.values())
     if budget == sum(w.numel() for w in ws.values()): return
-    assert all(v.any() for v in mask.values()) and all(int(mask[k].sum()) == 1 if not w.any() else not mask[k][w == 0].any() for k,w in ws.items())
+    assert (all(v.any() for v in mask.values())
+            and all(int(mask[k].sum()) == 1 if not w.any() else not mask[k][w == 0].any() for k,w in ws.items()))
     assert bool(got) == (not rows+bare <= budget <= alive+bare)
     for o in got: assert f'{sparsity} is out of reach, {mask.sparsity:.4g} achieved' in str(o.message)
 
 def test_a_layer_of_zeros_keeps_what_it_had():
     m = small(); m[3].weight.data.zero_(); first = cut(sampling(m), .5); was = first['3'].nonzero().tolist()
-    one = sink(sampling(m), Mask({'1':first['1'], '3':torch.zeros(3, 6, dtype=torch.bool).index_put((torch.tensor(2), torch.tensor(4)), torch.tensor(True))}, 'weight'))
+    one = sink(sampling(m), Mask({'1':first['1'], '3':torch.zeros(3, 6, dtype=torch.bool).index_put(
+        (torch.tensor(2), torch.tensor(4)), torch.tensor(True))}, 'weight'))
     assert was == [[0, 0]] and cut(one, .6)['3'].nonzero().tolist() == [[2, 4]]
 
 # What a mask does
@@ -110,7 +128,8 @@ def test_a_layer_of_zeros_keeps_what_it_had():
 @pytest.mark.parametrize('sparsity', (.1, .4, .8))
 def test_unbiased(norm, sparsity):
     gen = generator(1); w = (.2+.8*torch.rand(6, 8, generator=gen))*torch.randn(6, 8, generator=gen).sign()
-    s = Scores({'a': probabilities(w.repeat(2000, 1), norm)}, 'weight', method='sampling')       # 2,000 independent copies of the layer
+    # 2,000 independent copies of the layer
+    s = Scores({'a': probabilities(w.repeat(2000, 1), norm)}, 'weight', method='sampling')
     f = cut(s, sparsity).scale['a'].view(2000, 6, 8).double()
     z = (f.mean(0)-1)/(f.std(0)/2000**.5).clamp(min=1e-9)
     assert z.abs().max() < 4
@@ -118,12 +137,15 @@ def test_unbiased(norm, sparsity):
 def test_apply_multiplies_the_factors_in():
     m = net(); w = {k:v.detach().clone() for k,v in m.named_parameters()}; mask = cut(sampling(m), .6); apply(m, mask)
     for k,v in m.named_parameters():
-        if k.endswith('weight'): f = mask.scale[k[:-7]]; assert torch.allclose(v, w[k]*f) and torch.equal(v != 0, mask[k[:-7]]) and (v*w[k] >= 0).all()
+        if k.endswith('weight'):
+            f = mask.scale[k[:-7]]
+            assert torch.allclose(v, w[k]*f) and torch.equal(v != 0, mask[k[:-7]]) and (v*w[k] >= 0).all()
         else: assert torch.equal(v, w[k])
 
 def test_zeros_stay_zero_and_full_rows_stay_exact():
     m = small(); m[1].weight.data[:, 3:] = 0; w = m[1].weight.detach().clone()
-    with pytest.warns(UserWarning, match='uniform: sparsity 0.35 is out of reach, 0.5 achieved'): mask = cut(uniform(m), .35) # each row has only three non-zeros
+    with pytest.warns(UserWarning, match='uniform: sparsity 0.35 is out of reach, 0.5 achieved'):
+        mask = cut(uniform(m), .35) # each row has only three non-zeros
     assert torch.equal(mask['1'], w != 0) and (mask.scale['1'][w != 0] == 1).all()
 
 def test_sparsity_zero_is_bit_identical():
@@ -133,7 +155,8 @@ def test_sparsity_zero_is_bit_identical():
 
 def test_seeds():
     m = net(); a, b, c = cut(sampling(m, seed=1), .5), cut(sampling(m, seed=1), .5), cut(sampling(m, seed=2), .5)
-    assert torch.equal(scale_of(a), scale_of(b)) and not torch.equal(scale_of(a), scale_of(c)) and torch.equal(scale_of(cut(sampling(m, seed=2), .5, seed=1)), scale_of(a))
+    assert (torch.equal(scale_of(a), scale_of(b)) and not torch.equal(scale_of(a), scale_of(c))
+            and torch.equal(scale_of(cut(sampling(m, seed=2), .5, seed=1)), scale_of(a)))
 
 def test_cut_twice_is_the_same_and_leaves_the_scores(): 
     s = sampling(net()); before = {k:v.clone() for k,v in s.items()}; a, b = cut(s, .2), cut(s, .2); cut(s, .9)
@@ -144,7 +167,8 @@ def test_saved_mask_comes_back(tmp_path):
     assert torch.equal(scale_of(back), scale_of(mask)) and back.meta == mask.meta
 
 def test_shrunk_network_is_scaled_once():
-    m = build('lenet5', 1, 10, 20, seed=0); x = torch.rand(8, 1, 20, 20); g = trace(m, x); mask = cut(sampling(m, graph=g), .9)
+    m = build('lenet5', 1, 10, 20, seed=0); x = torch.rand(8, 1, 20, 20); g = trace(m, x)
+    mask = cut(sampling(m, graph=g), .9)
     assert difference(apply(copy.deepcopy(m), mask), shrink(m, mask, x), x) <= 1e-5
 
 def test_a_second_round_prunes_what_is_left():
@@ -152,21 +176,27 @@ def test_a_second_round_prunes_what_is_left():
     assert all((second[k] <= first[k]).all() for k in first) and abs(second.sparsity-.8) < .02
 
 def test_random_is_not_reweighed_but_uniform_is():
-    mask = cut(uniform(net()), .7); f = scale_of(mask); assert set(mask.scale) and f[f > 0].mean() > 2 and abs(f.mean()-1) < .01
+    mask = cut(uniform(net()), .7); f = scale_of(mask)
+    assert set(mask.scale) and f[f > 0].mean() > 2 and abs(f.mean()-1) < .01
 
 # Channels
 
 def test_uniform_channels():
-    m = build('lenet5', 1, 10, 20); g = trace(m, torch.rand(1, 1, 20, 20)); s = uniform(m, unit='channel', graph=g); mask = cut(s, .5)
-    assert list(s) == ['conv2:in', 'fc1:in', 'fc2:in', 'fc3:in'] and 'own input' in s.skipped['conv1'] and mask.scale == {} and not mask.meta.get('draws')
-    assert s['fc1:in'].view(16, 4).std(1).max() == 0 and [round(float(v.float().mean()), 6) for v in mask.values()] == [.5]*4
+    m = build('lenet5', 1, 10, 20); g = trace(m, torch.rand(1, 1, 20, 20)); s = uniform(m, unit='channel', graph=g)
+    mask = cut(s, .5)
+    assert (list(s) == ['conv2:in', 'fc1:in', 'fc2:in', 'fc3:in'] and 'own input' in s.skipped['conv1']
+            and mask.scale == {} and not mask.meta.get('draws'))
+    assert (s['fc1:in'].view(16, 4).std(1).max() == 0
+            and [round(float(v.float().mean()), 6) for v in mask.values()] == [.5]*4)
     assert not torch.equal(uniform(m, unit='channel', graph=g, seed=1)['fc3:in'], s['fc3:in'])
 
 def test_residual_channels_share_one_draw():
-    m = build('resnet20', 1, 10, 8); g = trace(m, torch.rand(1, 1, 8, 8)); s = uniform(m, unit='channel', graph=g); seen = {}
+    m = build('resnet20', 1, 10, 8); g = trace(m, torch.rand(1, 1, 8, 8)); s = uniform(m, unit='channel', graph=g)
+    seen = {}
     for k,v in s.items():
         for b,u in zip(g.in_slots[k[:-3]].tolist(), v.tolist()): assert seen.setdefault(b, u) == u
-    x = torch.rand(4, 1, 8, 8); mask = cut(s, .4); assert difference(apply(copy.deepcopy(m), mask), shrink(m, mask, x), x) <= 1e-5
+    x = torch.rand(4, 1, 8, 8); mask = cut(s, .4)
+    assert difference(apply(copy.deepcopy(m), mask), shrink(m, mask, x), x) <= 1e-5
 
 def test_channel_scores_of_other_methods_are_refused():
     m = net(); s = sampling(m, graph=trace(m, torch.rand(1, 1, 8, 8))).to_channels()

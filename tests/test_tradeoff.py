@@ -11,7 +11,8 @@ from neuronprune.tradeoff import *
 from neuronprune.train import fit, learner
 
 def curve(seed, points, dense_k=900, n=1000, name='x', **kw):
-    about = dict(dataset='d', model='m', unit='weight', start='previous', rewind='none', name=name, seed=seed, pruned_k=0, **kw)
+    about = dict(dataset='d', model='m', unit='weight', start='previous', rewind='none', name=name, seed=seed,
+                 pruned_k=0, **kw)
     return pd.DataFrame([dict(about, step=i, density=d, dense_k=dense_k, dense_n=n, dense_accuracy=dense_k/n, tuned_k=k,
                               tuned_accuracy=k/n, params_density=d, macs_density=d/2) for i,(d,k) in enumerate(points)])
 
@@ -137,7 +138,8 @@ def test_results_on_disk(rows, tmp_path):
     assert a['error'].shape == (2, 3, 1, 2) and a['samples_per_layer'].shape == (2, 3, 1, 2, 3)
     for s,i,(j,n) in product((0, 1), range(3), enumerate(['WT', 'FT'])):
         r, at = df[(df.seed == s) & (df.step == i) & (df.name == n)].iloc[0], (s, i, 0, j)
-        assert (a['error'][at], a['sizes'][at], a['flops'][at]) == (1-r.tuned_accuracy, r.params_nonzero, r.macs_nonzero)
+        assert ((a['error'][at], a['sizes'][at], a['flops'][at])
+                == (1-r.tuned_accuracy, r.params_nonzero, r.macs_nonzero))
         assert a['samples_per_layer'][at].tolist() == list(json.loads(r.layers).values())
         assert a['error5'][at] == 1-r.tuned_top5 and a['error5_dense'][at] == 1-r.dense_top5 and r.tuned_k5 >= r.tuned_k
         assert a['curves'][at].tolist() == list(json.loads(r.curve).values())

@@ -31,7 +31,8 @@ def data(n=96, seed=0, bs=16):
 
 def net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3))
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(),
+                         nn.Linear(8, 3))
 
 def random_mask(model, density=.3, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -47,8 +48,10 @@ class Watch(MaskCallback):
     def after_step(self): self.most = max(self.most, revived(self.model, self.mask))
     def after_fit(self): pass
 
-@pytest.mark.parametrize('opt,kw', [('sgd', dict(momentum=.9, wd=1e-2)), ('sgd', dict(momentum=.9, nesterov=True, wd=0.)),
-                                    ('adamw', dict(wd=.1)), ('adam', dict(wd=1e-2)), ('rmsprop', dict(wd=0.)), ('adadelta', dict(wd=1e-4))])
+@pytest.mark.parametrize('opt,kw',
+                         [('sgd', dict(momentum=.9, wd=1e-2)), ('sgd', dict(momentum=.9, nesterov=True, wd=0.)),
+                          ('adamw', dict(wd=.1)), ('adam', dict(wd=1e-2)), ('rmsprop', dict(wd=0.)),
+                          ('adadelta', dict(wd=1e-4))])
 @pytest.mark.parametrize('dense_first', [False, True])
 def test_masked_weights_stay_exactly_zero(opt, kw, dense_first):
     torch.manual_seed(0)
@@ -86,7 +89,8 @@ class Tape(Callback):
     def note(self, e):
         self.tape.append((self.tag, e))
         if self.visitor and self.train_iter == 2 and e == 'before_batch': self.learn.add_cb(self.visitor)
-        if self.visitor and self.train_iter == 3 and e == 'after_batch': self.learn.remove_cb(self.visitor); self.visitor = None
+        if self.visitor and self.train_iter == 3 and e == 'after_batch':
+            self.learn.remove_cb(self.visitor); self.visitor = None
 
 def test_the_learner_calls_and_computes_what_fastais_does():
     def run(make):
@@ -97,7 +101,8 @@ def test_the_learner_calls_and_computes_what_fastais_does():
         return tape, {k:v.clone() for k,v in learn.model.state_dict().items()}, learn.recorder.values
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, weight_decay=1e-3, foreach=True)
     tape, state, values = run(lambda m, dls, cb: learner(m, dls, 'sgd', lr=.1, wd=1e-3, cbs=cb))
-    tape0, state0, values0 = run(lambda m, dls, cb: Learner(dls, m, CrossEntropyLossFlat(), metrics=accuracy, lr=.1, opt_func=opt, cbs=cb))
+    tape0, state0, values0 = run(
+        lambda m, dls, cb: Learner(dls, m, CrossEntropyLossFlat(), metrics=accuracy, lr=.1, opt_func=opt, cbs=cb))
     assert tape == tape0 and len(tape) > 100 and tape.count(('visitor', 'after_step')) == 1
     assert all(torch.equal(v, state[k]) for k,v in state0.items())
     assert [list(o) for o in values] == [list(o) for o in values0]
@@ -164,12 +169,14 @@ def test_evaluate_counts_and_leaves_the_model():
 def test_top5_is_torch_topk():
     torch.manual_seed(0); model, x, y = nn.Linear(3, 12), torch.randn(200, 3), torch.randint(0, 12, (200,))
     e = evaluate(model, [(x[:150], y[:150]), (x[150:], y[150:])])
-    assert e.k5 == int((model(x).topk(5).indices == y[:, None]).any(1).sum()) and e.k < e.k5 < 200 and e.top5 == e.k5/200
+    assert (e.k5 == int((model(x).topk(5).indices == y[:, None]).any(1).sum()) and e.k < e.k5 < 200
+            and e.top5 == e.k5/200)
     assert evaluate(nn.Linear(3, 4), [(x, y % 4)]).top5 == 1, 'four classes: always among five'
 
 def test_evaluate_refuses():
     m = nn.Linear(2, 3); x = torch.randn(4, 2)
-    for batch, text in (([], 'no batches'), ([(x, torch.tensor([0, 1, 2, 3]))], 'out of range'), ([(x, torch.tensor([0, 1, 2, -1]))], 'out of range'),
+    for batch, text in (([], 'no batches'), ([(x, torch.tensor([0, 1, 2, 3]))], 'out of range'),
+                        ([(x, torch.tensor([0, 1, 2, -1]))], 'out of range'),
                         ([(x*float('nan'), torch.tensor([0, 1, 2, 0]))], 'NaN')):
         with pytest.raises(ValueError, match=text): evaluate(m, batch)
     with pytest.raises(TypeError): evaluate(m, [(x, torch.rand(4))])
@@ -179,8 +186,10 @@ def test_exploding_training_is_named():
     deep = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3))
     with pytest.raises(ValueError, match=r'lr=1e\+25'): fit(learner(deep, data()), 2, lr=1e25)
 
-@pytest.mark.parametrize('kw,text', [(dict(schedule='steps'), "did you mean 'step'"), (dict(schedule='step'), 'milestones'), (dict(milestones=(1,)), 'milestones'),
-                                     (dict(lr=0.), 'lr=0'), (dict(lr=float('nan')), 'lr=nan'), (dict(warmup=1), 'warmup'), (dict(epochs=-1), 'epochs=-1')])
+@pytest.mark.parametrize('kw,text', [(dict(schedule='steps'), "did you mean 'step'"),
+                                     (dict(schedule='step'), 'milestones'), (dict(milestones=(1,)), 'milestones'),
+                                     (dict(lr=0.), 'lr=0'), (dict(lr=float('nan')), 'lr=nan'),
+                                     (dict(warmup=1), 'warmup'), (dict(epochs=-1), 'epochs=-1')])
 def test_fit_refuses(kw, text):
     with pytest.raises(ValueError, match=text): fit(learner(net(), data()), **{**dict(epochs=1), **kw})
 
@@ -219,8 +228,10 @@ def test_gradual_pruning_only_tightens():
 def test_rebind_slices_optimiser_and_snapshots(opt, key, by_module):
     learn = fit(learner(net(), data(), opt), 1); old = learn.model
     keep = torch.tensor([0, 3]); taps = torch.tensor([0, 1, 2, 3, 12, 13, 14, 15])
-    small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-    index = {**{f'0.{o}': (keep,) for o in ('weight', 'bias')}, **{f'1.{o}': (keep,) for o in ('weight', 'bias', 'running_mean', 'running_var')}, '4.weight': (None, taps)}
+    small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(),
+                          nn.Linear(8, 3))
+    index = {**{f'0.{o}': (keep,) for o in ('weight', 'bias')},
+             **{f'1.{o}': (keep,) for o in ('weight', 'bias', 'running_mean', 'running_var')}, '4.weight': (None, taps)}
     if by_module: index = {'0': (keep, None), '1': (keep, None), '4': (None, taps)}
     buf = learn.opt.opt.state[old[4].weight][key].clone()
     rebind(learn, small, index)
@@ -248,7 +259,8 @@ def test_gradual_pruning_leaves_its_mask():
 
 def test_gradual_pruning_of_channels_ends_where_one_cut_would():
     "Scores that do not change: the scales of the layers must not either."
-    fixed = Scores({'0': torch.tensor([1., 2, 3, 4, 5, 40]), '4': torch.tensor([10., 11, 12, 13, 14, 15, 16, 17])}, 'channel')
+    fixed = Scores({'0': torch.tensor([1., 2, 3, 4, 5, 40]), '4': torch.tensor([10., 11, 12, 13, 14, 15, 16, 17])},
+                   'channel')
     model = net(); graph = trace(model, torch.randn(2, 1, 4, 4)); fixed.graph = graph
     learn = learner(model, data()); cb = PruneCallback(lambda m: fixed, allocate, .5, every=1)
     fit(learn, 3, cbs=[cb]); one = allocate(fixed, .5)
@@ -264,7 +276,8 @@ def test_other_weights_under_a_held_mask_are_zeroed_with_a_warning():
 def test_a_new_mask_takes_the_place_of_the_old_one():
     learn = learner(net(), data()); a, b = random_mask(learn.model, seed=0), random_mask(learn.model, seed=1)
     fine_tune(learn, a, 1); fine_tune(learn, b, 1)
-    assert revived(learn.model, b) == 0 < revived(learn.model, a) and len([o for o in learn.cbs if isinstance(o, MaskCallback)]) == 1
+    assert (revived(learn.model, b) == 0 < revived(learn.model, a)
+            and len([o for o in learn.cbs if isinstance(o, MaskCallback)]) == 1)
     rewind_to(learn); assert held(learn) == {} and learn.model[0].weight.all()
     hold(learn, a); hold(learn, None); assert not hasattr(learn, 'pruned') or not held(learn)
 
@@ -286,18 +299,21 @@ def test_export_keeps_zeros_and_outputs(tmp_path):
 
 def test_snapshots_belong_to_weights_trained_from_them(tmp_path):
     learn = learner(net(), data()); fit(learn, 1); assert learn.rewind.belongs()
-    learn.save(tmp_path/'one'); fit(learn, 1); learn.load(tmp_path/'one', weights_only=True); assert learn.rewind.belongs()
+    learn.save(tmp_path/'one'); fit(learn, 1); learn.load(tmp_path/'one', weights_only=True)
+    assert learn.rewind.belongs()
     fine_tune(learn, random_mask(learn.model), 1); assert learn.rewind.belongs() and learn.rewind.init is not None
     other = learner(net(5), data()); other.load(tmp_path/'one', weights_only=True)
     assert not other.rewind.belongs() and other.rewind.init is None
     with pytest.raises(ValueError, match='have not come from this learner'): rewind_to(other)
-    other.save(tmp_path/'two'); fit(other, 1); assert not other.rewind.belongs() # training or saving does not make it so
+    # training or saving does not make it so
+    other.save(tmp_path/'two'); fit(other, 1); assert not other.rewind.belongs()
     other.rewind.vouch(); rewind_to(other); assert other.rewind.belongs()
 
 @pytest.mark.parametrize('way', ['state dict', 'one layer'])
 def test_weights_from_elsewhere_are_noticed(way):
     learn = fit(learner(net(), data()), 1); foreign = net(7).state_dict()
-    learn.model.load_state_dict(foreign if way == 'state dict' else {**learn.model.state_dict(), '4.weight': foreign['4.weight']})
+    learn.model.load_state_dict(foreign if way == 'state dict'
+                                else {**learn.model.state_dict(), '4.weight': foreign['4.weight']})
     assert not learn.rewind.belongs()
 
 def test_an_interrupted_fit_is_training():
@@ -329,30 +345,37 @@ def test_two_inputs_as_a_tuple_and_by_name():
 def test_outputs_of_several_tensors_go_to_the_learners_loss():
     class Out(Two):
         def __init__(self, form): super().__init__(); self.form = form
-        def forward(self, a, b): o = super().forward(a, b); return (o, o.exp()) if self.form is tuple else dict(hidden=o.exp(), logits=o)
+        def forward(self, a, b):
+            o = super().forward(a, b); return (o, o.exp()) if self.form is tuple else dict(hidden=o.exp(), logits=o)
     plain = learner(Two(), loaders(lambda *o: o)); want = evaluate(plain, plain.dls.valid)
-    for form, loss in ((tuple, lambda o, y: nn.functional.cross_entropy(o[0], y)), (dict, lambda o, y: nn.functional.cross_entropy(o['logits'], y))):
-        learn = learner(Out(form), loaders(lambda *o: o), loss_func=loss, metrics=[]); assert evaluate(learn, learn.dls.valid) == want
+    for form, loss in ((tuple, lambda o, y: nn.functional.cross_entropy(o[0], y)),
+                       (dict, lambda o, y: nn.functional.cross_entropy(o['logits'], y))):
+        learn = learner(Out(form), loaders(lambda *o: o), loss_func=loss, metrics=[])
+        assert evaluate(learn, learn.dls.valid) == want
         fit(learn, 1); assert evaluate(learn, learn.dls.valid) != want
         with pytest.raises(ValueError, match='dls: the loss'): fit(learner(Out(form), loaders(lambda *o: o)), 1)
 
 @pytest.mark.parametrize('dt', [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_labels_of_any_integer_type(dt):
-    dls = loaders(lambda x, z, y: (x, y.to(dt))); learn = learner(net(), dls, loss_func=nn.CrossEntropyLoss()); fit(learn, 1)
+    dls = loaders(lambda x, z, y: (x, y.to(dt))); learn = learner(net(), dls, loss_func=nn.CrossEntropyLoss())
+    fit(learn, 1)
     ref = fit(learner(net(), loaders(lambda x, z, y: (x, y)), loss_func=nn.CrossEntropyLoss()), 1)
     assert evaluate(learn, dls.valid) == evaluate(ref, ref.dls.valid)
 
-@pytest.mark.parametrize('f,said', [(lambda x, z, y: dict(x=x, y=y), "dls: a batch is a dict with 'x', 'y'"), (lambda x, z, y: x, 'dls: a batch is a Tensor')])
+@pytest.mark.parametrize('f,said', [(lambda x, z, y: dict(x=x, y=y), "dls: a batch is a dict with 'x', 'y'"),
+                                    (lambda x, z, y: x, 'dls: a batch is a Tensor')])
 def test_batches_that_are_no_pairs_are_refused(f, said):
     dls = loaders(f)
     for call in (lambda: fit(learner(net(), dls), 1), lambda: evaluate(net(), dls.valid)):
         with pytest.raises(ValueError, match=said): call()
 
-@pytest.mark.parametrize('f', [lambda x, z, y: (x, y.float()), lambda x, z, y: (x, x), lambda x, z, y: (x, torch.eye(3)[y].long())])
+@pytest.mark.parametrize(
+    'f', [lambda x, z, y: (x, y.float()), lambda x, z, y: (x, x), lambda x, z, y: (x, torch.eye(3)[y].long())])
 def test_what_is_no_classification_is_refused_before_it_is_trained(f):
     learn = learner(net(), loaders(f)); before = copy.deepcopy(learn.model.state_dict())
     if f(*items(1, lambda *o: o)[0])[1].ndim != 1 or f(*items(1, lambda *o: o)[0])[1].is_floating_point():
         with pytest.raises(ValueError, match='dls: the (loss|metric)'): fit(learn, 1)
     with pytest.raises(TypeError, match='dls: labels yb'): evaluate(learn, learn.dls.valid)
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
-    reg = learner(net(), loaders(lambda x, z, y: (x, torch.eye(3)[y])), loss_func=nn.MSELoss(), metrics=[]); fit(reg, 1) # a regression trains
+    # a regression trains
+    reg = learner(net(), loaders(lambda x, z, y: (x, torch.eye(3)[y])), loss_func=nn.MSELoss(), metrics=[]); fit(reg, 1)
