@@ -16,13 +16,13 @@ def relink(md):
         return m[1] + '/'.join(parts)
     return re.sub(r'(\]\(|src=")(?![a-z]+:|[#/])([^)\s"]+)', one, md)
 
-def output(cell, i, o, pictures):
+def output(cell, i, o, pictures, alt):
     "One output as markdown: a picture, markdown, or plain text"
     data = o.get('data', {})
     if 'image/png' in data:
         name = f"nbs/images/readme-{cell['id']}-{i}.png"
         pictures[name] = base64.b64decode(''.join(data['image/png']))
-        return f'![]({name})'
+        return f'![{alt}]({name})'
     if 'text/markdown' in data: return relink(''.join(data['text/markdown']).strip())
     text = ''.join(data.get('text/plain', o.get('text', '')) if o.get('name') != 'stderr' else '').rstrip()
     return text and f'```text\n{text}\n```'
@@ -37,7 +37,7 @@ def convert(nb):
         src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
         if cell['cell_type'] == 'markdown': out.append(relink(src)); continue
         if src and d.get('echo') != 'false': out.append(f'```python\n{src}\n```')
-        if d.get('output') != 'false': out += [output(cell, i, o, pictures) for i, o in enumerate(cell['outputs'])]
+        if d.get('output') != 'false': out += [output(cell, i, o, pictures, d.get('fig-alt', '')) for i, o in enumerate(cell['outputs'])]
     return '\n\n'.join(filter(None, out)) + '\n', pictures
 
 def main(check):

@@ -323,3 +323,39 @@ def test_a_text_classifier_says_what_it_left_alone(pictures):
     assert not any('rnns' in k for k in res.mask) and learn.model[0].module.rnns[0].weight_hh_l0_raw.count_nonzero() == learn.model[0].module.rnns[0].weight_hh_l0_raw.numel()
     with pytest.raises(ValueError, match='dls: the inputs have different shapes'): prune(learn, 'taylor', .5)
     with pytest.raises(ValueError, match='model: .*chain'): prune(learn, 'mip', .5)
+
+# ---- the front page: several sizes in one call
+
+def test_a_vision_learner_at_three_sizes_in_a_folder(pictures, tmp_path, monkeypatch):
+    from neuronprune import pipeline
+    learn = _vision(pictures); state = copy.deepcopy(learn.model.state_dict()); one = pipeline._one_size
+    def run(folder):
+        learn = _vision(pictures); learn.model.load_state_dict(state)
+        return prune(learn, 'magnitude', sizes=[.5, .3, .15], unit='channel', fine_tune_epochs=1, latency=False, folder=tmp_path/folder)
+    def stops(chain, i, folder):
+        if i == 2: raise KeyboardInterrupt
+        return one(chain, i, folder)
+    whole = run('a')
+    assert list(whole.rows.density) == [.5, .3, .15] and whole.rows.params_density.values == pytest.approx([.5, .3, .15], abs=.005)
+    assert len(plot_tradeoff(whole.rows).axes[0].lines[0].get_xdata()) == 3
+    with monkeypatch.context() as m:
+        m.setattr(pipeline, '_one_size', stops)
+        with pytest.raises(KeyboardInterrupt): run('b')
+    resumed, read = run('b'), run('a')
+    cols = ['params_stored', 'macs_stored', 'dense_k', 'pruned_k', 'tuned_k', 'tuned_loss']
+    for res in (resumed, read):
+        assert res.rows[cols].equals(whole.rows[cols])
+        assert all(torch.equal(v, res.model.state_dict()[k]) for k,v in whole.model.state_dict().items())
+
+def test_a_torchvision_model_at_two_sizes():
+    from torchvision.models.resnet import BasicBlock, ResNet
+    model, x, y = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3), torch.rand(24, 3, 32, 32), torch.arange(24) % 3
+    dense = count_params(model)
+    res = prune(model, 'taylor', sizes=[.5, .2], dls=(loader(x, y), loader(x, y)), lr=.01, fine_tune_epochs=1, latency=False)
+    assert res.rows.params_density.values == pytest.approx([.5, .2], abs=.005) and res.report.tuned.n == 24
+    assert count_params(res.model) == res.report.params_after < .21*dense
+
+def test_a_table_at_two_sizes():
+    learn = _tabular(None)
+    with learn.no_bar(), learn.no_logging(): res = prune(learn, 'magnitude', sizes=[.7, .5], unit='channel', fine_tune_epochs=1, latency=False)
+    assert len(res.rows) == 2 and res.report.params_after == count_params(learn.model) and (res.rows.params_density.diff()[1:] < 0).all()
