@@ -6,7 +6,7 @@
 __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'tensors', 'mapped', 'take', 'feed',
            'check_type', 'check_finite', 'check_batch', 'digesting', 'public', 'UnsupportedLayerError', 'layers',
            'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'memory_size',
-           'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
+           'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods', 'colours']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import difflib, importlib, inspect, linecache, math, os, random, re, sys, warnings
@@ -361,7 +361,6 @@ def _with_batch(f, batch, args, kw):
     from neuronprune.data import OneBatch
     return dict(kw, dls=OneBatch(batch, classes='loss_func' not in kw))
 
-
 # %% ../nbs/00_core.ipynb #method-2
 def method(name:str,        # registered name
            *, unit:str,     # default unit
@@ -436,3 +435,15 @@ def frame(self:Methods):
     rows = [dict(method=m.name, kind=m.kind, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at, rewinds_to=m.rewind,
                  module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()]
     return pd.DataFrame(rows)
+
+# %% ../nbs/00_core.ipynb #colours
+@public
+def colours(names:list # what stands in the legend: methods, and other labels
+           )->dict:
+    "Label -> colour: a method's place in the register, a free one for a label that is no method."
+    from matplotlib import colormaps
+    tab, more = colormaps['tab20'], colormaps['tab20b']
+    palette = [tab(i) for i in (*range(0, 20, 2), *range(1, 20, 2))] + [more(4*h+s) for s in (0, 2, 1, 3) for h in range(5)]
+    place = {n:i for i,n in enumerate(methods())}; own = [n for n in dict.fromkeys(names) if n not in place]
+    place.update({n:i for i,n in enumerate(own, max(20, len(place)))})
+    return {n:palette[place[n] % len(palette)] for n in names}
