@@ -7,11 +7,11 @@ __all__ = ['KINDS', 'removed', 'measured', 'one_shot', 'plot_study', 'fine_tuned
            'plot_robustness', 'reliability', 'ece', 'confidences', 'calibration', 'plot_reliability']
 
 # %% ../nbs/21_analysis.ipynb #import-copy-math-import-numpy
-import copy, math
+import copy, math, re
 import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
-from .core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, feed, mapped,
+from .core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, colours, feed, mapped,
                               public)
 from .masks import Mask
 from .data import ImageDL, _batches, calib_batch
@@ -62,6 +62,12 @@ def one_shot(learn,      # a trained `Learner`; left as found
     xb, dl = _inputs(learn.dls), _test(learn.dls) if dl is None else dl
     return pd.DataFrame([measured(learn.model, m, dl, xb, sizes, rule=k) for k,m in {'dense': None, **masks}.items()])
 
+# %% ../nbs/21_analysis.ipynb #full
+def _full(k):
+    "What 100 % is in the column `k`: 1 in shares, 100 in percentages `…_pct`, None in anything else."
+    if k.endswith('_pct'): return 100.
+    return 1. if re.search('(^|_)(accuracy|top5|sparsity|density|removed|share)$', k) else None
+
 # %% ../nbs/21_analysis.ipynb #plot-study
 @public
 def plot_study(df,        # rows with accuracy, lo and hi, such as those of `one_shot`
@@ -69,12 +75,15 @@ def plot_study(df,        # rows with accuracy, lo and hi, such as those of `one
                by:str='rule', # a line for each value
                ax=None    # matplotlib axes, None = a new figure
               ):
-    "Accuracy in % with its interval against `x`, one line per `by`; returns the figure."
+    "Accuracy in % with its interval against `x`, in % too where it is a share, one line per `by`; returns the figure."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
+    full, tint = _full(x), colours(df[by])
     for name,d in df.groupby(by, sort=False):
-        ax.errorbar(d[x], 100*d.accuracy, [100*(d.accuracy-d.lo), 100*(d.hi-d.accuracy)], marker='.', capsize=2, lw=1, label=name)
-    ax.set(xlabel=x.replace('_', ' '), ylabel='accuracy, %'); ax.legend(fontsize=7, ncol=2)
+        ax.errorbar(d[x]*100/full if full else d[x], 100*d.accuracy, [100*(d.accuracy-d.lo), 100*(d.hi-d.accuracy)],
+                    marker='.', capsize=2, lw=1, color=tint[name], label=name)
+    ax.set(xlabel=x.removesuffix('_pct').replace('_', ' ') + (', %' if full else ''), ylabel='accuracy, %')
+    ax.legend(fontsize=7, ncol=2)
     plt.close(ax.figure); return ax.figure
 
 # %% ../nbs/21_analysis.ipynb #check-same
@@ -125,16 +134,26 @@ def _mean(v):
     half = stats.t.ppf(.975, len(v)-1)*sd/math.sqrt(len(v)) if len(v) > 1 else math.nan
     return m, sd, m-half, m+half
 
+def _spread(v): return dict(median=float(v.median()), min=float(v.min()), max=float(v.max()))
+
+def _possible(lo, hi, value, least=0):
+    "The interval, NaN where it leaves what the column `value` can be: `least` to 1 of a share."
+    full = _full(value)
+    return dict(zip(('lo', 'hi'), (lo, hi) if full is None or least*full <= lo and hi <= full else (math.nan,)*2))
+
 # %% ../nbs/21_analysis.ipynb #summary
 @public
 def summary(df, by='rule', # rows of a study; columns that name the groups
             value:str='accuracy' # column to average
            )->pd.DataFrame:
-    "One row per group (and part of the data, if the rows tell): repeats, mean, std, and the 95 % t interval lo, hi of the mean."
+    "One row per group (and part of the data, if the rows tell): repeats, median, min, max, mean, std, and the 95 % t interval lo, hi of the mean."
     by = [by] if isinstance(by, str) else list(by)
     if 'part' in df and 'part' not in by: by.append('part')
     by = by if len(by) > 1 else by[0]
-    return df.groupby(by, sort=False)[value].apply(lambda v: pd.Series([len(v), *_mean(v)], ['repeats', 'mean', 'std', 'lo', 'hi'])).unstack().astype({'repeats': int})
+    def row(v):
+        m, sd, *ends = _mean(v)
+        return pd.Series(dict(repeats=len(v), **_spread(v), mean=m, std=sd, **_possible(*ends, value)))
+    return df.groupby(by, sort=False)[value].apply(row).unstack().astype({'repeats': int})
 
 # %% ../nbs/21_analysis.ipynb #paired
 @public
@@ -142,12 +161,12 @@ def paired(df, a, b,     # rows of a study; two values of `by`
            *, on:str='seed', by:str='rule', # column of the pairs; column that tells the two apart
            value:str='accuracy' # column to compare
           )->dict:
-    "Pairs, mean of a - b, its 95 % t interval, and a verdict; `ValueError` if a pair was measured twice."
+    "Pairs, mean of a - b, its 95 % t interval, median and range, and a verdict; `ValueError` if a pair was measured twice."
     for o in (a, b): check_choice(by, o, df[by].unique())
     wide = df.pivot(index=on, columns=by, values=value); d = (wide[a]-wide[b]).dropna()
     m, _, lo, hi = _mean(d)
     word = 'inconclusive' if len(d) < 10 else 'higher' if lo > 0 else 'lower' if hi < 0 else 'no difference'
-    return dict(a=a, b=b, pairs=len(d), difference=m, lo=lo, hi=hi, verdict=word)
+    return dict(a=a, b=b, pairs=len(d), difference=m, **_possible(lo, hi, value, -1), **_spread(d), verdict=word)
 
 # %% ../nbs/21_analysis.ipynb #amount
 KINDS = ('fgsm', 'least_likely')
@@ -309,10 +328,12 @@ def plot_reliability(tables:dict, # name -> table of `reliability` or `calibrati
     import matplotlib.pyplot as plt
     check_int('fewest', fewest, 1)
     fig, (ax, below) = plt.subplots(2, 1, figsize=(6, 4.4), sharex=True, height_ratios=(3, 1), constrained_layout=True)
-    ax.plot([0, 1], [0, 1], color='grey', lw=.8, ls=':')
+    ax.plot([0, 100], [0, 100], color='grey', lw=.8, ls=':'); tint = colours(list(tables))
     for name,df in tables.items():
         d = df[df.n >= fewest]
-        ax.errorbar(d.confidence, d.accuracy, [d.accuracy-d.lo, d.hi-d.accuracy], marker='.', capsize=2, lw=1, label=f'{name}, ECE {ece(df):.3f}')
-        below.stairs(df.n, [*df.bin_lo, 1.])
-    ax.set(ylabel='accuracy'); ax.legend(fontsize=7); below.set(xlabel='confidence', ylabel='images', yscale='log', ylim=(.8, None))
+        ax.errorbar(100*d.confidence, 100*d.accuracy, [100*(d.accuracy-d.lo), 100*(d.hi-d.accuracy)], marker='.', capsize=2, lw=1,
+                    color=tint[name], label=f'{name}, ECE {100*ece(df):.1f} %')
+        below.stairs(df.n, [*(100*df.bin_lo), 100.], color=tint[name])
+    ax.set(ylabel='accuracy, %'); ax.legend(fontsize=7)
+    below.set(xlabel='confidence, %', ylabel='images', yscale='log', ylim=(.8, None))
     plt.close(fig); return fig
