@@ -447,3 +447,14 @@ def colours(names:list # what stands in the legend: methods, and other labels
     place = {n:i for i,n in enumerate(methods())}; own = [n for n in dict.fromkeys(names) if n not in place]
     place.update({n:i for i,n in enumerate(own, max(20, len(place)))})
     return {n:palette[place[n] % len(palette)] for n in names}
+
+# %% ../nbs/00_core.ipynb #full
+def _full(k):
+    "What 100 % is in the column `k`: 1 in shares, 100 in percentages `…_pct`, None in anything else."
+    if k.endswith('_pct'): return 100.
+    return 1. if re.search('(^|_)(accuracy|top5|error_rate|sparsity|density|removed|share)$', k) else None
+
+def _titled(k):
+    "The column `k` as a title, with % where it is a share."
+    name = k.removesuffix('_pct').replace('params', 'parameters').replace('macs', 'MACs').replace('_', ' ')
+    return f'{name}, %' if _full(k) else name

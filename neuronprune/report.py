@@ -13,6 +13,7 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from fastcore.basics import patch
 from .core import check_choice, check_int, check_type, colours, public, tensors
+from .core import _full, _titled
 from .files import load_json, reading, save_json
 from .costs import *
 from .costs import _all_macs
@@ -345,12 +346,12 @@ def compare(reports # records
     if not reports: raise ValueError("reports: empty; expected at least one Report")
     count = lambda e: f'{e.k}/{e.n} = {100*e.accuracy:.1f} % [{100*e.lo:.1f}, {100*e.hi:.1f}]'
     show = lambda e: '–' if e is None else repr(e) if e.k is None else count(e)
-    frac = lambda v: '–' if v is None else _pct(v)
+    pct = lambda v: math.nan if v is None else round(100*v, 2)
     counted = lambda r: r.before is not None and r.final is not r.before and None not in (r.final.k, r.before.k)
     against = lambda r: verdict(r.final, r.before) if counted(r) else '–'
     return pd.DataFrame([{
         'name': r.name or r.method, 'model': r.model, 'unit': r.unit or '–',
-        'units': frac(r.units_removed), 'parameters': frac(r.params_removed), 'MACs': frac(r.macs_removed),
+        'units removed, %': pct(r.units_removed), 'parameters removed, %': pct(r.params_removed), 'MACs removed, %': pct(r.macs_removed),
         'before': show(r.before), 'pruned': show(r.pruned), 'fine-tuned': show(r.tuned),
         'against before': against(r)} for r in reports])
 
@@ -367,7 +368,7 @@ def plot_compare(reports, # records
     done = [r for r in reports if getattr(r, x) is not None and r.final]
     counted = all(e.k is not None for r in done for e in (r.final, r.before) if e)
     height = lambda e: (100*e.accuracy, 100*e.lo, 100*e.hi) if counted else (e.loss,)*3
-    share = x in _GROUPS['fraction removed']; across = lambda r: getattr(r, x)*(100 if share else 1)
+    across = lambda r: getattr(r, x)*(100 if _full(x) else 1)
     for name,c in colours([r.name or r.method for r in done]).items():
         rs = sorted((r for r in done if (r.name or r.method) == name), key=across)
         at, lo, hi = np.array([height(r.final) for r in rs], dtype=float).T
@@ -375,8 +376,7 @@ def plot_compare(reports, # records
     for at,lo,hi in {height(r.before) for r in done if r.before}:
         ax.axhspan(lo, hi, color='grey', alpha=.15)
         ax.axhline(at, color='grey', lw=.8)
-    label = x.replace('params', 'parameters').replace('macs', 'MACs').replace('_', ' ')
-    ax.set(xlabel=label + (', %' if share else ''), ylabel='accuracy, % with 95 % interval' if counted else 'loss')
+    ax.set(xlabel=_titled(x), ylabel='accuracy, % with 95 % interval' if counted else 'loss')
     ax.legend()
     plt.close(ax.figure)
     return ax.figure
