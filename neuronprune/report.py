@@ -274,7 +274,7 @@ def _repr_html_(self:Report):
     brief = _brief(self); told = {k for ks,_ in brief.values() for k in ks}
     rest = [o for o in _rows(self) if o[0] not in told]
     with pd.option_context('display.max_colwidth', None):
-        top, more = (o.to_html(header=False) for o in (pd.Series({k:t for k,(_,t) in brief.items()}, dtype=object).to_frame(), _framed(rest)))
+        top, more = (o.to_html(header=False, index_names=False) for o in (pd.Series({k:t for k,(_,t) in brief.items()}, dtype=object).to_frame(), _framed(rest)))
     return f'{top}<details><summary>{len(rest)} further lines</summary>{more}</details>'
 
 # %% ../nbs/07_report.ipynb #save
