@@ -70,7 +70,8 @@ def percent(df:pd.DataFrame # rows of a study
     "`df` with its shares, and the ends lo, hi of an accuracy, in percent and with % in the label."
     full = {k:_full(k) for k in df} | (dict(lo=1., hi=1.) if 'accuracy' in df else {})
     full = {k:v for k,v in full.items() if v and k in df}
-    return df.assign(**{k:df[k]*(100/v) for k,v in full.items()}).rename(columns={k:_titled(k) if _full(k) else f'{k}, %' for k in full})
+    names = {k:_titled(k) if _full(k) else f'{k}, %' for k in full}
+    return df.assign(**{k:df[k]*(100/v) for k,v in full.items()}).rename(columns=names)
 
 # %% ../nbs/21_analysis.ipynb #plot-study
 @public
@@ -149,7 +150,7 @@ def _possible(lo, hi, value, least=0):
 def summary(df, by='rule', # rows of a study; columns that name the groups
             value:str='accuracy' # column to average
            )->pd.DataFrame:
-    "One row per group (and part of the data, if the rows tell): repeats, median, min, max, mean, std, and the 95 % t interval lo, hi of the mean."
+    "One row per group (and `part`, where the rows have one): repeats, median, min, max, mean, std, 95 % t interval lo, hi."
     by = [by] if isinstance(by, str) else list(by)
     if 'part' in df and 'part' not in by: by.append('part')
     by = by if len(by) > 1 else by[0]
@@ -164,7 +165,7 @@ def paired(df, a, b,     # rows of a study; two values of `by`
            *, on:str='seed', by:str='rule', # column of the pairs; column that tells the two apart
            value:str='accuracy' # column to compare
           )->dict:
-    "Pairs, mean of a - b, its 95 % t interval, median and range, and a verdict; `ValueError` if a pair was measured twice."
+    "Pairs, mean of a - b, its 95 % t interval, median, range, a verdict; `ValueError` if a pair was measured twice."
     for o in (a, b): check_choice(by, o, df[by].unique())
     wide = df.pivot(index=on, columns=by, values=value); d = (wide[a]-wide[b]).dropna()
     m, _, lo, hi = _mean(d)
@@ -334,8 +335,8 @@ def plot_reliability(tables:dict, # name -> table of `reliability` or `calibrati
     ax.plot([0, 100], [0, 100], color='grey', lw=.8, ls=':'); tint = colours(list(tables))
     for name,df in tables.items():
         d = df[df.n >= fewest]
-        ax.errorbar(100*d.confidence, 100*d.accuracy, [100*(d.accuracy-d.lo), 100*(d.hi-d.accuracy)], marker='.', capsize=2, lw=1,
-                    color=tint[name], label=f'{name}, ECE {100*ece(df):.1f} %')
+        ax.errorbar(100*d.confidence, 100*d.accuracy, [100*(d.accuracy-d.lo), 100*(d.hi-d.accuracy)],
+                    marker='.', capsize=2, lw=1, color=tint[name], label=f'{name}, ECE {100*ece(df):.1f} %')
         below.stairs(df.n, [*(100*df.bin_lo), 100.], color=tint[name])
     ax.set(ylabel='accuracy, %'); ax.legend(fontsize=7)
     below.set(xlabel='confidence, %', ylabel='images', yscale='log', ylim=(.8, None))

@@ -443,7 +443,8 @@ def colours(names:list # what stands in the legend: methods, and other labels
     "Label -> colour: a method's place in the register, a free one for a label that is no method."
     from matplotlib import colormaps
     tab, more = colormaps['tab20'], colormaps['tab20b']
-    palette = [tab(i) for i in (*range(0, 20, 2), *range(1, 20, 2))] + [more(4*h+s) for s in (0, 2, 1, 3) for h in range(5)]
+    palette = [tab(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
+    palette += [more(4*h+s) for s in (0, 2, 1, 3) for h in range(5)]
     place = {n:i for i,n in enumerate(methods())}; own = [n for n in dict.fromkeys(names) if n not in place]
     place.update({n:i for i,n in enumerate(own, max(20, len(place)))})
     return {n:palette[place[n] % len(palette)] for n in names}

@@ -243,7 +243,8 @@ def __repr__(self:Mask):
 def frame(self:Mask):
     "pandas `DataFrame`, one row per key: shape, units, units kept, percentage removed."
     import pandas as pd
-    df = pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), kept=int(v.sum())) for k,v in self.items()])
+    df = pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), kept=int(v.sum()))
+                       for k,v in self.items()])
     return df.assign(**{'removed, %': 100*(1-df.kept/df.units)})
 
 # %% ../nbs/03a_masks.ipynb #plot-2

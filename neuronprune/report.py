@@ -240,7 +240,8 @@ def _rows(r):
         if isinstance(v, Evaluation) and v.k is None: g = 'loss and metrics on the test set'
         if g == 'made with': yield from ((k, g, n, str(o)) for n,o in v.items())
         elif k == 'bounds':
-            yield from ((k, g, n, f"bound {o['bound']:.3g}, measured {o['measured']:.3g}; {o['verdict']}") for n,o in v.items())
+            text = 'bound {bound:.3g}, measured {measured:.3g}; {verdict}'
+            yield from ((k, g, n, text.format(**o)) for n,o in v.items())
         else: yield k, g, _LABELS.get(k, k.split('_')[-1]), f(v)
 
 def _framed(rows):
@@ -258,10 +259,11 @@ def _brief(r):
     "Line -> (fields, text): method, network and data, what was removed, right answers or metrics, milliseconds, seconds."
     what = lambda k: 'accuracy' if getattr(r, k).k is not None else 'loss, metrics'
     shares = {f'{n} removed':f'{k}_removed' for k,n in dict(units='units', params='parameters', macs='MACs').items()}
-    when = {k:n for k,n in dict(before='before', pruned='after pruning', tuned='after fine-tuning').items() if getattr(r, k)}
-    res = {'method': (('method',), r.method), 'network, data': (('model', 'dataset'), ', '.join(filter(None, (r.model, r.dataset)))),
+    when = dict(before='before', pruned='after pruning', tuned='after fine-tuning')
+    res = {'method': (('method',), r.method),
+           'network, data': (('model', 'dataset'), ', '.join(filter(None, (r.model, r.dataset)))),
            **{n:((k,), _pct(v)) for n,k in shares.items() if (v := getattr(r, k)) is not None},
-           **{f'{what(k)} {n}':((k,), repr(getattr(r, k))) for k,n in when.items()}}
+           **{f'{what(k)} {n}':((k,), repr(getattr(r, k))) for k,n in when.items() if getattr(r, k)}}
     times = ('latency_before', 'latency_after', 'latency_batch')
     if None not in (r.latency_before, r.latency_after):
         batch = '' if r.latency_batch is None else f', batch of {r.latency_batch:,}'
@@ -274,7 +276,8 @@ def _repr_html_(self:Report):
     brief = _brief(self); told = {k for ks,_ in brief.values() for k in ks}
     rest = [o for o in _rows(self) if o[0] not in told]
     with pd.option_context('display.max_colwidth', None):
-        top, more = (o.to_html(header=False, index_names=False) for o in (pd.Series({k:t for k,(_,t) in brief.items()}, dtype=object).to_frame(), _framed(rest)))
+        lines = pd.DataFrame([t for _,t in brief.values()], index=list(brief), dtype=object)
+        top, more = (o.to_html(header=False, index_names=False) for o in (lines, _framed(rest)))
     return f'{top}<details><summary>{len(rest)} further lines</summary>{more}</details>'
 
 # %% ../nbs/07_report.ipynb #save
@@ -341,7 +344,8 @@ def verdict(a:Evaluation, # the accuracy in question
 @public
 def compare(reports # records
            )->pd.DataFrame:
-    "One row per record, by its name or method: % removed, accuracies as k/n with intervals (else loss and metrics), verdict on the last accuracy against the dense one."
+    """One row per record, by its name or method: % removed, accuracies as k/n with intervals (else loss and metrics),
+    verdict on the last accuracy against the dense one."""
     reports = list(reports)
     if not reports: raise ValueError("reports: empty; expected at least one Report")
     count = lambda e: f'{e.k}/{e.n} = {100*e.accuracy:.1f} % [{100*e.lo:.1f}, {100*e.hi:.1f}]'
@@ -351,7 +355,8 @@ def compare(reports # records
     against = lambda r: verdict(r.final, r.before) if counted(r) else '–'
     return pd.DataFrame([{
         'name': r.name or r.method, 'model': r.model, 'unit': r.unit or '–',
-        'units removed, %': pct(r.units_removed), 'parameters removed, %': pct(r.params_removed), 'MACs removed, %': pct(r.macs_removed),
+        'units removed, %': pct(r.units_removed), 'parameters removed, %': pct(r.params_removed),
+        'MACs removed, %': pct(r.macs_removed),
         'before': show(r.before), 'pruned': show(r.pruned), 'fine-tuned': show(r.tuned),
         'against before': against(r)} for r in reports])
 
@@ -361,7 +366,8 @@ def plot_compare(reports, # records
                  x:str='params_removed', # field on the horizontal axis
                  ax=None  # matplotlib axes, None = a new figure
                 ):
-    "Last accuracy and its interval against `x`, in % where it is a share, a line per name or method, the dense accuracy as a grey band; the loss where no right answers were counted. Returns the figure."
+    """Last accuracy and its interval against `x`, in % where it is a share, a line per name or method, the dense accuracy
+    as a grey band; the loss where no right answers were counted. Returns the figure."""
     import matplotlib.pyplot as plt
     check_choice('x', x, (*_GROUPS['fraction removed'], 'compression', 'speedup_macs'))
     if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
