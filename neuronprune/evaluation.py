@@ -15,6 +15,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import noop
 from torch import nn
 from .core import as_found, check_fraction, check_int, digesting, feed, mapped, public, tensors
+from .core import _full
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, Learner, Recorder
@@ -222,8 +223,9 @@ def plot_curves(learn:Learner # a learner trained with `fit`
     df, losses = curves(learn), ('train_loss', 'valid_loss')
     fig, axs = plt.subplots(1, 2, figsize=(7, 2.5), constrained_layout=True)
     for c in losses: axs[0].plot(df.epoch, df[c], marker='.', label=c.split('_')[0])
-    for c in [o for o in df if o not in ('fit', 'epoch', *losses)]: axs[1].plot(df.epoch, df[c], marker='.', label=c)
-    for ax,what in zip(axs, ('loss', 'on the validation set')):
+    own = [o for o in df if o not in ('fit', 'epoch', *losses)]; shares = all(map(_full, own))
+    for c in own: axs[1].plot(df.epoch, df[c]*(100 if shares else 1), marker='.', label=c.replace('_', ' '))
+    for ax,what in zip(axs, ('loss', 'on the validation set' + (', %' if shares else ''))):
         ax.set(xlabel='epoch', ylabel=what)
         for e in df.epoch[df.fit.diff() > 0]: ax.axvline(e-.5, color='grey', ls=':')
         ax.legend()

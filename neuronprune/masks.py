@@ -177,8 +177,8 @@ def plot(self:Scores, n_max:int=4 # most block matrices drawn
         fig, (ax,) = _panels(1, 6)
         for (k,v),c in zip(self.items(), plt.get_cmap('viridis')(np.linspace(0, .9, len(self)))):
             o = v.flatten().sort(descending=True).values; o = o[torch.linspace(0, len(o)-1, min(len(o), 500)).long()]
-            ax.plot(np.linspace(0, 1, len(o)), o, color=c, label=k)
-        ax.set(xlabel='fraction of the layer’s units, best first', ylabel='score', title=self.method)
+            ax.plot(np.linspace(0, 100, len(o)), o, color=c, label=k)
+        ax.set(xlabel='the layer’s units, best first, %', ylabel='score', title=self.method)
         if len(self) <= 8: ax.legend(fontsize=7)
     plt.close(fig); return fig
 
@@ -261,21 +261,22 @@ def __repr__(self:Mask):
 @patch
 @public
 def frame(self:Mask):
-    "pandas `DataFrame`, one row per key: units, units kept, sparsity of the layer."
+    "pandas `DataFrame`, one row per key: shape, units, units kept, percentage removed."
     import pandas as pd
-    return pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), kept=int(v.sum()),
-                              sparsity=1-v.float().mean().item()) for k,v in self.items()])
+    df = pd.DataFrame([dict(layer=k, shape='×'.join(map(str, v.shape)), units=v.numel(), kept=int(v.sum()))
+                       for k,v in self.items()])
+    return df.assign(**{'removed, %': 100*(1-df.kept/df.units)})
 
 # %% ../nbs/03a_masks.ipynb #plot-2
 @patch
 @public
 def plot(self:Mask):
-    "Share of units kept in each layer; returns the figure."
+    "Percentage of units kept in each layer; returns the figure."
     import matplotlib.pyplot as plt
     f = self.frame(); fig, (ax,) = _panels(1, 6, min(1.2+.25*len(f), 9)); y = np.arange(len(f))
-    ax.barh(y, np.ones(len(f)), color='#e4e4e4'); ax.barh(y, f.kept/f.units, color='#33638d')
-    for i,r in enumerate(f.itertuples()): ax.text(1.01, i, f'{r.kept:,} / {r.units:,}', va='center', fontsize=7)
-    ax.set(yticks=y, yticklabels=f.layer, xlim=(0, 1.25), xlabel='fraction kept')
+    ax.barh(y, 100, color='#e4e4e4'); ax.barh(y, 100*f.kept/f.units, color='#33638d')
+    for i,r in enumerate(f.itertuples()): ax.text(101, i, f'{r.kept:,} / {r.units:,}', va='center', fontsize=7)
+    ax.set(yticks=y, yticklabels=f.layer, xlim=(0, 100), xlabel='units kept, %')
     ax.invert_yaxis(); ax.tick_params(labelsize=7)
     plt.close(fig); return fig
 

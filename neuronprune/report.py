@@ -12,7 +12,8 @@ from importlib import resources
 import numpy as np, pandas as pd, torch
 from torch import nn
 from fastcore.basics import patch
-from .core import check_choice, check_int, check_type, public, tensors
+from .core import check_choice, check_int, check_type, colours, public, tensors
+from .core import _full, _titled
 from .files import load_json, reading, save_json
 from .costs import *
 from .costs import _all_macs
@@ -239,6 +240,29 @@ _LABELS = dict(
     pruned='after pruning', tuned='after fine-tuning', params_after='stored after', nonzero_after='non-zero after',
     macs_nonzero='after, non-zero weights', speedup_macs='theoretical speed-up', secs='time', peak_mib='peak memory')
 
+# %% ../nbs/07_report.ipynb #rows
+def _rows(r):
+    "(field, group, item, text) of everything that was measured."
+    for g,k,f in [(g, k, f) for g,ks in _GROUPS.items() for k,f in ks.items()]:
+        v = getattr(r, k)
+        if v in (None, {}, ''): continue
+        if isinstance(v, Evaluation) and v.k is None: g = 'loss and metrics on the test set'
+        if g == 'made with': yield from ((k, g, n, str(o)) for n,o in v.items())
+        elif k == 'bounds':
+            text = 'bound {bound:.3g}, measured {measured:.3g}; {verdict}'
+            yield from ((k, g, n, text.format(**o)) for n,o in v.items())
+        else: yield k, g, _LABELS.get(k, k.split('_')[-1]), f(v)
+
+def _framed(rows):
+    index = pd.MultiIndex.from_tuples([(g, n) for _,g,n,_ in rows], names=['', ' '])
+    return pd.DataFrame([t for *_,t in rows], index=index, columns=['value'])
+
+@patch
+@public
+def to_frame(self:Report)->pd.DataFrame:
+    "The record for people: rows (group, item), one column; what was not measured is left out."
+    return _framed(list(_rows(self)))
+
 # %% ../nbs/07_report.ipynb #to-frame
 @patch
 @public
@@ -258,6 +282,32 @@ def to_frame(self:Report)->pd.DataFrame:
 
 @patch
 def _repr_html_(self:Report): return self.to_frame().to_html(header=False)
+
+# %% ../nbs/07_report.ipynb #repr-html
+def _brief(r):
+    "Line -> (fields, text): method, network and data, what was removed, right answers or metrics, milliseconds, seconds."
+    what = lambda k: 'accuracy' if getattr(r, k).k is not None else 'loss, metrics'
+    shares = {f'{n} removed':f'{k}_removed' for k,n in dict(units='units', params='parameters', macs='MACs').items()}
+    when = dict(before='before', pruned='after pruning', tuned='after fine-tuning')
+    res = {'method': (('method',), r.method),
+           'network, data': (('model', 'dataset'), ', '.join(filter(None, (r.model, r.dataset)))),
+           **{n:((k,), _pct(v)) for n,k in shares.items() if (v := getattr(r, k)) is not None},
+           **{f'{what(k)} {n}':((k,), repr(getattr(r, k))) for k,n in when.items() if getattr(r, k)}}
+    times = ('latency_before', 'latency_after', 'latency_batch')
+    if None not in (r.latency_before, r.latency_after):
+        batch = '' if r.latency_batch is None else f', batch of {r.latency_batch:,}'
+        res['latency'] = times, f'{r.latency_before:.3f} → {r.latency_after:.3f} ms{batch}'
+    if r.secs is not None: res['time of scoring'] = ('secs',), f'{r.secs:.3g} s'
+    return {k:v for k,v in res.items() if v[1]}
+
+@patch
+def _repr_html_(self:Report):
+    brief = _brief(self); told = {k for ks,_ in brief.values() for k in ks}
+    rest = [o for o in _rows(self) if o[0] not in told]
+    with pd.option_context('display.max_colwidth', None):
+        lines = pd.DataFrame([t for _,t in brief.values()], index=list(brief), dtype=object)
+        top, more = (o.to_html(header=False, index_names=False) for o in (lines, _framed(rest)))
+    return f'{top}<details><summary>{len(rest)} further lines</summary>{more}</details>'
 
 # %% ../nbs/07_report.ipynb #save
 @patch
@@ -326,18 +376,19 @@ def verdict(a:Evaluation, # the accuracy in question
 @public
 def compare(reports # records
            )->pd.DataFrame:
-    """One row per record: fractions removed, accuracies as k/n with intervals (else loss and metrics),
+    """One row per record, by its name or method: % removed, accuracies as k/n with intervals (else loss and metrics),
     verdict on the last accuracy against the dense one."""
     reports = list(reports)
     if not reports: raise ValueError("reports: empty; expected at least one Report")
     count = lambda e: f'{e.k}/{e.n} = {100*e.accuracy:.1f} % [{100*e.lo:.1f}, {100*e.hi:.1f}]'
     show = lambda e: '–' if e is None else repr(e) if e.k is None else count(e)
-    frac = lambda v: '–' if v is None else _pct(v)
+    pct = lambda v: math.nan if v is None else round(100*v, 2)
     counted = lambda r: r.before is not None and r.final is not r.before and None not in (r.final.k, r.before.k)
     against = lambda r: verdict(r.final, r.before) if counted(r) else '–'
     return pd.DataFrame([{
-        'method': r.method, 'model': r.model, 'unit': r.unit or '–',
-        'units': frac(r.units_removed), 'parameters': frac(r.params_removed), 'MACs': frac(r.macs_removed),
+        'name': r.name or r.method, 'model': r.model, 'unit': r.unit or '–',
+        'units removed, %': pct(r.units_removed), 'parameters removed, %': pct(r.params_removed),
+        'MACs removed, %': pct(r.macs_removed),
         'before': show(r.before), 'pruned': show(r.pruned), 'fine-tuned': show(r.tuned),
         'against before': against(r)} for r in reports])
 
@@ -347,22 +398,23 @@ def plot_compare(reports, # records
                  x:str='params_removed', # field on the horizontal axis
                  ax=None  # matplotlib axes, None = a new figure
                 ):
-    """Last accuracy and its interval against `x`, a line per method, the dense accuracy as a grey band;
-    the loss where no right answers were counted. Returns the figure."""
+    """Last accuracy and its interval against `x`, in % where it is a share, a line per name or method, the dense accuracy
+    as a grey band; the loss where no right answers were counted. Returns the figure."""
     import matplotlib.pyplot as plt
     check_choice('x', x, (*_GROUPS['fraction removed'], 'compression', 'speedup_macs'))
     if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
     done = [r for r in reports if getattr(r, x) is not None and r.final]
     counted = all(e.k is not None for r in done for e in (r.final, r.before) if e)
     height = lambda e: (100*e.accuracy, 100*e.lo, 100*e.hi) if counted else (e.loss,)*3
-    for name in dict.fromkeys(r.method for r in done):
-        rs = sorted((r for r in done if r.method == name), key=lambda r: getattr(r, x))
+    across = lambda r: getattr(r, x)*(100 if _full(x) else 1)
+    for name,c in colours([r.name or r.method for r in done]).items():
+        rs = sorted((r for r in done if (r.name or r.method) == name), key=across)
         at, lo, hi = np.array([height(r.final) for r in rs], dtype=float).T
-        ax.errorbar([getattr(r, x) for r in rs], at, yerr=[at-lo, hi-at], marker='o', capsize=3, label=name)
+        ax.errorbar([across(r) for r in rs], at, yerr=[at-lo, hi-at], marker='o', capsize=3, color=c, label=name)
     for at,lo,hi in {height(r.before) for r in done if r.before}:
         ax.axhspan(lo, hi, color='grey', alpha=.15)
         ax.axhline(at, color='grey', lw=.8)
-    ax.set(xlabel=x.replace('_', ' '), ylabel='accuracy, % with 95 % interval' if counted else 'loss')
+    ax.set(xlabel=_titled(x), ylabel='accuracy, % with 95 % interval' if counted else 'loss')
     ax.legend()
     plt.close(ax.figure)
     return ax.figure

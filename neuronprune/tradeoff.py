@@ -119,14 +119,6 @@ def varying(df:pd.DataFrame, # any table
     check_type('df', df, pd.DataFrame, 'a table')
     return df[[k for k in df if k in keep or len(df) < 2 or df[k].nunique(dropna=False) > 1]]
 
-# %% ../nbs/23a_tradeoff.ipynb #colours
-def _colours(df):
-    "Label -> colour: a method's place in the register, the next free one for a label that is no method."
-    import matplotlib.pyplot as plt
-    labels = list(dict.fromkeys(df.label)); place = {n:i for i,n in enumerate(methods())}
-    for n in labels: place.setdefault(n, len(place))
-    return {n:plt.get_cmap('tab20')(2*place[n] % 20 + place[n]//10 % 2) for n in labels} # the strong ones first
-
 # %% ../nbs/23a_tradeoff.ipynb #labelled
 def _labelled(df):
     "`df` with the column `label`: the name, and of the other columns of `CHAIN` what varies under that name."
@@ -174,7 +166,7 @@ def plot_tradeoff(df:pd.DataFrame, # rows of `prune` or `study`, one per size
     import matplotlib.pyplot as plt
     check_choice('x', x, ('params', 'macs')); y, d = _lost(df, when, y)
     fig, ax = plt.subplots(figsize=(7.5, 3), constrained_layout=True)
-    for n,c in _colours(d).items():
+    for n,c in colours(d.label).items():
         g = d[d.label == n]; xs, mean, sd = _mean_curve(g, x)
         ax.plot(xs, mean, marker='.', color=c, label=n if g.whole.all() else f'{n}, stopped early')
         ax.fill_between(xs, mean-sd, mean+sd, color=c, alpha=.15, lw=0)
@@ -217,12 +209,12 @@ def plot_budget(df:pd.DataFrame, # rows of `prune` or `study`, one per size
     Returns the figure."""
     import matplotlib.pyplot as plt
     d = _labelled(_keyed(df)); near, table, names = _layer_table(d, check_fraction('density', density, open_hi=False))
-    colours, y, h = _colours(d), np.arange(len(names)), .8/len(table)
+    tint, y, h = colours(d.label), np.arange(len(names)), .8/len(table)
     size = (8, min(1.2+.22*len(names)*max(1, len(table)/2), 9))
     fig, axs = plt.subplots(1, 2, figsize=size, sharey=True, constrained_layout=True)
     for i,(n,v) in enumerate(table.items()):
         at = y+(i-(len(table)-1)/2)*h
-        for ax,u in zip(axs, (100*v[:,0], v[:,1])): ax.barh(at, u, h, color=colours[n], label=n)
+        for ax,u in zip(axs, (100*v[:,0], v[:,1])): ax.barh(at, u, h, color=tint[n], label=n)
     axs[1].axvline(1, color='grey', lw=.8)
     axs[0].set(yticks=y, yticklabels=names, xlabel='share of the weights left, %')
     axs[1].set(xlabel='density / uniform density')

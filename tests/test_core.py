@@ -7,7 +7,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune import core, files
-from neuronprune.core import (as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type,
+from neuronprune.core import (as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, colours,
                               digesting, generator, kappa, layers, method, methods, seed_everything, twins)
 from neuronprune.files import load_tensors, save_tensors
 from neuronprune.masks import Mask, Scores, Units
@@ -342,6 +342,18 @@ def test_plots_are_figures():
          Scores({'a': torch.rand(2, 2)}, 'group', labels={'a': ([0, 1], [0, 1])})]
     assert (all(isinstance(o.plot(), Figure) for o in [*s, M([True, False])])
             and M([True, False]).frame().kept.tolist() == [1])
+
+def test_a_mask_is_drawn_and_tabled_in_percent():
+    m = M([True, False, False, False]); ax = m.plot().axes[0]
+    assert ax.get_xlim() == (0, 100) and max(ax.get_xticks()) == 100 and ax.get_xlabel() == 'units kept, %'
+    assert [p.get_width() for p in ax.patches] == [100, 25] and m.frame()['removed, %'].tolist() == [75]
+    ax = Scores({'a': torch.rand(5)}, 'channel').plot().axes[0]
+    assert ax.lines[0].get_xdata().max() == 100 and ax.get_xlabel().endswith(', %')
+
+def test_a_method_has_its_own_colour():
+    names = list(methods()); own = colours([*names, 'dense', 'mine'])
+    assert len(set(own.values())) == len(names)+2 and colours(['mine', 'mint'])['mint'] == own['mint'] == colours(['mint'])['mint']
+    assert not {*colours(['dense', 'mine']).values()} & set(colours(names).values()) and len(colours([f'x{i}' for i in range(99)])) == 99
 
 # ---- state
 
