@@ -49,7 +49,8 @@ def measured(model,    # left as found
              sizes=removed, # function (model, mask, xb) -> dict: how much is gone
              **labels  # columns in front
             )->dict:
-    "One row of a study: `labels`, then k, n, accuracy, Wilson interval lo, hi, loss of a copy under `mask`, then `sizes`."
+    """One row of a study: `labels`, then k, n, accuracy, Wilson interval lo, hi, loss of a copy under `mask`,
+    then `sizes`."""
     e = evaluate(model if mask is None else apply(copied(model), mask), dl)
     return dict(labels, k=e.k, n=e.n, accuracy=e.accuracy, lo=e.lo, hi=e.hi, loss=e.loss, **sizes(model, mask, xb))
 
@@ -155,7 +156,8 @@ def _possible(lo, hi, value, least=0):
 def summary(df, by='rule', # rows of a study; columns that name the groups
             value:str='accuracy' # column to average
            )->pd.DataFrame:
-    "One row per group (and `part`, where the rows have one): repeats, median, min, max, mean, std, 95 % t interval lo, hi."
+    """One row per group (and `part`, where the rows have one): repeats, median, min, max, mean, std, 95 % t
+    interval lo, hi."""
     by = [by] if isinstance(by, str) else list(by)
     if 'part' in df and 'part' not in by: by.append('part')
     by = by if len(by) > 1 else by[0]

@@ -69,7 +69,9 @@ def names():
 def _lines(df):
     "One line per label and size or sparsity, means over the seeds."
     by = ['name', 'density' if 'density' in df and df.density.notna().any() else 'sparsity']
-    show = [c for c in ('params_density', 'macs_density', 'dense_accuracy', 'pruned_accuracy', 'tuned_accuracy', 'tuned_loss') if c in df]
+    show = [c
+            for c in ('params_density', 'macs_density', 'dense_accuracy', 'pruned_accuracy', 'tuned_accuracy',
+                      'tuned_loss') if c in df]
     good = df[df.error == '']
     if not len(good): return 'no run has a row'
     return good[by+show].groupby(by, sort=False).mean().dropna(axis=1, how='all').round(4).to_string()

@@ -323,7 +323,9 @@ def _computed(o, deep=True):
     "The tensors kept in the attributes of `o` (and of the plain objects there) that are results of a computation."
     for v in vars(o).values():
         yield from (t for t in tensors(v) if not t.is_leaf)
-        if deep and hasattr(v, '__dict__') and not isinstance(v, (nn.Module, torch.Tensor, type)): yield from _computed(v, False)
+        if deep and hasattr(v, '__dict__') and not isinstance(v,
+                                                              (nn.Module, torch.Tensor, type)): yield from _computed(
+                                                                  v, False)
 
 def copied(model:nn.Module, # any model, trained or in training
            memo:dict=None   # id of an object -> what the copy has in its place

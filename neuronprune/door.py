@@ -157,7 +157,8 @@ def _loader(k, dl):
 _PAIR = 'fastai DataLoaders with .train and .valid, as from get_dls or DataLoaders(train_dl, valid_dl)'
 
 def _both(v):
-    "Has `v` a training and a validation loader? A single loader of fastai's has the attributes of its data set, which may have such parts."
+    """Has `v` a training and a validation loader? A single loader of fastai's has the attributes of its data
+    set, which may have such parts."""
     return hasattr(v, 'loaders') or not hasattr(v, 'dataset') and hasattr(v, 'train') and hasattr(v, 'valid')
 
 def _dls(k, v):

@@ -107,7 +107,8 @@ class _NotClasses(Exception):
 def _target(yb):
     "The class numbers [n] of a batch; `_NotClasses` for targets of another kind."
     y = yb[0]
-    if isinstance(y, torch.Tensor) and y.ndim == 2 and y.shape[1] == 1: y = _classes(y[:,0]) # as fastai's tables have them
+    if isinstance(y, torch.Tensor) and y.ndim == 2 and y.shape[1] == 1: y = _classes(
+        y[:,0]) # as fastai's tables have them
     if len(yb) > 1 or not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or y.ndim != 1:
         raise _NotClasses(TypeError(f"dls: labels yb are {_said(yb)}; expected one class number per input, int64 (n,), "
                                     "to count right answers, "
@@ -123,7 +124,10 @@ def _tally(model, dl, dev):
         with torch.inference_mode():
             with digesting(*tensors(xb)): out = _logits(feed(model, xb))
             if out is None or out.ndim != 2 or out.shape[1] < 2:
-                raise _NotClasses(ValueError(f"model: outputs {_said(out)}; expected class scores [n, classes], or a Learner with its own loss"))
+                raise _NotClasses(
+                    ValueError(
+                        f"model: outputs {_said(out)}; expected class scores [n, classes], "
+                                             "or a Learner with its own loss"))
             bad = (yb < 0) | (yb >= out.shape[1])
             yb = yb.clamp(0, out.shape[1]-1)
             out = out.float().as_subclass(torch.Tensor)
@@ -164,14 +168,17 @@ def _number(v):
     return v.tolist()
 
 def _own_metrics(learn, dl, why):
-    "The `Evaluation` by the learner's own loss and metrics; the error `why` where these cannot take the targets, `ValueError` if the loss is not finite."
+    """The `Evaluation` by the learner's own loss and metrics; the error `why` where these cannot take the
+    targets, `ValueError` if the loss is not finite."""
     own, kept = _Metrics(), {cb:dict(vars(cb)) for cb in learn.cbs if isinstance(cb, Recorder)}
     with as_found(learn.model, train=False), _shown(learn, False):
         try: learn.validate(dl=dl, cbs=own)
         except torch.cuda.OutOfMemoryError: raise
         except Exception as e: # loss and metrics are the user's
             names = ', '.join(m.name for m in learn.metrics) or 'none'
-            raise type(why)(f"{why}; its loss {_named(learn.loss_func)} and its metrics ({names}) fail here: {type(e).__name__}: {e}") from e
+            raise type(why)(
+                f"{why}; its loss {_named(learn.loss_func)} and its metrics ({names}) fail here: "
+                f"{type(e).__name__}: {e}") from e
         finally:
             for cb,v in kept.items(): vars(cb).update(v)
     if own.n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")

@@ -17,11 +17,16 @@ def traced(model:nn.Module, # any model
            dls=None,        # `DataLoaders` to take an image from
            graph=None       # `Graph` of the model, if it is known
           )->Graph:
-    "`graph`, or a trace of `model`; `ValueError` without graph and `dls`, or for the graph of another model or another size of image."
+    """`graph`, or a trace of `model`; `ValueError` without graph and `dls`, or for the graph of another model
+    or another size of image."""
     from neuronprune.data import calib_batch
     mods = layers(model)
-    if graph is None and dls is None: raise ValueError("graph=None, dls=None: the network's wiring is needed; pass graph=trace(model, xb), or dls to trace with")
-    if graph is None: return trace(model, take(calib_batch(dls, n=1, device=next(model.parameters()).device, classes=False)[0], slice(1)))
+    if graph is None and dls is None: raise ValueError(
+        "graph=None, dls=None: the network's wiring is needed; pass graph=trace(model, xb), or dls to trace with")
+    if graph is None: return trace(model,
+                                   take(
+                                       calib_batch(dls, n=1, device=next(model.parameters()).device, classes=False)[
+                                           0], slice(1)))
     facts = lambda l: [l[o] for o in ('n_out', 'n_in', 'taps', 'groups')]
     have = {k:facts(_info(m, m.weight.shape[:1])) for k,m in mods.items()}
     bad = [k for k,l in check_type('graph', graph, Graph).layers.items() if have.get(k) != facts(l)]

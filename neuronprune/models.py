@@ -368,7 +368,8 @@ def library_names(lib:str # 'torchvision' or 'timm'
         from torchvision import models as tvm
         return [f'{lib}/{k}' for k in tvm.list_models(module=tvm)]
     try: import timm
-    except ImportError as e: raise ImportError("name='timm/…': timm is not installed; expected after `pip install timm`") from e
+    except ImportError as e: raise ImportError(
+        "name='timm/…': timm is not installed; expected after `pip install timm`") from e
     return [f'{lib}/{k}' for k in timm.list_models()]
 
 def _from_library(name, c_in, n_out, size, weights):
@@ -391,7 +392,8 @@ def build(name:str,        # a name of `models()`, 'torchvision/…' or 'timm/�
           init:str=None,   # None, 'kaiming', 'mip'
           **kw             # the network's own, e.g. dropout=, head=, stem=
          )->nn.Module:
-    "A network of the zoo in training mode, [n, c_in, size, size] -> logits [n, n_out]; `model.spec` says how it was built."
+    """A network of the zoo in training mode, [n, c_in, size, size] -> logits [n, n_out]; `model.spec` says
+    how it was built."""
     for k,v in dict(c_in=c_in, n_out=n_out, size=size).items(): check_int(k, v, 1)
     if '/' in name:
         for k in kw: check_choice(f'argument of {name}', k, ())

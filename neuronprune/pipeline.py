@@ -188,7 +188,8 @@ def _measured(chain, i, known, latency, small, full):
     left = _layers_left(chain)
     known = dict(known, weights=sum(left.values()), dense_layers=layer_weights(chain.dense))
     if chain.ask.sizes[i][0] == 'size': known = {**_kept(chain), **known}
-    get = partial(Report.measure, chain.dense, chain.learn.model, small, xb=chain.xb, mask=chain.mask, scores=chain.scores,
+    get = partial(Report.measure, chain.dense, chain.learn.model, small, xb=chain.xb, mask=chain.mask,
+                  scores=chain.scores,
                   dls=chain.learn.dls, latency=latency, full=full, **known)
     report = _after(get, 'measuring') or Report(**known)
     report.layers = left

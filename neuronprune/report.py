@@ -285,7 +285,8 @@ def _repr_html_(self:Report): return self.to_frame().to_html(header=False)
 
 # %% ../nbs/07_report.ipynb #repr-html
 def _brief(r):
-    "Line -> (fields, text): method, network and data, what was removed, right answers or metrics, milliseconds, seconds."
+    """Line -> (fields, text): method, network and data, what was removed, right answers or metrics,
+    milliseconds, seconds."""
     what = lambda k: 'accuracy' if getattr(r, k).k is not None else 'loss, metrics'
     shares = {f'{n} removed':f'{k}_removed' for k,n in dict(units='units', params='parameters', macs='MACs').items()}
     when = dict(before='before', pruned='after pruning', tuned='after fine-tuning')
@@ -398,8 +399,8 @@ def plot_compare(reports, # records
                  x:str='params_removed', # field on the horizontal axis
                  ax=None  # matplotlib axes, None = a new figure
                 ):
-    """Last accuracy and its interval against `x`, in % where it is a share, a line per name or method, the dense accuracy
-    as a grey band; the loss where no right answers were counted. Returns the figure."""
+    """Last accuracy and its interval against `x`, in % where it is a share, a line per name or method,
+    the dense accuracy as a grey band; the loss where no right answers were counted. Returns the figure."""
     import matplotlib.pyplot as plt
     check_choice('x', x, (*_GROUPS['fraction removed'], 'compression', 'speedup_macs'))
     if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)

@@ -137,7 +137,8 @@ def zoo(dataset:str='digits', # a name of `datasets()`, or a folder
     "Networks by name, trained once per seed and kept under out/dense; of a function, what it returns for a seed."
     for k in params: check_choice('parameter', k, SOURCE)
     p = check_values(complete(dict(params, dataset=dataset, model=model, epochs=epochs)))
-    if ':' in p['model']: return replace(own(_function(p['model']), p['model']), params={k:v for k,v in p.items() if k in SOURCE})
+    if ':' in p['model']: return replace(own(_function(p['model']), p['model']),
+                                         params={k:v for k,v in p.items() if k in SOURCE})
     args = lambda s: dict({k:p[k] for k in ('opt', 'lr', 'weights', 'init', 'opt_args')}, seed=s)
     def make(seed, out, stop=None, progress=False):
         return dense(_data(p, seed), p['model'], p['epochs'], out=out, stop=stop, progress=progress, **args(seed),
@@ -163,7 +164,8 @@ def own(make,            # function seed -> `Learner`, or (model, loaders)
         if isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], nn.Module):
             model, dls = got
             got = as_learner(model, *(dls if isinstance(dls, (tuple, list)) else [dls]))
-        return check_type('make', got, Learner, 'returned by make(seed), as from learner(model, dls), or (model, loaders)')
+        return check_type('make', got, Learner,
+                          'returned by make(seed), as from learner(model, dls), or (model, loaders)')
     def path(seed, out): return Path(out)/'dense'/f"{digest(dict(own=name, version=version, seed=seed))}.safetensors"
     def trained(seed, out, stop=None, progress=False):
         return raw(seed) if train is None else stored(raw(seed), path(seed, out), train)
@@ -176,4 +178,5 @@ def _function(name):
     module, _, f = name.partition(':')
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # as python -m does
     try: return getattr(importlib.import_module(module), f)
-    except (ImportError, AttributeError) as e: raise ValueError(f"model={name!r}: {e}; expected 'package.module:function'") from e
+    except (ImportError, AttributeError) as e: raise ValueError(
+        f"model={name!r}: {e}; expected 'package.module:function'") from e

@@ -243,8 +243,10 @@ def _table(jobs, got):
     for j in jobs:
         mine, error = got[j.id]; own = {k:j.params[k] for k in ('method', 'seed', 'unit')}
         said = {} if 'own' in j.source.key else j.source.params
-        known = dict(own, name=j.params['name'], folder=j.id, dataset=said.get('dataset', ''), model=said.get('model', j.source.name))
-        rows += [dict(r, name=j.params['name'], folder=j.id) for r in mine] + ([dict(known, error=error)] if error else [])
+        known = dict(own, name=j.params['name'], folder=j.id, dataset=said.get('dataset', ''),
+                     model=said.get('model', j.source.name))
+        rows += [dict(r, name=j.params['name'], folder=j.id) for r in mine] + ([dict(known, error=error)] if error
+                                                                               else [])
     df = pd.DataFrame(rows)
     failed = df[df.error != '']
     if len(failed):

@@ -342,8 +342,10 @@ def _replace(model, factors):
 def factorise(model:nn.Module, # dense or masked; not changed
               mask:Mask        # unit 'rank'
              )->nn.Module:
-    "A new model with factors in place of the layers of `mask`, where they have fewer weights; `shrink` does the same and checks it."
-    if check_type('mask', mask, Mask).unit != 'rank': raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'rank'")
+    """A new model with factors in place of the layers of `mask`, where they have fewer weights; `shrink` does
+    the same and checks it."""
+    if check_type('mask', mask, Mask).unit != 'rank': raise ValueError(
+        f"mask: unit={mask.unit!r}; expected a mask of unit 'rank'")
     return _replace(copied(model), _decompose(model, mask))
 
 # %% ../nbs/06_surgery.ipynb #merged
@@ -389,7 +391,8 @@ _HINT = "Does its forward rely on the original layers or widths (a hard-coded vi
 
 def _rounding(masked, small, xb, tol):
     "Is a difference above `tol` one of rounding only, gone in double precision?"
-    try: return difference(*(copied(m).double() for m in (masked, small)), mapped(lambda o: o.double() if o.is_floating_point() else o, xb)) <= tol/1000
+    try: return difference(*(copied(m).double() for m in (masked, small)),
+                           mapped(lambda o: o.double() if o.is_floating_point() else o, xb)) <= tol/1000
     except Exception: return False # a network that insists on its own precision
 
 def _verify(masked, small, xb, tol):

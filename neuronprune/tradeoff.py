@@ -283,7 +283,8 @@ def _plots(df, when):
 def save_results(df:pd.DataFrame, # rows of `prune` or `study`, one per size
                  folder           # made if missing
                 )->list:
-    "Write rows.csv and, of rows with sizes, commensurate.csv and results.npz where answers were counted, plots as PDF; returns the paths."
+    """Write rows.csv and, of rows with sizes, commensurate.csv and results.npz where answers were counted,
+    plots as PDF; returns the paths."""
     d, sized = Path(folder), 'density' in df and df.density.notna().any()
     when = 'tuned' if sized and df.tuned_loss.notna().any() else 'pruned'
     def table(): return commensurate(df, when=when)

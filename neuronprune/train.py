@@ -241,7 +241,8 @@ def _first_batch(name, dl):
     except ValueError as e: raise ValueError(f"{name}{str(e).removeprefix('dls')}") from None
 
 # %% ../nbs/05_train.ipynb #guessed
-def _said(x): return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
+def _said(x): return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(
+    x).__name__
 
 def _guessed(out, yb):
     "The loss that outputs and targets leave no doubt about; `ValueError` otherwise."

@@ -37,7 +37,8 @@ def convert(nb):
         src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
         if cell['cell_type'] == 'markdown': out.append(relink(src)); continue
         if src and d.get('echo') != 'false': out.append(f'```python\n{src}\n```')
-        if d.get('output') != 'false': out += [output(cell, i, o, pictures, d.get('fig-alt', '')) for i, o in enumerate(cell['outputs'])]
+        if d.get('output') != 'false': out += [output(cell, i, o, pictures, d.get('fig-alt', '')) for i,
+                                               o in enumerate(cell['outputs'])]
     return '\n\n'.join(filter(None, out)) + '\n', pictures
 
 def main(check):

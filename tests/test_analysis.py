@@ -8,7 +8,8 @@ from sklearn.calibration import calibration_curve
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from neuronprune.allocate import allocate
-from neuronprune.analysis import (KINDS, attack, calibration, confidences, ece, fine_tuned, measured, one_shot, paired, percent, plot_reliability,
+from neuronprune.analysis import (KINDS, attack, calibration, confidences, ece, fine_tuned, measured, one_shot,
+                                  paired, percent, plot_reliability,
                                   plot_robustness, plot_study, reliability, removed, robustness, summary)
 from neuronprune.core import colours, layers
 from neuronprune.masks import Mask, Scores
@@ -137,23 +138,32 @@ def test_plot_study_draws_what_the_rows_say():
             == [90, 70])
 
 def test_shares_are_drawn_and_tabled_in_percent():
-    df = pd.DataFrame([dict(rule=r, sparsity=s, zeroed_pct=50., units=3, k=9, n=10, accuracy=.9, lo=.6, hi=.98) for r in ('mint', 'own') for s in (.5, .75)])
+    df = pd.DataFrame(
+        [dict(rule=r, sparsity=s, zeroed_pct=50., units=3, k=9, n=10, accuracy=.9, lo=.6, hi=.98)
+         for r in ('mint', 'own') for s in (.5, .75)])
     ax = plot_study(df, 'sparsity').axes[0]
     assert ax.get_xlabel() == 'sparsity, %' and ax.containers[0][0].get_xdata().tolist() == [50, 75]
-    assert plot_study(df, 'zeroed_pct').axes[0].get_xlabel() == 'zeroed, %' and plot_study(df, 'units').axes[0].get_xlabel() == 'units'
+    assert plot_study(df, 'zeroed_pct').axes[0].get_xlabel() == 'zeroed, %' and plot_study(df, 'units').axes[
+        0].get_xlabel() == 'units'
     assert ax.containers[0][0].get_color() == colours(['mint'])['mint'] != ax.containers[1][0].get_color()
     got = percent(df)
-    assert list(got) == ['rule', 'sparsity, %', 'zeroed, %', 'units', 'k', 'n', 'accuracy, %', 'lo, %', 'hi, %'] and 'lo' in percent(df.drop(columns='accuracy'))
+    assert list(got) == ['rule', 'sparsity, %', 'zeroed, %', 'units', 'k', 'n', 'accuracy, %', 'lo, %',
+                         'hi, %'] and 'lo' in percent(df.drop(columns='accuracy'))
     assert got.iloc[0].tolist()[1:3] == [50, 50] and got['hi, %'].tolist() == pytest.approx([98]*4)
 
 def test_an_interval_that_leaves_what_a_share_can_be_is_left_out():
-    df = pd.DataFrame([dict(seed=i, rule=r, accuracy=a, loss=a) for r,v in dict(a=(.99, .9, .999), b=(.5, .51, .52)).items() for i,a in enumerate(v)])
+    df = pd.DataFrame(
+        [dict(seed=i, rule=r, accuracy=a, loss=a) for r,v in dict(a=(.99, .9, .999), b=(.5, .51, .52)).items()
+         for i,a in enumerate(v)])
     s = summary(df)
     assert math.isnan(s.lo['a']) and math.isnan(s.hi['a']) and 0 < s.lo['b'] < .51 < s.hi['b'] < 1
     assert s.loc['a', ['median', 'min', 'max']].tolist() == [.99, .9, .999] and summary(df, value='loss').hi['a'] > 1
-    far = pd.DataFrame([dict(seed=i, rule=r, accuracy=a) for i in range(12) for r,a in (('a', 1.), ('b', .0 if i else .9))])
+    far = pd.DataFrame(
+        [dict(seed=i, rule=r, accuracy=a) for i in range(12) for r,a in (('a', 1.), ('b', .0 if i else .9))])
     r = paired(far, 'a', 'b')
-    assert math.isnan(r['hi']) and r['verdict'] == 'higher' and (r['median'], r['min'], r['max']) == (1, pytest.approx(.1), 1)
+    assert math.isnan(r['hi']) and r['verdict'] == 'higher' and (r['median'], r['min'], r['max']) == (1,
+                                                                                                      pytest.approx(
+                                                                                                          .1), 1)
 
 # Attacks
 
@@ -361,8 +371,10 @@ def test_bins_with_few_images_are_not_drawn_but_counted():
     for kw,drawn in ((dict(), [[.5, .9], []]), (dict(fewest=10), [[.5, .9], [.8]]),
                      (dict(fewest=1), [[.1, .5, .9], [.8]])):
         top, below = plot_reliability({'a': df, 'b': b}, **kw).axes
-        assert top.get_legend_handles_labels()[1] == [f'a, ECE {100*ece(df):.1f} %', 'b, ECE 30.0 %'] and [o[0].get_xdata().tolist() for o in top.containers] == [pytest.approx([100*v for v in o]) for o in drawn]
-        assert [top.get_ylabel(), below.get_xlabel()] == ['accuracy, %', 'confidence, %'] and top.containers[0][0].get_color() == colours(['a', 'b'])['a']
+        assert top.get_legend_handles_labels()[1] == [f'a, ECE {100*ece(df):.1f} %', 'b, ECE 30.0 %'] and [
+            o[0].get_xdata().tolist() for o in top.containers] == [pytest.approx([100*v for v in o]) for o in drawn]
+        assert [top.get_ylabel(), below.get_xlabel()] == ['accuracy, %', 'confidence, %'] and top.containers[0][
+            0].get_color() == colours(['a', 'b'])['a']
         assert below.get_yscale() == 'log' and below.patches[0].get_data().values.tolist() == [3, 0, 20, 0, 60]
     with pytest.raises(ValueError, match='fewest=0'): plot_reliability({'a': df}, fewest=0)
 

@@ -7,7 +7,8 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune import core, files
-from neuronprune.core import (as_found, check_batch, check_choice, check_finite, check_fraction, check_int, check_type, colours,
+from neuronprune.core import (as_found, check_batch, check_choice, check_finite, check_fraction, check_int,
+                              check_type, colours,
                               digesting, generator, kappa, layers, method, methods, seed_everything, twins)
 from neuronprune.files import load_tensors, save_tensors
 from neuronprune.masks import Mask, Scores, Units
@@ -352,8 +353,10 @@ def test_a_mask_is_drawn_and_tabled_in_percent():
 
 def test_a_method_has_its_own_colour():
     names = list(methods()); own = colours([*names, 'dense', 'mine'])
-    assert len(set(own.values())) == len(names)+2 and colours(['mine', 'mint'])['mint'] == own['mint'] == colours(['mint'])['mint']
-    assert not {*colours(['dense', 'mine']).values()} & set(colours(names).values()) and len(colours([f'x{i}' for i in range(99)])) == 99
+    assert len(set(own.values())) == len(names)+2 and colours(['mine', 'mint'])['mint'] == own['mint'] == colours(
+        ['mint'])['mint']
+    assert not {*colours(['dense', 'mine']).values()} & set(colours(names).values()) and len(
+        colours([f'x{i}' for i in range(99)])) == 99
 
 # ---- state
 

@@ -139,7 +139,7 @@ def test_every_exporting_notebook_has_its_module():
 
 def test_nothing_else_is_code():
     assert (sorted(str(p.relative_to(LIB)) for p in LIB.rglob('*.py'))
-            == sorted(['__init__.py', '_modidx.py', *(f'{m}.py' for m in MODULES)]))
+            == sorted(['__init__.py', '__main__.py', '_modidx.py', *(f'{m}.py' for m in MODULES)]))
 
 FILES = sorted(str(p.relative_to(ROOT)) for d in ('neuronprune', 'tests', 'benchmarks', 'scripts')
                for p in (ROOT/d).glob('*.py') if p.name != '_modidx.py')

@@ -153,7 +153,8 @@ def test_batches_of_one():
 def test_prune_takes_a_model_and_loaders():
     run = lambda *dls: prune(net(), 'magnitude', .5, dls=dls if len(dls) > 1 else dls[0], fine_tune_epochs=1).report
     with pytest.warns(UserWarning, match='judged by its own training data'): one = run(loader(X, Y))
-    two, three = run(loader(X, Y), loader(X[:30], Y[:30])), run(loader(X, Y), loader(X[:30], Y[:30]), loader(X[:9], Y[:9]))
+    two, three = run(loader(X, Y), loader(X[:30], Y[:30])), run(loader(X, Y), loader(X[:30], Y[:30]),
+                                                                loader(X[:9], Y[:9]))
     assert (one.tuned.n, two.tuned.n, three.tuned.n) == (60, 30, 9) and three.dataset == 'TensorDataset'
     assert ([r.data['evaluated_on'] for r in (one, two, three)] == ['train', 'valid', 'test']
             and three.data['n_train'] == 60)
@@ -201,7 +202,8 @@ def test_an_evaluation_without_counts_goes_through_every_record(tmp_path):
     assert set(r.tuned.metrics) == {'mae', '_rmse', 'mae_2'} and r.tuned.k is None and r.tuned.score == -r.tuned.loss
     assert r.tuned.metrics['mae'] == pytest.approx(float((res.model.eval()(X)-R).abs().mean().detach()), rel=1e-4)
     assert r.tuned.loss == pytest.approx(float(((res.model(X)-R)**2).mean().detach()), rel=1e-4)
-    assert 'mae' in repr(r) and 'accuracy' not in repr(r) and 'mae' in r._repr_html_() and 'accuracy' not in r._repr_html_()
+    assert 'mae' in repr(r) and 'accuracy' not in repr(r) and 'mae' in r._repr_html_(
+        ) and 'accuracy' not in r._repr_html_()
     assert ('loss and metrics on the test set', 'after fine-tuning') in r.to_frame().index
     r.save(tmp_path/'r.json'); assert Report.load(tmp_path/'r.json').tuned == r.tuned == Report.from_row(r.row()).tuned
     # a loss and no metric
@@ -319,8 +321,11 @@ def first(learn):
 def test_a_text_classifier_says_what_it_left_alone(pictures):
     learn = _text(pictures)
     with learn.no_bar(), learn.no_logging(): res = prune(learn, 'magnitude', .5, fine_tune_epochs=0, latency=False)
-    said = res.scores.skipped; assert said['0.module.encoder'] == 'Embedding: weight belongs to no linear or convolution layer' and any('LSTM' in o for o in said.values())
-    assert not any('rnns' in k for k in res.mask) and learn.model[0].module.rnns[0].weight_hh_l0_raw.count_nonzero() == learn.model[0].module.rnns[0].weight_hh_l0_raw.numel()
+    said = res.scores.skipped
+    assert said['0.module.encoder'] == 'Embedding: weight belongs to no linear or convolution layer'
+    assert any('LSTM' in o for o in said.values())
+    assert not any('rnns' in k for k in res.mask) and learn.model[0].module.rnns[0].weight_hh_l0_raw.count_nonzero(
+        ) == learn.model[0].module.rnns[0].weight_hh_l0_raw.numel()
     with pytest.raises(ValueError, match='dls: the inputs have different shapes'): prune(learn, 'taylor', .5)
     with pytest.raises(ValueError, match='model: .*chain'): prune(learn, 'mip', .5)
 
@@ -331,12 +336,14 @@ def test_a_vision_learner_at_three_sizes_in_a_folder(pictures, tmp_path, monkeyp
     learn = _vision(pictures); state = copy.deepcopy(learn.model.state_dict()); one = pipeline._one_size
     def run(folder):
         learn = _vision(pictures); learn.model.load_state_dict(state)
-        return prune(learn, 'magnitude', sizes=[.5, .3, .15], unit='channel', fine_tune_epochs=1, latency=False, folder=tmp_path/folder)
+        return prune(learn, 'magnitude', sizes=[.5, .3, .15], unit='channel', fine_tune_epochs=1, latency=False,
+                     folder=tmp_path/folder)
     def stops(chain, i, folder):
         if i == 2: raise KeyboardInterrupt
         return one(chain, i, folder)
     whole = run('a')
-    assert list(whole.rows.density) == [.5, .3, .15] and whole.rows.params_density.values == pytest.approx([.5, .3, .15], abs=.005)
+    assert list(whole.rows.density) == [.5, .3, .15] and whole.rows.params_density.values == pytest.approx(
+        [.5, .3, .15], abs=.005)
     assert len(plot_tradeoff(whole.rows).axes[0].lines[0].get_xdata()) == 3
     with monkeypatch.context() as m:
         m.setattr(pipeline, '_one_size', stops)
@@ -351,11 +358,14 @@ def test_a_torchvision_model_at_two_sizes():
     from torchvision.models.resnet import BasicBlock, ResNet
     model, x, y = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3), torch.rand(24, 3, 32, 32), torch.arange(24) % 3
     dense = count_params(model)
-    res = prune(model, 'taylor', sizes=[.5, .2], dls=(loader(x, y), loader(x, y)), lr=.01, fine_tune_epochs=1, latency=False)
+    res = prune(model, 'taylor', sizes=[.5, .2], dls=(loader(x, y), loader(x, y)), lr=.01, fine_tune_epochs=1,
+                latency=False)
     assert res.rows.params_density.values == pytest.approx([.5, .2], abs=.005) and res.report.tuned.n == 24
     assert count_params(res.model) == res.report.params_after < .21*dense
 
 def test_a_table_at_two_sizes():
     learn = _tabular(None)
-    with learn.no_bar(), learn.no_logging(): res = prune(learn, 'magnitude', sizes=[.7, .5], unit='channel', fine_tune_epochs=1, latency=False)
-    assert len(res.rows) == 2 and res.report.params_after == count_params(learn.model) and (res.rows.params_density.diff()[1:] < 0).all()
+    with learn.no_bar(), learn.no_logging(): res = prune(learn, 'magnitude', sizes=[.7, .5], unit='channel',
+                                                         fine_tune_epochs=1, latency=False)
+    assert len(res.rows) == 2 and res.report.params_after == count_params(learn.model) and (
+        res.rows.params_density.diff()[1:] < 0).all()

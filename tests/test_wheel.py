@@ -10,7 +10,8 @@ def away(tmp_path_factory):
     "(folder of the installed package, an empty folder to work in)."
     d = tmp_path_factory.mktemp('wheel')
     src = d/'src'; src.mkdir()
-    for o in ('neuronprune', 'setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md'):
+    for o in ('neuronprune', 'setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE',
+              'CHANGELOG.md'):
         (shutil.copytree if (ROOT/o).is_dir() else shutil.copy)(ROOT/o, src/o)
     (src/'nbs').mkdir()
     for o in ('experiments', 'comparison'): shutil.copy(ROOT/'nbs'/f'{o}.ipynb', src/'nbs')
@@ -28,7 +29,8 @@ def run(away, *args):
 
 def test_what_travels(away):
     site, _ = away
-    assert (site/'neuronprune'/'py.typed').exists() and {o.stem for o in (site/'neuronprune'/'pages').iterdir()} == {'experiments', 'comparison'}
+    assert (site/'neuronprune'/'py.typed').exists() and {o.stem for o in (site/'neuronprune'/'pages').iterdir()} == {
+        'experiments', 'comparison'}
     assert 'neuronprune = neuronprune.cli:main' in next(site.glob('*.dist-info/entry_points.txt')).read_text()
     assert str(site) in run(away, '-c', 'import neuronprune; print(neuronprune.__file__)').stdout
 
@@ -46,26 +48,32 @@ def test_a_study_and_its_pages(away):
     (away[1]/'toy.yml').write_text(TOY)
     r = run(away, '-m', 'neuronprune', 'run', 'toy.yml', '-p', 'seed=1', '--pages')
     assert r.returncode == 0 and '2 runs, 0 failed' in r.stdout, r.stdout + r.stderr
-    assert len(list((away[1]/'runs').glob('*/page.ipynb'))) == 2 and len(list((away[1]/'runs').glob('study-*/rows.csv'))) == 1
+    assert len(list((away[1]/'runs').glob('*/page.ipynb'))) == 2 and len(
+        list((away[1]/'runs').glob('study-*/rows.csv'))) == 1
     shown = run(away, '-m', 'neuronprune', 'show').stdout
     assert shown.count('page.ipynb') == 2 and 'magnitude 0.5' in shown
 
 def test_a_page(away):
-    r = run(away, '-m', 'neuronprune', 'page', 'magnitude', '-p', 'model=lenet300', '-p', 'epochs=1', '-p', 'n_train=200')
+    r = run(away, '-m', 'neuronprune', 'page', 'magnitude', '-p', 'model=lenet300', '-p', 'epochs=1', '-p',
+            'n_train=200')
     page = Path(away[1])/r.stdout.split('\n')[-2].strip()
     assert r.returncode == 0 and page.name == 'page.ipynb' and 'after fine-tuning' in page.read_text(), r.stderr
 
 def test_the_comparison_page_of_a_file(away):
     page = 'from neuronprune.study import page_path; print(page_path("comparison"))'
-    args = ['-m', 'papermill', run(away, '-c', page).stdout.strip(), 'out.ipynb', '-f', 'toy.yml', '-p', 'seed', '1', '--no-progress-bar', '-k', 'python3']
+    args = ['-m', 'papermill', run(away, '-c', page).stdout.strip(), 'out.ipynb', '-f', 'toy.yml', '-p', 'seed', '1',
+            '--no-progress-bar', '-k', 'python3']
     (away[1]/'toy.yml').write_text(TOY); r = run(away, *args)
     assert r.returncode == 0, r.stderr[-2000:]
     assert 'PR' in (away[1]/'out.ipynb').read_text()
 
 @pytest.mark.parametrize('args,code,words', [
-    ([], 0, 'usage'), (['--help'], 0, 'usage'), (['rum'], 1, "'rum'; expected one of run, page"), (['run'], 2, 'required: file'),
-    (['run', 'none.yml'], 2, 'none.yml'), (['page', 'magnitud'], 2, "did you mean 'magnitude'"), (['page', 'random', '-p', 'seed'], 2, 'expected name=value'),
-    (['page', 'random', '-p', 'sede=1'], 2, "did you mean 'seed'"), (['show', 'nowhere'], 2, 'nowhere'), (['methods'], 0, 'Liebenwein')])
+    ([], 0, 'usage'), (['--help'], 0, 'usage'), (['rum'], 1, "'rum'; expected one of run, page"), (['run'], 2,
+                                                                                                   'required: file'),
+    (['run', 'none.yml'], 2, 'none.yml'), (['page', 'magnitud'], 2, "did you mean 'magnitude'"),
+    (['page', 'random', '-p', 'seed'], 2, 'expected name=value'),
+    (['page', 'random', '-p', 'sede=1'], 2, "did you mean 'seed'"),
+    (['show', 'nowhere'], 2, 'nowhere'), (['methods'], 0, 'Liebenwein')])
 def test_what_the_command_says(away, args, code, words):
     r = run(away, '-m', 'neuronprune', *args)
     assert r.returncode == code and words in r.stdout + r.stderr and 'Traceback' not in r.stderr
@@ -73,7 +81,8 @@ def test_what_the_command_says(away, args, code, words):
 def test_a_failed_run_is_the_exit_status(away):
     (away[1]/'bad.yml').write_text(TOY + 'tune_args: {lr: 1.0e+30}\n')
     r = run(away, '-m', 'neuronprune', 'run', 'bad.yml')
-    assert r.returncode == 1 and '2 runs, 2 failed' in r.stdout and re.search('magnitude, seed 0: .*loss is', r.stdout), r.stdout
+    assert r.returncode == 1 and '2 runs, 2 failed' in r.stdout and re.search('magnitude, seed 0: .*loss is',
+                                                                              r.stdout), r.stdout
 
 def test_the_front_door(away):
     code = '''
