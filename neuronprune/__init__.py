@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 _HOME = dict(
     prune='pipeline', study='study', jobs='study', job='job', learner='train', as_learner='train', fit='train',
     evaluate='evaluation', dense='sources', own='sources', get_dls='data', build='models', trace='graph',
-    allocate='allocate', shrink='surgery', apply='surgery', Scores='masks', Mask='masks', Report='report', methods='core',
-    compare='report', plot_tradeoff='tradeoff')
+    allocate='allocate', shrink='surgery', apply='surgery', Scores='masks', Mask='masks', Report='report',
+    methods='core', compare='report', plot_tradeoff='tradeoff')
 _MODULES = {*_HOME.values(), 'mint', 'mip', 'provable', 'baselines', 'lowrank', 'criteria', 'sampling', 'search', 'all'}
 
 class _Callable(types.ModuleType):

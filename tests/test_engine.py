@@ -107,6 +107,7 @@ def test_the_collapse_that_was(dls):
 def test_weight_budgets_are_exact(dls, tmp_path, way, name):
     res = sized(dls, name, way=way, folder=tmp_path, at='trained')
     assert res.rows.weights.tolist() == [budget(build('lenet300', 1, 10, 8), o) for o in SIZES]
+    assert np.allclose(res.rows.params_density, SIZES, atol=1e-4) # what nothing reads any more counts as well
     files = [network(tmp_path, i) for i in range(3)]
     for f,left in zip(files, res.rows.layers):
         assert {k:int(f[f'{k}.weight'].count_nonzero()) for k in ('fc1', 'fc2', 'fc3')} == json.loads(left)

@@ -1,5 +1,5 @@
 """Runs described once: their parameters, names and files; studies of many, failures included; the pages."""
-import json, re, subprocess, sys
+import importlib.util, json, os, re, signal, subprocess, sys, threading
 from pathlib import Path
 import pandas as pd, papermill as pm, pytest
 from neuronprune import study as S
@@ -263,6 +263,25 @@ def test_a_worker_that_dies_costs_nothing_else(small, tmp_path):
                        timeout=300)
     assert r.returncode == 0 and (tmp_path/'died').exists(), r.stderr
     pd.testing.assert_frame_equal(timeless(pd.read_pickle(tmp_path/'df.pkl')), timeless(small[2]))
+
+def test_on_a_cluster(small, tmp_path):
+    "Two processes of a Dask cluster on one folder, of which one dies in the middle."
+    distributed = pytest.importorskip('distributed')
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        pid, = (w.pid for w in list(cluster.workers.values())[:1])
+        threading.Timer(5, lambda: os.kill(pid, signal.SIGKILL)).start()
+        df = study(small[1], 2, out=tmp_path, backend='dask', address=cluster.scheduler_address, progress=False)
+    pd.testing.assert_frame_equal(timeless(df), timeless(small[2]))
+
+def test_on_ray(small, tmp_path):
+    pytest.importorskip('ray')
+    df = study(small[1], 2, out=tmp_path, backend='ray', progress=False)
+    pd.testing.assert_frame_equal(timeless(df), timeless(small[2]))
+
+@pytest.mark.parametrize('backend', ['dask', 'ray'])
+def test_a_backend_that_is_missing_is_named(small, tmp_path, backend):
+    if importlib.util.find_spec(dict(dask='distributed').get(backend, backend)): pytest.skip('it is here')
+    with pytest.raises(ImportError, match=rf"neuronprune\[{backend}\]"): study(small[1], out=tmp_path, backend=backend, progress=False)
 
 @pytest.mark.parametrize('text', ['', '{}', '[]', '{"method": "random"}', 'no'])
 def test_broken_records(small, tmp_path, text):
