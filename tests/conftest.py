@@ -12,6 +12,7 @@ def run_pages(path, cases, extra=''):
     """Run All, once per case, in one kernel: each with its values after the parameters cell, then `extra`.
     The outputs of each run as text."""
     page, whole = nbformat.read(path, 4), None
+    page.cells = [c for c in page.cells if 'injected-parameters' not in c.metadata.get('tags', [])] # an example's
     for i,case in enumerate(cases):
         nb = copy.deepcopy(page)
         for j,c in enumerate(nb.cells):

@@ -281,7 +281,8 @@ def test_on_ray(small, tmp_path):
 @pytest.mark.parametrize('backend', ['dask', 'ray'])
 def test_a_backend_that_is_missing_is_named(small, tmp_path, backend):
     if importlib.util.find_spec(dict(dask='distributed').get(backend, backend)): pytest.skip('it is here')
-    with pytest.raises(ImportError, match=rf"neuronprune\[{backend}\]"): study(small[1], out=tmp_path, backend=backend, progress=False)
+    with pytest.raises(ImportError, match=rf"neuronprune\[{backend}\]"):
+        study(small[1], out=tmp_path, backend=backend, progress=False)
 
 @pytest.mark.parametrize('text', ['', '{}', '[]', '{"method": "random"}', 'no'])
 def test_broken_records(small, tmp_path, text):
