@@ -71,7 +71,7 @@ job: $(STAMP)
 
 pytest: $(STAMP)
 	@echo '== pytest'
-	@OMP_NUM_THREADS=1 $(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 readme: $(STAMP)
 	@$(PY) scripts/readme.py
