@@ -71,7 +71,8 @@ def _prune_args(p):
     given = {k:p[k] for k in ('scope', 'of', 'threshold') if p[k] is not None}
     same = ('sparsity', 'sizes', 'rounds', 'start', 'at', 'rewind', 'unit', 'fine_tune_epochs', 'fine_tunes',
             'tune_args', 'seed')
-    return dict({k:p[k] for k in same}, shrink=settled({**PARAMETERS, **p})['shrink'], **given, **p['method_args'])
+    own = dict(shrink=settled({**PARAMETERS, **p})['shrink'], latency=p['sizes'] is None)
+    return {**{k:p[k] for k in same}, **own, **given, **p['method_args']}
 
 def _snapshots(job, learn, out):
     """Give `learn` the weights of the epochs that the job goes back to;

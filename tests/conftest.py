@@ -1,11 +1,12 @@
 """What several test files share: no deadline for examples (the machine may be busy),
 and pages that are run again and again in one kernel."""
-import copy, os
+import copy, os, signal
 from pathlib import Path
 import nbformat, pytest
 from hypothesis import settings
 from nbclient import NotebookClient
 
+if 'PYTEST_XDIST_WORKER' in os.environ: signal.signal(signal.SIGINT, signal.default_int_handler) # it ignores Ctrl-C
 settings.register_profile('patient', deadline=None); settings.load_profile('patient')
 
 def run_pages(path, cases, extra=''):

@@ -73,7 +73,7 @@ def masks_of(dls, model, kw, ties, **how):
 @pytest.mark.parametrize('kw', FIXED, ids=lambda k: '-'.join(map(str, k.values())))
 @pytest.mark.parametrize('ties', [False, True], ids=['distinct', 'ties'])
 def test_rounds_of_fixed_scores_end_where_one_does(dls, conv, kw, ties):
-    small = ties or kw['scope'] == 'layer' or kw.get('normalize') == 'max'
+    small = ties or kw['scope'] == 'layer' or kw.get('normalize') != 'auto'
     for d,model in ((dls, 'lenet300'), (conv, 'resnet20'))[:1 if small else 2]:
         one, three = (masks_of(d, model, kw, ties, sparsity=.8, rounds=n) for n in (1, 3))
         if kw['of'] == 'network': # rounds pass over other channels: none comes back, and the budget is met
@@ -85,7 +85,7 @@ def test_rounds_of_fixed_scores_end_where_one_does(dls, conv, kw, ties):
 @pytest.mark.parametrize('kw', [k for k in FIXED if k['of'] != 'network'], ids=lambda k: '-'.join(map(str, k.values())))
 def test_sizes_of_fixed_scores_end_where_one_does(dls, conv, kw):
     "Channels leave at every cut; the scores are still those of the dense network's positions."
-    small = kw['scope'] == 'layer' or kw.get('normalize') == 'max'
+    small = kw['scope'] == 'layer' or kw.get('normalize') != 'auto'
     for d,model in ((dls, 'lenet300'), (conv, 'resnet20'))[:1 if small else 2]:
         one, three = (masks_of(d, model, kw, False, sizes=s) for s in ([.3], [.8, .5, .3]))
         assert all(torch.equal(one[k], three[k]) for k in one)
@@ -321,7 +321,7 @@ prune(learn, 'magnitude', sizes=[.8, .6, .4, .3, .2, .1], unit='channel', fine_t
       folder=sys.argv[1])
 """
 
-@pytest.mark.parametrize('secs', [.05, .6])
+@pytest.mark.parametrize('secs', [.05, pytest.param(.6, marks=pytest.mark.slow)])
 def test_killed_and_run_again(dls, tmp_path, secs):
     "SIGKILL, twice, at moments nobody chose; then to the end."
     call = [sys.executable, '-c', SCRIPT]

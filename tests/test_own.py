@@ -296,8 +296,12 @@ MADE = [(_vision, 'accuracy', True), (_multi_label, 'accuracy_multi', False), (_
         (_tabular, 'accuracy', True), (partial(_tabular, real=True), 'mae', False),
         (_text, 'accuracy', True), (_regression, 'mae', False), (_two_inputs, 'accuracy', True)]
 
-@pytest.mark.parametrize('unit', ['weight', 'channel'])
-@pytest.mark.parametrize('make,metric,counts', MADE, ids=[getattr(o[0], '__name__', '_tabular_real') for o in MADE])
+LONG = dict(marks=pytest.mark.slow) # both units of a U-net
+CASES = [pytest.param(*o, u, id=f"{getattr(o[0], '__name__', '_tabular_real')}-{u}",
+                      **(LONG if (o[0], u) == (_unet, 'weight') else {}))
+         for o in MADE for u in ('weight', 'channel')]
+
+@pytest.mark.parametrize('make,metric,counts,unit', CASES)
 def test_learners_that_fastai_makes(make, metric, counts, unit, pictures):
     learn = make(pictures)
     with learn.no_bar(), learn.no_logging():

@@ -347,7 +347,7 @@ def test_a_page_is_rendered_from_a_finished_run(small, monkeypatch):
 def test_a_page_of_several_blocks(pages, tmp_path):
     mint = dict(method='mint', out=str(tmp_path), epochs=2, fine_tune_epochs=1,
                 method_args=dict(n_groups=[10, 10], n_trials=1, n_per_class=10))
-    shown = pages(page_path(), [mint, mint])
+    shown = pages(page_path(), [mint])
     assert all('spent on channels' in o for o in shown)
 
 def test_the_comparison_page_runs_twice_in_one_kernel(tmp_path, pages):
@@ -359,6 +359,7 @@ def test_the_comparison_page_runs_twice_in_one_kernel(tmp_path, pages):
     done = list(tmp_path.glob('study-*/rows.csv'))
     assert len(done) == 1 and set(pd.read_csv(done[0]).name) == {'magnitude', 'random'} and 'neurons' in shown[1]
 
+@pytest.mark.slow
 def test_a_failing_page_says_what_is_wrong(tmp_path):
     with pytest.raises(pm.exceptions.PapermillExecutionError, match="did you mean 'method'"):
         pm.execute_notebook(str(page_path()), str(tmp_path/'x.ipynb'), dict(metod='random'), kernel_name='python3',

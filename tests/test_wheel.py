@@ -44,20 +44,20 @@ sizes: [0.5, 0.2]
 methods: [magnitude, random]
 '''
 
-def test_a_study_and_its_pages(away):
+def test_a_study(away):
     (away[1]/'toy.yml').write_text(TOY)
-    r = run(away, '-m', 'neuronprune', 'run', 'toy.yml', '-p', 'seed=1', '--pages')
+    r = run(away, '-m', 'neuronprune', 'run', 'toy.yml', '-p', 'seed=1')
     assert r.returncode == 0 and '2 runs, 0 failed' in r.stdout, r.stdout + r.stderr
-    assert len(list((away[1]/'runs').glob('*/page.ipynb'))) == 2 and len(
-        list((away[1]/'runs').glob('study-*/rows.csv'))) == 1
+    assert len(list((away[1]/'runs').glob('study-*/rows.csv'))) == 1
     shown = run(away, '-m', 'neuronprune', 'show').stdout
-    assert shown.count('page.ipynb') == 2 and 'magnitude 0.5' in shown
+    assert 'magnitude 0.5' in shown
 
 def test_a_page(away):
     r = run(away, '-m', 'neuronprune', 'page', 'magnitude', '-p', 'model=lenet300', '-p', 'epochs=1', '-p',
             'n_train=200')
     page = Path(away[1])/r.stdout.split('\n')[-2].strip()
     assert r.returncode == 0 and page.name == 'page.ipynb' and 'after fine-tuning' in page.read_text(), r.stderr
+    assert 'page.ipynb' in run(away, '-m', 'neuronprune', 'show').stdout
 
 def test_the_comparison_page_of_a_file(away):
     page = 'from neuronprune.study import page_path; print(page_path("comparison"))'
