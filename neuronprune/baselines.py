@@ -139,7 +139,8 @@ def _initial(init, mods, who):
     """Path -> initial weight on the layer's device; raises `ValueError` when there is none or it does not fit,
     `TypeError` for no state dict."""
     if init is None:
-        raise ValueError(f"init=None: {who} needs the initial weights; build the learner with neuronprune's learner(…) "
+        raise ValueError(f"init=None: {who} needs the initial weights; build the learner with neuronprune's "
+                         "learner(…) "
                          "before training, and pass init=learn.rewind.init")
     check_type('init', init, dict, 'learn.rewind.init')
     for k,m in mods.items():

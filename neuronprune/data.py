@@ -395,7 +395,7 @@ class OneBatch(DataLoaders):
         super().__init__(*[[self.batch]]*3, device=tensors(xb)[0].device)
         self.test = self.loaders[2]
 
-# %% ../nbs/01_data.ipynb #calib_batch
+# %% ../nbs/01_data.ipynb #chosen
 def _as_classes(y):
     "Integer labels [n] or [n, 1] as int64 [n]; other targets as they are."
     if y.ndim == 2 and y.shape[1] == 1 and not y.is_floating_point(): y = y[:,0]
@@ -410,6 +410,7 @@ def _chosen(dls, y, n_per_class, n, split, seed):
         raise ValueError(f"n={n}: the {split} part has {len(y)} images; use n={len(y)} or less, or split='train'")
     return torch.randperm(len(y), generator=generator(seed))[:n],n_out
 
+# %% ../nbs/01_data.ipynb #calib_batch
 @public
 def calib_batch(dls,                # from `get_dls`, or any fastai `DataLoaders` of (x, y) or (x1, x2, y) batches
                 n_per_class:int=None, # images per class; None (and no `n`) = 250 or the smallest class

@@ -23,7 +23,7 @@ from .train import OPTS
 # %% ../nbs/22c_parameters.ipynb #parameters
 SOURCE = dict(
     dataset=(str, 'digits', 'a name of datasets(), or the path of an image folder'),
-    model=(str, None, "of models(), 'torchvision/…', 'timm/…', 'package.module:function'; None as the method needs"),
+    model=(str, None, "of models(), 'torchvision/…', 'timm/…', 'package.module:function'; None as it needs"),
     size=(int, None, 'side of the images in pixels, None is what data and network need'),
     weights=(str, None, "name of torchvision's pretrained weights"),
     init=(str, None, "initial weights: kaiming or mip, None is PyTorch's"),

@@ -306,6 +306,12 @@ def _begin(chain, folder, about):
 def _told(reports):
     return [r for r in reports if r.density is not None or r is reports[-1]] # not the rounds before the last
 
+def _result(chain, reports):
+    "The `Result` of a chain that has come to its end."
+    learn = chain.learn
+    history = learn.__dict__.get('history')
+    return Result(learn.model, chain.mask, chain.scores, reports[-1], _told(reports), chain.found, history)
+
 def _loop(chain, before, latency, folder, about):
     "The loop over the sizes that are left; the last size's measuring is full, and ends the run."
     ask, n, curve = chain.ask, len(chain.ask.sizes), {}
@@ -382,8 +388,7 @@ def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; ch
     if done: return _done(chain, reports, folder)
     if reports: chain.resume(len(reports)-1, folder)
     reports = _loop(chain, before, latency, folder, about)
-    res = Result(learn.model, chain.mask, chain.scores, reports[-1], _told(reports), chain.found,
-                 learn.__dict__.get('history'))
+    res = _result(chain, reports)
     if folder is not None: res.save(folder)
     return res
 

@@ -50,8 +50,7 @@ class Report:
     peak_mib:float=None
     versions:dict=field(default_factory=versions)
     hardware:dict=field(default_factory=hardware)
-    bounds:dict=field(default_factory=dict)
-    extra:dict=field(default_factory=dict)
+    bounds:dict=field(default_factory=dict); extra:dict=field(default_factory=dict)
     status:str=None; gap:float=None
     name:str=''; step:int=None; density:float=None; start:str=None
     weights:int=None; nonzero_before:int=None; train_secs:float=None

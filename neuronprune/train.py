@@ -277,10 +277,10 @@ def as_learner(model:nn.Module, # network, trained or not; it stays on its devic
     with seed_everything(0): xb, yb = [_first_batch(k, o) for k,o in named.items()][0]
     with as_found(model, train=False), torch.no_grad(), digesting(*tensors(xb), name='train'):
         out = feed(model, mapped(lambda o: o.to(dev), xb))
+    if loss_func is None: loss_func = _guessed(out, yb)
     if valid is None and test is None:
         warnings.warn("valid=None: the network is judged by its own training data; "
                       "expected valid=, a loader of data it has not seen")
-    if loss_func is None: loss_func = _guessed(out, yb)
     scores = (isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] > 1 and len(yb) == 1
               and yb[0].dtype == torch.int64 and yb[0].ndim == 1)
     held_out = [o for o in (valid, test) if o is not None] or [train]

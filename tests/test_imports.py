@@ -12,8 +12,8 @@ NEVER = {'torchvision', 'torchvision.models', 'papermill', 'cvxpy', 'cvxopt', 's
          'IPython', 'ipykernel',
          'dask', 'ray', 'torch._dynamo', 'torch.onnx'}   # not even by neuronprune.all
 HEAVY = NEVER | {'fastai', 'pandas', 'matplotlib', 'sklearn', 'scipy.stats'} # not by a method
-LIMIT = 400 # lines of code a module may have, blank lines, comments and docstrings aside
-LONGER = set()
+LIMIT = 400 # lines of code a module may have, blank lines and comments aside
+LONGER = {'chain', 'core', 'data', 'mint', 'probe', 'surgery'} # not cut yet
 CODE = """
 import importlib, json, sys
 import torch
@@ -76,14 +76,7 @@ def test_the_callback_of_slimming_comes_when_asked_for():
 
 MODULES = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'neuronprune').glob('*.py'))
            if not p.stem.startswith('_')}
-def n_lines(text):
-    "Lines of code: without blank ones, comments and docstrings."
-    docs = set()
-    for n in ast.walk(ast.parse(text)):
-        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n, clean=False) is not None:
-            docs.update(range(n.body[0].lineno, n.body[0].end_lineno+1))
-    lines = enumerate(text.splitlines(), 1)
-    return sum(bool(o.strip()) and not o.lstrip().startswith('#') and i not in docs for i,o in lines)
+def n_lines(text): return sum(bool(o.strip()) and not o.lstrip().startswith('#') for o in text.splitlines())
 
 @pytest.mark.parametrize('name', MODULES)
 def test_a_module_is_short(name):
