@@ -11,9 +11,10 @@ import math
 import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
-from .core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, colours,
-                              copied, feed, mapped, public)
-from .core import _full, _titled
+from .core import (as_found, check_batch, check_choice, check_finite, check_int, check_type, copied, feed,
+                              mapped, public)
+from .shown import colours
+from .shown import _full, _titled
 from .masks import Mask
 from .data import ImageDL, _batches, calib_batch
 from .train import fit, learner

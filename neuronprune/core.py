@@ -6,7 +6,7 @@
 __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'tensors', 'mapped', 'take', 'feed',
            'check_type', 'check_finite', 'check_batch', 'digesting', 'public', 'UnsupportedLayerError', 'layers',
            'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'copied',
-           'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods', 'colours']
+           'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import copy, difflib, importlib, inspect, linecache, math, os, random, re, sys, warnings
@@ -470,27 +470,3 @@ def frame(self:Methods):
     rows = [dict(method=m.name, kind=m.kind, unit=m.unit, needs=', '.join(m.needs) or '–', looks_at=m.at,
                  rewinds_to=m.rewind, module=m.fn.__module__.split('.')[-1], paper=m.paper) for m in self.values()]
     return pd.DataFrame(rows)
-
-# %% ../nbs/00_core.ipynb #colours
-@public
-def colours(names:list # what stands in the legend: methods, and other labels
-           )->dict:
-    "Label -> colour: a method's place in the register, a free one for a label that is no method."
-    from matplotlib import colormaps
-    tab, more = colormaps['tab20'], colormaps['tab20b']
-    palette = [tab(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
-    palette += [more(4*h+s) for s in (0, 2, 1, 3) for h in range(5)]
-    place = {n:i for i,n in enumerate(methods())}; own = [n for n in dict.fromkeys(names) if n not in place]
-    place.update({n:i for i,n in enumerate(own, max(20, len(place)))})
-    return {n:palette[place[n] % len(palette)] for n in names}
-
-# %% ../nbs/00_core.ipynb #full
-def _full(k):
-    "What 100 % is in the column `k`: 1 in shares, 100 in percentages `…_pct`, None in anything else."
-    if k.endswith('_pct'): return 100.
-    return 1. if re.search('(^|_)(accuracy|top5|error_rate|sparsity|density|removed|share)$', k) else None
-
-def _titled(k):
-    "The column `k` as a title, with % where it is a share."
-    name = k.removesuffix('_pct').replace('params', 'parameters').replace('macs', 'MACs').replace('_', ' ')
-    return f'{name}, %' if _full(k) else name

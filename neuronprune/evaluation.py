@@ -15,7 +15,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import noop
 from torch import nn
 from .core import as_found, check_fraction, check_int, digesting, feed, mapped, public, tensors
-from .core import _full
+from .shown import _full
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, Learner, Recorder

@@ -12,6 +12,7 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
 from .core import *
+import neuronprune.rehearsal # gives probes their rehearse
 from .probe import Probe
 from .kinds import channel_dim
 

@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'divergence', 'thirds', 'neighbours', 'pool_dists', 'constant_groups', 'dependencies', 'dependency',
-           'gmi', 'cgmi', 'tap_means', 'activations', 'cut', 'score']
+           'gmi', 'cgmi', 'cut', 'score']
 
 # %% ../nbs/13_mint.ipynb #import-hashlib-time-from-conte
 import hashlib, time, warnings
-from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from fastprogress import progress_bar
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
-from .core import (UnsupportedLayerError, as_found, check_choice, check_finite, check_int, check_type, feed,
-                              generator, mapped, method, tensors, public)
+from .core import (UnsupportedLayerError, check_choice, check_int, check_type, generator, method, tensors,
+                              public)
 from .files import load_tensors, save_tensors
 from .masks import Mask, Scores
 from .allocate import allocate
-from .blocks import block_cost, block_labels, block_layers, block_mean, check_groups, dead_units, parent_of
-from .inputs import batch_for, slices, traced
-from .mint_engine import crossings, crossings_batched, crossings_near, mst, sq_dists
+from .blocks import block_cost, block_labels, block_layers, block_mean, check_groups, parent_of
+from .inputs import batch_for, traced
+from .mint_engine import crossings, crossings_batched, crossings_near, sq_dists
+from .mint_taps import tap_means, activations, _reader_of, _mean_by
 
 # %% ../nbs/13_mint.ipynb #divergence
 def divergence(r,     # crossing edges, a number or an array
@@ -283,80 +283,6 @@ def cgmi(x, # [n, d]
     "Conditional geometric mutual information I(X;Y|Z), about 0 to 1."
     parent = [0]*y.shape[1] + [1]*z.shape[1]
     return float(dependency(np.c_[y,z], x, parent, [0]*x.shape[1], 'cgmi', n_trials, seed)[:,0,0].mean())
-
-# %% ../nbs/13_mint.ipynb #rows-of
-def _rows_of(x, m):
-    "Activations at module `m` as [n, channels], averaged over positions, float32."
-    x = x.detach().float()
-    if x.ndim == 2: return x
-    return x.flatten(1, -2).mean(1) if isinstance(m, nn.Linear) else x.flatten(2).mean(2)
-
-# %% ../nbs/13_mint.ipynb #tap-means
-@public
-def tap_means(x:torch.Tensor, # input of the layer [n, c, h, w], or [n, …, c] for a linear one
-              m:nn.Module     # Linear, or a convolution of one group
-             )->torch.Tensor:
-    """Mean over output positions of what lies under each tap, float32 [n, c·taps]:
-    times m.weight.flatten(1).T plus the bias, the mean output."""
-    x = x.detach().float()
-    if isinstance(m, nn.Linear): return x if x.ndim == 2 else x.flatten(1, -2).mean(1)
-    x = nn.functional.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode.replace('zeros', 'constant'))
-    for d,(k,s,gap) in enumerate(zip(m.kernel_size, m.stride, m.dilation), 2): x = _windows(x, d, k, s, gap)
-    return x.flatten(2+len(m.kernel_size)).mean(-1).flatten(1)
-
-# %% ../nbs/13_mint.ipynb #windows
-def _windows(x, d, k, stride, gap):
-    "Dimension `d` of `x` becomes the taps of a kernel of size `k`; the positions go to the end."
-    n = (x.shape[d] - gap*(k-1) - 1)//stride + 1
-    return torch.stack([x.narrow(d, i*gap, stride*(n-1)+1).movedim(d, -1)[..., ::stride] for i in range(k)], d)
-
-# %% ../nbs/13_mint.ipynb #tapped
-@contextmanager
-def _tapped(model, ins, outs, taps):
-    """Inside the block a forward pass fills the yielded dict:
-    'path:in', 'path:taps' -> list of inputs, 'path' -> list of outputs."""
-    got, hooks = {f'{k}:in':[] for k in ins} | {f'{k}:taps':[] for k in taps} | {k:[] for k in outs}, []
-    def entering(k, f): return lambda m,a: got[k].append(f(a[0], m))
-    def leaving(k): return lambda m,a,o: got[k].append(_rows_of(o, m))
-    try:
-        for k in ins: hooks.append(model.get_submodule(k).register_forward_pre_hook(entering(f'{k}:in', _rows_of)))
-        for k in taps: hooks.append(model.get_submodule(k).register_forward_pre_hook(entering(f'{k}:taps', tap_means)))
-        for k in outs: hooks.append(model.get_submodule(k).register_forward_hook(leaving(k)))
-        yield got
-    finally:
-        for h in hooks: h.remove()
-
-# %% ../nbs/13_mint.ipynb #activations
-@public
-def activations(model:nn.Module,  # left as found; runs in eval mode
-                xb,               # images [n, ...], or a tuple or dictionary of inputs
-                ins=(),           # layers whose input is wanted
-                outs=(),          # layers whose output is wanted
-                taps=(),          # layers whose input is wanted as `tap_means`
-                bs:int=256        # images per forward pass
-               )->dict:
-    """'path:in', 'path' or 'path:taps' -> float32 [n, channels] on the model's device, rows as in `xb`;
-    `ValueError` for NaN, or a layer used twice."""
-    dev = next(model.parameters()).device
-    with as_found(model, train=False), _tapped(model, ins, outs, taps) as got, torch.no_grad():
-        for o in slices(mapped(lambda o: o.to(dev), xb), bs): feed(model, o)
-    for k,v in got.items():
-        if sum(map(len, v)) != len(tensors(xb)[0]):
-            name = k.removesuffix(':in').removesuffix(':taps')
-            raise UnsupportedLayerError(f"layer {name!r} does not run once per forward pass; leave it out with layers=")
-    return {k:check_finite(f'activations of layer {k!r}', torch.cat(v)) for k,v in got.items()}
-
-# %% ../nbs/13_mint.ipynb #reader_of
-def _reader_of(graph, layer):
-    "The first layer that reads every channel of `layer`, or None."
-    n_read = lambda c: len(graph.sources[c][layer][1].unique())
-    return next((c for c in graph.consumers[layer] if n_read(c) == graph.layers[layer]['n_out']), None)
-
-# %% ../nbs/13_mint.ipynb #mean-by
-def _mean_by(A, idx):
-    "Means of the columns of `A` [n, c] with the same index -> [n, idx.max()+1]."
-    idx = idx.to(A.device)
-    return A.new_zeros(len(A), int(idx.max())+1).index_add_(1, idx, A) / idx.bincount()
 
 # %% ../nbs/13_mint.ipynb #acts-of
 def _acts_of(model, graph, names, xb, tap, taps=False):

@@ -21,6 +21,7 @@ from .masks import *
 from .allocate import allocate, ratios
 from .budget import layer_weights, size_list, trained_steps
 from .chain import *
+from .chain_search import *
 from .scoring import *
 from fastai.learner import Learner
 from .train import as_learner, fit, learner, schedule_lr

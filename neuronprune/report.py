@@ -12,8 +12,9 @@ from importlib import resources
 import numpy as np, pandas as pd, torch
 from torch import nn
 from fastcore.basics import patch
-from .core import check_choice, check_int, check_type, colours, public, tensors
-from .core import _full, _titled
+from .core import check_choice, check_int, check_type, public, tensors
+from .shown import colours
+from .shown import _full, _titled
 from .files import load_json, reading, save_json
 from .costs import *
 from .costs import _all_macs

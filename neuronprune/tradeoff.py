@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import *
 from .files import *
+from .shown import colours
 
 # %% ../nbs/23a_tradeoff.ipynb #levels
 LEVELS = (-10, -5, -2, -1, -.5, -.25, 0, .25, .5, 1, 2, 5, 10)

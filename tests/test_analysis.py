@@ -11,7 +11,8 @@ from neuronprune.allocate import allocate
 from neuronprune.analysis import (KINDS, attack, calibration, confidences, ece, fine_tuned, measured, one_shot,
                                   paired, percent, plot_reliability,
                                   plot_robustness, plot_study, reliability, removed, robustness, summary)
-from neuronprune.core import colours, layers
+from neuronprune.core import layers
+from neuronprune.shown import colours
 from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.graph import trace

@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune import core, files
 from neuronprune.core import (as_found, check_batch, check_choice, check_finite, check_fraction, check_int,
-                              check_type, colours,
-                              digesting, generator, kappa, layers, method, methods, seed_everything, twins)
+                              check_type, digesting, generator, kappa, layers, method, methods, seed_everything,
+                              twins)
+from neuronprune.shown import colours
 from neuronprune.files import load_tensors, save_tensors
 from neuronprune.masks import Mask, Scores, Units
 from neuronprune.graph import trace

@@ -150,7 +150,7 @@ def test_unknown_name_and_preset():
     with pytest.raises(ValueError, match="did you mean 'cifar10'"): get_dls('cifar-10')
     with pytest.raises(FileNotFoundError, match='no/such/folder'): get_dls('no/such/folder')
     with pytest.raises(ValueError, match='root='): get_dls('folder')
-    for (s,n),kw in data.PRESETS.items(): assert data.preset(s, n) == kw and n in data.DATASETS
+    for (s,n),kw in PRESETS.items(): assert data.preset(s, n) == kw and n in data.DATASETS
 
 def test_same_seed_same_bytes_and_no_global_state():
     before = (torch.get_rng_state(), np.random.get_state()[1].copy())

@@ -6,6 +6,7 @@ from neuronprune import chain as C, core, pipeline as P, surgery
 from neuronprune.allocate import allocate
 from neuronprune.budget import budget, layer_weights
 from neuronprune.chain import ANEW
+from neuronprune.chain_search import candidates
 from neuronprune.core import Found, layers, method
 from neuronprune.files import DamagedFileError, load_tensors
 from neuronprune.masks import Mask, Scores
@@ -59,7 +60,7 @@ FIXED = [dict(unit='weight', scope=s, of=o) for s in ('global', 'layer') for o i
 def fixed(learn, unit, ties):
     "Scores that never change, given from outside."
     graph, g = C.trace(learn.model, C.first_inputs(learn)), torch.Generator().manual_seed(3)
-    shapes = {k:v.shape for k,v in C.candidates(learn.model, unit, graph).items()}
+    shapes = {k:v.shape for k,v in candidates(learn.model, unit, graph).items()}
     draw = {k:torch.rand(s, generator=g) for k,s in shapes.items()}
     return Scores({k:(v*8).round()/8 if ties else v for k,v in draw.items()}, unit, graph=graph, method='fixed')
 
@@ -394,7 +395,7 @@ def test_bestof_is_the_best_of_n(dls):
     for i in range(8):
         g = core.generator(i)
         m = allocate(Scores({k:torch.rand(v.shape, generator=g)
-                             for k,v in C.candidates(twin.model, 'weight', graph).items()}, 'weight'), .5)
+                             for k,v in candidates(twin.model, 'weight', graph).items()}, 'weight'), .5)
         net = copy.deepcopy(twin.model); surgery.apply(net, m); e = evaluate(net, dls.valid)
         tries.append((e.accuracy, -e.loss, m))
     best = max(tries, key=lambda o: o[:2])[2]

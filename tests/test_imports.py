@@ -13,7 +13,7 @@ NEVER = {'torchvision', 'torchvision.models', 'papermill', 'cvxpy', 'cvxopt', 's
          'dask', 'ray', 'torch._dynamo', 'torch.onnx'}   # not even by neuronprune.all
 HEAVY = NEVER | {'fastai', 'pandas', 'matplotlib', 'sklearn', 'scipy.stats'} # not by a method
 LIMIT = 400 # lines of code a module may have, blank lines and comments aside
-LONGER = {'chain', 'core', 'data', 'mint', 'probe', 'surgery'} # not cut yet
+LONGER = set()
 CODE = """
 import importlib, json, sys
 import torch

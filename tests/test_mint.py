@@ -5,6 +5,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import cdist
 from torch import nn
 from neuronprune import mint
+from neuronprune.blocks import dead_units
 from neuronprune.core import UnsupportedLayerError, generator, layers, methods
 from neuronprune.files import save_tensors
 from neuronprune.masks import Mask, Scores
@@ -346,7 +347,7 @@ def test_zero_blocks(dls, res):
     m = Mask({k:torch.ones_like(v).bool() for k,v in s.items()}, 'group', graph=s.graph, labels=s.labels)
     m['c2'][1,0] = False; w = m.expand(res)['c2.weight']
     assert not w[3:, :2].any() and w[:3].all() and w[3:, 2:].all()
-    assert mint.dead_units(m).dead_children.sum() == 0
+    assert dead_units(m).dead_children.sum() == 0
 
 def test_clip_and_tiebreak(dls, res):
     kw = dict(n_per_class=10, n_trials=2); raw, clipped = score(res, dls, **kw), score(res, dls, clip=True, **kw)

@@ -2,7 +2,7 @@
 import copy, json, math
 import numpy as np, pytest, scipy.sparse, torch
 from torch import nn
-from neuronprune.core import colours
+from neuronprune.shown import colours
 from neuronprune.masks import Mask, Scores
 from neuronprune.report import Report, compare, differs, plot_compare, published, verdict
 from neuronprune.costs import (accounting, count_macs, count_params, hardware, latency_ms, memory, metered,
