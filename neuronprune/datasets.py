@@ -12,7 +12,7 @@ import csv, gzip, hashlib, math, os, struct
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .core import check_choice, check_int, generator, public
@@ -142,11 +142,16 @@ def _local(path, download):
     return nullcontext() if download else reading(path, FETCH)
 
 # %% ../nbs/00c_datasets.ipynb #read_digits
+@cache
+def _digits():
+    "scikit-learn's arrays; their file is text and slow to read, so it is read once."
+    from sklearn.datasets import load_digits
+    return load_digits()
+
 @public
 def read_digits(root, download, official):
     "scikit-learn's digits: 1,797 grey images of 8x8 with 17 levels; needs no files."
-    from sklearn.datasets import load_digits
-    d = load_digits()
+    d = _digits()
     x = torch.tensor(d.images/16, dtype=torch.float32)[:,None]
     return Source(Images(x, torch.tensor(d.target)), vocab=list(range(10)))
 

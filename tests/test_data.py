@@ -12,6 +12,7 @@ import neuronprune.data as data
 from neuronprune.files import DamagedFileError
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.datasets import stratified
+from neuronprune.presets import PRESETS
 
 REAL = Path(os.environ.get('NEURONPRUNE_DATA', ''))/'MNIST'/'raw'
 real = pytest.mark.skipif(not (os.environ.get('NEURONPRUNE_DATA') and REAL.is_dir()),

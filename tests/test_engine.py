@@ -6,7 +6,7 @@ from neuronprune import chain as C, core, pipeline as P, surgery
 from neuronprune.allocate import allocate
 from neuronprune.budget import budget, layer_weights
 from neuronprune.chain import ANEW
-from neuronprune.chain_search import candidates
+from neuronprune.chain_search import candidates, tried
 from neuronprune.core import Found, layers, method
 from neuronprune.files import DamagedFileError, load_tensors
 from neuronprune.masks import Mask, Scores
@@ -437,5 +437,5 @@ def test_an_interrupted_search_keeps_the_best_so_far(dls, registered):
 
 def test_a_try_leaves_the_network_as_it_was(dls):
     learn = start(dls); before = state(learn)
-    C.tried(learn, Mask({'fc1': torch.rand(300, 64) > .5}, 'weight'))
+    tried(learn, Mask({'fc1': torch.rand(300, 64) > .5}, 'weight'))
     assert all(torch.equal(v, before[k]) for k,v in state(learn).items())
