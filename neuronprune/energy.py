@@ -126,7 +126,8 @@ def _energies(name, e, n):
     "`e` if it is a tensor with `n` numbers, in single precision at least."
     check_type(name, e, torch.Tensor)
     if e.shape != (n,) or not e.is_floating_point():
-        raise ValueError(f"{name}: {e.dtype} of shape {tuple(e.shape)}; expected one floating-point number per state, [{n}]")
+        raise ValueError(f"{name}: {e.dtype} of shape {tuple(e.shape)}; "
+                         f"expected one floating-point number per state, [{n}]")
     return e.detach().float() if e.dtype in (torch.half, torch.bfloat16) else e.detach()
 
 def _no_nan(e):
@@ -370,18 +371,17 @@ def state_dict(self:Search)->dict:
 def load_state_dict(self:Search, state:dict # from `state_dict` of a search with the same settings
                    ):
     "Go on from `state`; `ValueError`, and nothing changed, if it is of another search."
-    mine = self.state_dict()
+    mine, (n, d) = self.state_dict(), self.states.shape
     if set(state) != set(mine): raise ValueError(f"state: {sorted(state)}; expected the keys {sorted(mine)}")
     for k,v in mine['settings'].items():
-        if state['settings'].get(k) != v: raise ValueError(f"state: {k}={state['settings'].get(k)!r}; this search has {k}={v!r}")
-    n, d = self.states.shape
-    if _states('state', state['states'], d).shape != (n, d): raise ValueError(f"state: {len(state['states'])} states; "
-                                                                              f"expected {n}")
-    if state['rng'].shape != mine['rng'].shape: raise ValueError("state: a generator of another kind of device; "
-                                                                 f"this search draws on {self.rng.device}")
+        if (o := state['settings'].get(k)) != v: raise ValueError(f"state: {k}={o!r}; this search has {k}={v!r}")
+    if len(_states('state', state['states'], d)) != n:
+        raise ValueError(f"state: {len(state['states'])} states; expected {n}")
+    if state['rng'].shape != mine['rng'].shape:
+        raise ValueError(f"state: a generator of another kind of device; this search draws on {self.rng.device}")
+    energies = _energies('state', state['energies'], n)
     self.rng.set_state(state['rng'].cpu())
-    self.states = state['states'].to(self.states.device, copy=True)
-    self.energies = _energies('state', state['energies'], n).to(self.states.device, copy=True)
+    self.states, self.energies = (o.to(self.states.device, copy=True) for o in (state['states'], energies))
     ints = FIGURES.index('accepted')
     self.rows = [dict(zip(FIGURES, [*r[:ints], *map(int, r[ints:])])) for r in state['rows'].tolist()]
     for k in _COUNTS: setattr(self, k, state[k])

@@ -29,8 +29,12 @@ def kernel_kl(weight:torch.Tensor # of a layer, [filters, inputs, ...]; rows of 
     "Divergence of every filter from every other, double [n, n]: row i, column j is KL(N_i || N_j)."
     if check_type('weight', weight, torch.Tensor).ndim < 2 or not weight.numel():
         raise ValueError(f"weight: shape {tuple(weight.shape)}; expected [filters, inputs, ...]")
-    mu, cov = _gaussians(check_finite('weight', weight))
-    root = torch.linalg.cholesky(cov)
+    return _kl(check_finite('weight', weight))
+
+def _kl(w):
+    "`kernel_kl` that asks the device nothing."
+    mu, cov = _gaussians(w)
+    root = torch.linalg.cholesky_ex(cov).L
     P, logdet = torch.cholesky_inverse(root), 2*root.diagonal(dim1=1, dim2=2).log().sum(1)
     Pm = (P @ mu[:, :, None])[:, :, 0]
     both = (cov + mu[:, :, None]*mu[:, None]).flatten(1) @ P.flatten(1).T
@@ -43,11 +47,18 @@ def dissimilarity(weight:torch.Tensor, # of a layer, [filters, inputs, ...]
                   compat:str=None      # 'released': the upper triangle only, as in the published program
                  )->torch.Tensor:
     "How different the filters of a layer are, symmetric double [n, n] in [0, 1]."
-    check_choice('compat', compat, (None, 'released')); kl = kernel_kl(weight)
-    if compat: kl = kl.triu()
-    top = kl.max()
-    k = kl/torch.where(top > 0, top, 1)
+    check_choice('compat', compat, (None, 'released'))
+    return _scaled(kernel_kl(weight), compat)
+
+def _scaled(kl, compat):
+    "Divergences divided by the largest, and symmetric."
+    k = _share(kl.triu() if compat else kl)
     return (k + k.T)/2
+
+def _share(x):
+    "`x` divided by its largest entry; zeros stay."
+    top = x.max()
+    return x/torch.where(top == 0, 1, top)
 
 # %% ../nbs/14a_energy_ising.ipynb #entropies
 @public
@@ -58,11 +69,15 @@ def entropies(maps:torch.Tensor, # feature maps of a layer [B, filters, ...]
     check_choice('compat', compat, (None, 'released'))
     if check_type('maps', maps, torch.Tensor).ndim < 2 or not maps.numel():
         raise ValueError(f"maps: shape {tuple(maps.shape)}; expected [examples, filters, ...], none of these 0")
-    x = check_finite('maps', maps.detach()).double().mean(0).flatten(1); lo, hi = x.min(), x.max()
-    level = ((x-lo)/torch.where(hi > lo, hi-lo, 1)*256).long().clamp(max=255)
+    return _entropies(check_finite('maps', maps), compat)
+
+def _entropies(maps, compat):
+    "`entropies` that asks the device nothing: NaN of a map with NaN."
+    x = maps.detach().double().mean(0).flatten().view(maps.shape[1], -1); lo, hi = x.min(), x.max()
+    level = ((x-lo)/torch.where(hi == lo, 1, hi-lo)*256).long().clamp(0, 255)
     n = torch.zeros(len(x), 256, dtype=x.dtype, device=x.device).scatter_add_(1, level, torch.ones_like(x))
     q = n/(n.amax(1, keepdim=True) if compat else n.sum(1, keepdim=True))
-    return -torch.xlogy(q, q).sum(1)/math.log(2) + 0.
+    return torch.where((hi-lo).isfinite(), -torch.xlogy(q, q).sum(1)/math.log(2) + 0., math.nan)
 
 # %% ../nbs/14a_energy_ising.ipynb #ising-energy
 def _part(x, block, name):
@@ -104,11 +119,6 @@ class Ising:
         if not self.blocks: raise ValueError("states: nothing to score them with; call update(kernels, maps) first")
         return ising_energy(states, self.blocks, self.floor)
 
-def _share(h):
-    "Entropies divided by the largest."
-    top = h.max()
-    return h/torch.where(top > 0, top, 1)
-
 # %% ../nbs/14a_energy_ising.ipynb #update
 @patch
 @public
@@ -120,8 +130,8 @@ def update(self:Ising, kernels, # weights of each layer [n, inputs, ...], None =
         if len(v) != len(self.columns):
             raise ValueError(f"{k}: {len(v)} layers; expected {len(self.columns)}, None where there is nothing")
     if self.n_updates % self.kl_every: K = [k for _,k,_ in self.blocks]
-    else: K = [None if w is None else dissimilarity(w, self.compat) for w in kernels]
-    H = [None if m is None else _share(entropies(m, self.compat)) for m in maps]
+    else: K = [None if w is None else _scaled(_kl(w), self.compat) for w in kernels]
+    H = [None if m is None else _share(_entropies(m, self.compat)) for m in maps]
     self.blocks = list(zip(self.columns, K, H)); self.n_updates += 1
 
 # %% ../nbs/14a_energy_ising.ipynb #ising-state
@@ -138,5 +148,6 @@ def load_state_dict(self:Ising, state:dict # from `state_dict` of an energy with
     last = [state.get(f'K{i}') for i in range(len(self.columns))]
     known = sum(o is not None for o in last) + 1
     if 'n_updates' not in state or known != len(state):
-        raise ValueError(f"state: {sorted(state)}; expected n_updates, and K0 to K{len(last)-1} for layers that have it")
+        raise ValueError(f"state: {sorted(state)}; "
+                         f"expected n_updates, and K0 to K{len(last)-1} for layers that have it")
     self.n_updates, self.blocks = state['n_updates'], [(c, k, None) for c,k in zip(self.columns, last)]
