@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = ['core', 'files', 'graph', 'masks', 'allocate', 'surgery', 'inputs', 'draws', 'blocks', 'models']
-METHODS = ['mint', 'mip', 'provable', 'baselines', 'lowrank', 'criteria', 'sampling']
+METHODS = ['mint', 'mip', 'provable', 'baselines', 'lowrank', 'criteria', 'sampling', 'energy', 'energy_ising']
 NEVER = {'torchvision', 'torchvision.models', 'papermill', 'cvxpy', 'cvxopt', 'sklearn.cluster', 'sklearn.neighbors',
          'IPython', 'ipykernel',
          'dask', 'ray', 'torch._dynamo', 'torch.onnx'}   # not even by neuronprune.all
