@@ -71,7 +71,8 @@ def _bundled(g, names, spared):
         ids = torch.cat([g.out_slots[o] for o in tie.get(k, [k])]).unique()
         ids = ids[free[ids] & (column[ids] < 0)]
         if len(ids):
-            column[ids] = torch.arange(start, start+len(ids)); slices[k] = slice(start, start+len(ids)); start += len(ids)
+            column[ids] = torch.arange(start, start+len(ids)); slices[k] = slice(start, start+len(ids))
+            start += len(ids)
     return {k:column[g.out_slots[k]] for k in names if (column[g.out_slots[k]] >= 0).all()}, slices
 
 # %% ../nbs/14b_energy_units.ipynb #shortcuts
@@ -245,7 +246,7 @@ def retained(self:Bits, state:torch.Tensor # bool [D] or [S, D]
 def reference_units(model:nn.Module,   # any network, also without memory
                     classes:bool=False # count a bit per class?
                    )->dict:
-    "Bits in the authors' layout: `filters`, `norms` of shortcuts, `inputs` of linear and output layers, `classes`, `D`."
+    "Bits in the authors' layout: `filters`, `norms` of shortcuts, `inputs` of linear and output layers, …, `D`."
     lay, short, mods = layers(model), shortcuts(model), dict(model.named_modules()); *_, last = lay
     lin = lambda m: isinstance(m, nn.Linear)
     res = dict(filters=sum(len(m.weight) for n,m in lay.items() if not lin(m) and n != last),
