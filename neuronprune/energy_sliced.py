@@ -358,7 +358,8 @@ def _listing(model, odd, keep, live, i):
         rows, cols = (keep[k][i] if k in keep else None for k in (n, f'{n}:in'))
         if isinstance(m, PRUNABLE) and (rows is not None or cols is not None):
             ls[id(m.weight)] = tuple(None if v is None else _listed(v) for v in (rows, cols))
-        elif n in live: ns.update({id(o):_listed(live[n][i]) for o in (m.weight, m.running_mean) if o is not None})
+        elif n in live and not isinstance(m, PRUNABLE):
+            ns.update({id(o):_listed(live[n][i]) for o in (m.weight, m.running_mean) if o is not None})
     return ls, ns
 
 def _slicing(model, keep, live, bn):

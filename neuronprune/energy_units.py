@@ -164,7 +164,8 @@ def mask(self:Bits, state:torch.Tensor # bool [D]
         )->Mask:
     "The channel `Mask` of one state."
     if state.ndim != 1: raise ValueError(f"state: shape {tuple(state.shape)}; expected one state, [{self.D}]")
-    return Mask(self.keeps(state), 'channel', graph=self.graph, meta=dict(tied=self.tied))
+    keep = {k:v[0] for k,v in self.full(self.check(state)[None]).items()}
+    return Mask(keep, 'channel', graph=self.graph, meta=dict(tied=self.tied))
 
 # %% ../nbs/14b_energy_units.ipynb #state
 @patch
@@ -208,8 +209,7 @@ def full(self:Bits, states):
     keep, g = self.keeps(states), self.graph
     for n,l in g.layers.items():
         if n in keep or not _depthwise(l) or n not in g.sources or n in g.twins or n in g.outputs: continue
-        seen = _live(g, keep, n, states)
-        if not seen.all(): keep[n] = seen
+        keep[n] = _live(g, keep, n, states)
     return keep
 
 # %% ../nbs/14b_energy_units.ipynb #counted
