@@ -158,29 +158,6 @@ def keeps(self:Bits, state:torch.Tensor # bool [D] or [S, D]
     state = self.check(state)
     return {k:state[..., c] for k,c in self.columns.items()}
 
-@patch
-@public
-def mask(self:Bits, state:torch.Tensor # bool [D]
-        )->Mask:
-    "The channel `Mask` of one state."
-    if state.ndim != 1: raise ValueError(f"state: shape {tuple(state.shape)}; expected one state, [{self.D}]")
-    keep = {k:v[0] for k,v in self.full(self.check(state)[None]).items()}
-    return Mask(keep, 'channel', graph=self.graph, meta=dict(tied=self.tied))
-
-# %% ../nbs/14b_energy_units.ipynb #state
-@patch
-@public
-def state(self:Bits, mask:Mask # channels of the same network
-         )->torch.Tensor:
-    "The state [D] of a mask; a bit is on if any of its channels is kept, keys that the mask lacks are kept."
-    if mask.unit != 'channel': raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'channel'")
-    res, said = torch.zeros(self.D, dtype=torch.bool), torch.zeros(self.D, dtype=torch.bool)
-    for k,c in self.columns.items():
-        if k not in mask: continue
-        if len(mask[k]) != len(c): raise ValueError(f"mask[{k!r}]: {len(mask[k])} channels; expected {len(c)}")
-        said[c] = True; res[c[mask[k]]] = True
-    return res | ~said
-
 # %% ../nbs/14b_energy_units.ipynb #live
 def _live(g, keep, place, like):
     "Bool [S, slots] of `place`: does anything but dropped channels reach it?"
@@ -211,6 +188,30 @@ def full(self:Bits, states):
         if n in keep or not _depthwise(l) or n not in g.sources or n in g.twins or n in g.outputs: continue
         keep[n] = _live(g, keep, n, states)
     return keep
+
+# %% ../nbs/14b_energy_units.ipynb #mask
+@patch
+@public
+def mask(self:Bits, state:torch.Tensor # bool [D]
+        )->Mask:
+    "The channel `Mask` of one state."
+    if state.ndim != 1: raise ValueError(f"state: shape {tuple(state.shape)}; expected one state, [{self.D}]")
+    keep = {k:v[0] for k,v in self.full(self.check(state)[None]).items()}
+    return Mask(keep, 'channel', graph=self.graph, meta=dict(tied=self.tied))
+
+# %% ../nbs/14b_energy_units.ipynb #state
+@patch
+@public
+def state(self:Bits, mask:Mask # channels of the same network
+         )->torch.Tensor:
+    "The state [D] of a mask; a bit is on if any of its channels is kept, keys that the mask lacks are kept."
+    if mask.unit != 'channel': raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'channel'")
+    res, said = torch.zeros(self.D, dtype=torch.bool), torch.zeros(self.D, dtype=torch.bool)
+    for k,c in self.columns.items():
+        if k not in mask: continue
+        if len(mask[k]) != len(c): raise ValueError(f"mask[{k!r}]: {len(mask[k])} channels; expected {len(c)}")
+        said[c] = True; res[c[mask[k]]] = True
+    return res | ~said
 
 # %% ../nbs/14b_energy_units.ipynb #counted
 def _counted(bits, keep, live, states):
