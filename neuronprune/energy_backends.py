@@ -36,6 +36,7 @@ class _Folded(TorchFunctionMode):
         if v is None: return x
         return (self.split(x)*v.view(self.S, *[-1 if d == at else 1 for d in range(x.ndim)])).view(x.shape)
 
+# %% ../nbs/14c_energy_backends.ipynb #fold-norm
 @patch
 def norm(self:_Folded, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
     "Batch norm with the statistics of each state."
@@ -62,6 +63,7 @@ def _fold(model, keep, live, xb, bn):
     with mode: y = feed(model, mapped(lambda o: o.repeat(S, *[1]*(o.ndim-1)), xb))
     return y.view(S, -1, *y.shape[1:])
 
+# %% ../nbs/14c_energy_backends.ipynb #vmap
 def _vmap(model, keep, live, xb, bn):
     "Logits [S, B, C], all states by `torch.vmap` over the masks."
     fs = _factors(_spread(model, keep, live), next(model.parameters()).device)
@@ -70,9 +72,10 @@ def _vmap(model, keep, live, xb, bn):
         with _attributes([(m, a, getattr(m, a)*v) for (m,a,_),v in zip(fs, vs)]): return feed(model, xb)
     with _Dense(bn): return torch.vmap(one, randomness='same')([v for *_,v in fs])
 
-# %% ../nbs/14c_energy_backends.ipynb #scorer
+# %% ../nbs/14c_energy_backends.ipynb #backends
 BACKENDS = dict(sliced=_sliced, loop=_loop, fold=_fold, vmap=_vmap)
 
+# %% ../nbs/14c_energy_backends.ipynb #scorer
 @public
 class Scorer:
     "Logits of a network under many states; called with (states, xb), or by `step` for one state with gradients."
@@ -105,6 +108,7 @@ def borrowed(self:Scorer):
     with as_found(self.model, train=False), torch.no_grad(), cast, \
          torch.random.fork_rng([dev] if dev.type == 'cuda' else []): yield
 
+# %% ../nbs/14c_energy_backends.ipynb #run
 def _slice_of(vectors, rows): return tuple({k:v[rows] for k,v in d.items()} for d in vectors)
 
 @patch
@@ -132,13 +136,14 @@ def admits(self:Scorer, name, vectors, xb):
     if self.backend == name: warnings.warn(f"backend={name!r}: {why}; the dense loop is used instead")
     return False
 
-# %% ../nbs/14c_energy_backends.ipynb #auto
+# %% ../nbs/14c_energy_backends.ipynb #clock
 def _clock(f, device):
     "Seconds of one call."
     wait = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
     wait(); t = time.perf_counter(); f(); wait()
     return time.perf_counter()-t
 
+# %% ../nbs/14c_energy_backends.ipynb #auto
 @patch
 def choose(self:Scorer, vectors, xb):
     "The name of the back-end for this many states and a batch of this shape."
@@ -167,13 +172,14 @@ def __call__(self:Scorer, states:torch.Tensor, # bool [S, D], on any device
     with self.borrowed(), digesting(xb): y = self.run(self.choose(vectors, xb), vectors, xb)
     return y.index_select(0, back.to(y.device))
 
-# %% ../nbs/14c_energy_backends.ipynb #step
+# %% ../nbs/14c_energy_backends.ipynb #moving
 def _moving(model, live):
     "id of a norm's running mean -> bool [slots]: does anything arrive?"
     at, mods = next(model.parameters()).device, dict(model.named_modules())
     return {id(m.running_mean):v[0].to(at) for n,v in live.items()
             if (m := mods[n]) is not None and getattr(m, 'running_mean', None) is not None}
 
+# %% ../nbs/14c_energy_backends.ipynb #step
 @patch
 @public
 def step(self:Scorer, state:torch.Tensor, # bool [D]

@@ -17,11 +17,12 @@ from .core import *
 from .kinds import _own_forward
 from .rehearsal import _attributes
 
-# %% ../nbs/14c_energy_sliced.ipynb #factors
+# %% ../nbs/14c_energy_sliced.ipynb #vectors
 def _vectors(bits, states):
     "(layer or 'layer:in' -> bool [S, n], layer or norm -> bool [S, slots]): kept, and arriving; on the host."
     return bits.full(states), bits.live(states)
 
+# %% ../nbs/14c_energy_sliced.ipynb #factors
 def _spread(model, keep, live):
     "[(module, parameter or buffer, bool [S, n], dimension of the tensor)]: what a state multiplies, and by what."
     res, mods = [], dict(model.named_modules())
@@ -57,6 +58,7 @@ def _norm(x, mean, var, weight, bias, training, momentum, eps, bn):
         if training: mean = var = None
     return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
+# %% ../nbs/14c_energy_sliced.ipynb #dense-mode
 class _Dense(TorchFunctionMode):
     "Every batch norm of a dense forward as `bn` says; running statistics move where `kept` (id of them -> bool) does."
     def __init__(self, bn, kept=()): super().__init__(); self.bn,self.kept = bn,dict(kept)
@@ -93,6 +95,7 @@ class _Live:
 
 def _listed(v): return None if v.all() else _Live(v.nonzero()[:,0]) # None: all of them
 
+# %% ../nbs/14c_energy_sliced.ipynb #unsliceable
 _FIRST = _Live(torch.zeros(1, dtype=torch.long)) # stands for none: one channel, of zeros
 
 class Unsliceable(RuntimeError):
@@ -112,6 +115,7 @@ class Narrow(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise Unsliceable(f"{func} was called in a way that cannot be followed")
 
+# %% ../nbs/14c_energy_sliced.ipynb #dense
 def _like(x, inner): return Narrow(inner, x.live, x.at, x.shape[x.at])
 
 def _dense(x):
@@ -131,6 +135,7 @@ def _at(x, live, at):
     held = x.inner.index_select(at, pos[has].to(x.device))
     return x.inner.new_zeros(shape).index_copy(at, has.nonzero()[:,0].to(x.device), held)
 
+# %% ../nbs/14c_energy_sliced.ipynb #nothing
 def _nothing(y, at, width, *came_from):
     "A `Narrow` of zeros like `y`, whose gradient for what it came from is zero."
     y = torch.zeros_like(y.narrow(at, 0, 1))
@@ -138,7 +143,7 @@ def _nothing(y, at, width, *came_from):
         if o is not None and torch.is_grad_enabled() and o.requires_grad: y = y + o.narrow(0, 0, 0).sum()
     return Narrow(y, _FIRST, at, width)
 
-# %% ../nbs/14c_energy_sliced.ipynb #rules
+# %% ../nbs/14c_energy_sliced.ipynb #rule
 _RULES = {}
 
 def _rule(names):
@@ -146,6 +151,7 @@ def _rule(names):
     def register(f): _RULES.update(dict.fromkeys(names.split(), f)); return f
     return register
 
+# %% ../nbs/14c_energy_sliced.ipynb #rules
 _SAME = ('relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ celu celu_ selu selu_ gelu silu mish hardswish tanh tanh_ '
          'softsign tanhshrink abs neg square sqrt sign dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout '
          'contiguous clone detach float half bfloat16 double')
@@ -170,6 +176,7 @@ def _positions(func, x, *args, **kw):
     y = func(x.inner, *args, **kw)
     return _like(x, y) if isinstance(y, torch.Tensor) else NotImplemented
 
+# %% ../nbs/14c_energy_sliced.ipynb #pad
 @_rule('pad')
 def _pad(func, x, pad, mode='constant', value=None):
     "Zeros around the maps, or channels of zeros before and behind."
@@ -191,6 +198,7 @@ def _reduce(func, x, dim=None, keepdim=False, **kw):
     at = x.at if keepdim else x.at-sum(d < x.at for d in dims)
     return Narrow(func(x.inner, dims, keepdim, **kw), x.live, at, x.shape[x.at])
 
+# %% ../nbs/14c_energy_sliced.ipynb #flatten
 @_rule('flatten')
 def _flatten(func, x, start_dim=0, end_dim=-1):
     "Every channel becomes as many as it has positions."
@@ -202,6 +210,7 @@ def _flatten(func, x, start_dim=0, end_dim=-1):
     if n != 1: live = _Live((live.idx[:, None]*n + torch.arange(n)).flatten())
     return Narrow(x.inner.flatten(start), live, x.at, x.shape[x.at]*n)
 
+# %% ../nbs/14c_energy_sliced.ipynb #view
 @_rule('view reshape')
 def _view(func, x, *shape):
     "`x.view(n, -1)`, which is to flatten."
@@ -210,6 +219,7 @@ def _view(func, x, *shape):
     if shape[1] not in (-1, math.prod(x.shape[1:])) or shape == (-1, -1): return NotImplemented
     return _flatten(torch.flatten, x, 1)
 
+# %% ../nbs/14c_energy_sliced.ipynb #getitem
 @_rule('__getitem__')
 def _getitem(func, x, idx):
     "Every second position, for instance; all channels."
@@ -218,7 +228,7 @@ def _getitem(func, x, idx):
     if len(some) > x.at and some[x.at] != slice(None): return NotImplemented
     return _like(x, x.inner[some])
 
-# %% ../nbs/14c_energy_sliced.ipynb #sums
+# %% ../nbs/14c_energy_sliced.ipynb #union
 def _union(x, y):
     "x + y of two `Narrow`, or of one and a dense tensor of its shape."
     if not isinstance(x, Narrow): return x.index_add(y.at, y.live.on(y.device), y.inner.to(x.dtype))
@@ -228,6 +238,7 @@ def _union(x, y):
     pos = torch.searchsorted(live.idx, y.live.idx).to(y.device)
     return Narrow(_at(x, live, x.at).index_add(x.at, pos, y.inner.to(x.dtype)), live, x.at, x.shape[x.at])
 
+# %% ../nbs/14c_energy_sliced.ipynb #add
 @_rule('add __add__ __radd__ add_ __iadd__')
 def _add(func, x, y, **kw):
     "The union of the channels."
@@ -239,6 +250,7 @@ def _add(func, x, y, **kw):
     x.inner, x.live = (res.inner, res.live) if isinstance(res, Narrow) else (res, _Live(torch.arange(x.shape[x.at])))
     return x
 
+# %% ../nbs/14c_energy_sliced.ipynb #mul
 @_rule('mul __mul__ __rmul__ multiply')
 def _mul(func, x, y):
     "Zero times anything."
@@ -263,7 +275,7 @@ def _cat(func, xs, dim=0):
         start += o.shape[at]
     return Narrow(func(parts, at), _Live(torch.cat(idx)), at, start)
 
-# %% ../nbs/14c_energy_sliced.ipynb #mode
+# %% ../nbs/14c_energy_sliced.ipynb #facts
 _FACTS = {'shape', 'ndim', 'dtype', 'device', 'is_cuda', 'requires_grad', 'layout', 'is_leaf', 'is_meta', 'is_sparse',
           'is_quantized', 'is_nested', 'is_mps', 'is_mkldnn'}
 _ASKED = {'size', 'dim', 'ndimension', '__len__', 'numel', 'is_floating_point', 'is_complex', 'element_size',
@@ -271,6 +283,7 @@ _ASKED = {'size', 'dim', 'ndimension', '__len__', 'numel', 'is_floating_point', 
 
 _PUT = {'__setitem__', *(f'__i{o}__' for o in 'add sub mul truediv floordiv mod pow and or xor'.split())}
 
+# %% ../nbs/14c_energy_sliced.ipynb #mode
 def _narrows(o): return isinstance(o, Narrow) or isinstance(o, (tuple, list)) and any(map(_narrows, o))
 
 class _Sliced(TorchFunctionMode):
@@ -343,13 +356,14 @@ def norm(self:_Sliced, input, running_mean, running_var, weight=None, bias=None,
         for old,new in ((running_mean, mean), (running_var, var)): old.index_copy_(0, at, new)
     return Narrow(y, live, 1, width)
 
-# %% ../nbs/14c_energy_sliced.ipynb #sliced
+# %% ../nbs/14c_energy_sliced.ipynb #odd
 def _odd(model):
     "Modules that compute in a way of their own, and get masked tensors instead of narrow ones."
     own = (BATCHNORM.forward, nn.SyncBatchNorm.forward)
     plain = lambda m: _own_forward(m) if isinstance(m, PRUNABLE) else getattr(type(m), 'forward', None) in own
     return {m for m in model.modules() if not plain(m)}
 
+# %% ../nbs/14c_energy_sliced.ipynb #listing
 def _listing(model, odd, keep, live, i):
     "(id of a weight -> (rows, columns), id of a norm's tensor -> slots) of state `i`."
     ls, ns = {}, {}
@@ -362,6 +376,7 @@ def _listing(model, odd, keep, live, i):
             ns.update({id(o):_listed(live[n][i]) for o in (m.weight, m.running_mean) if o is not None})
     return ls, ns
 
+# %% ../nbs/14c_energy_sliced.ipynb #sliced
 def _slicing(model, keep, live, bn):
     "For each state a context inside which `model` runs with its live channels only."
     odd = _odd(model)
