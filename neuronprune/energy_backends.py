@@ -119,12 +119,12 @@ def run(self:Scorer, name, vectors, xb):
 
 # %% ../nbs/14c_energy_backends.ipynb #admit
 @patch
-def admits(self:Scorer, name, vectors, xb):
-    "Does the back-end agree with the loop on the first state? Tried once."
+def admits(self:Scorer, name, xb):
+    "Does the back-end agree with the loop on a random state and its complement? Tried once."
     if name in self.tested or name in self.refused: return name in self.tested
-    one, few = _slice_of(vectors, slice(1)), take(xb, slice(32))
-    want = self.run('loop', one, few)
-    try: got, why = self.run(name, one, few), None
+    half, few = torch.rand(1, self.bits.D, generator=generator(0)) < .5, take(xb, slice(32))
+    two = _vectors(self.bits, torch.cat([half, ~half])); want = self.run('loop', two, few)
+    try: got, why = self.run(name, two, few), None
     except Exception as e: got, why = None, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
     if got is not None:
         top, tol = want.nan_to_num().abs().max().clamp(min=1e-12), .1 if self.dtype else 1e-2
@@ -147,12 +147,12 @@ def _clock(f, device):
 @patch
 def choose(self:Scorer, vectors, xb):
     "The name of the back-end for this many states and a batch of this shape."
-    if self.backend != 'auto': return self.backend if self.admits(self.backend, vectors, xb) else 'loop'
+    if self.backend != 'auto': return self.backend if self.admits(self.backend, xb) else 'loop'
     S, dev = len(next(iter(vectors[0].values()))), next(self.model.parameters()).device
     key = (S, *(tuple(o.shape) for o in tensors(xb)))
     if key not in self.timed:
         secs = lambda k, v: _clock(lambda: self.run(k, v, xb), dev)
-        names, two = [k for k in BACKENDS if self.admits(k, vectors, xb)], _slice_of(vectors, slice(2))
+        names, two = [k for k in BACKENDS if self.admits(k, xb)], _slice_of(vectors, slice(2))
         if dev.type == 'cuda': [secs(k, two) for k in names] # the first run loads and tunes kernels
         first = {k:secs(k, two)*S/2 for k in names}
         near = [k for k in names if first[k] < 1.5*min(first.values())]
@@ -193,7 +193,7 @@ def step(self:Scorer, state:torch.Tensor, # bool [D]
     best = min(o, key=o.get) if (o := next(reversed(self.timed.values()), None)) else self.backend
     name = backend or ('loop' if best == 'loop' else 'sliced')
     if name == 'sliced' and 'sliced' not in self.tested:
-        with self.borrowed(): name = 'sliced' if self.admits('sliced', vectors, xb) else 'loop'
+        with self.borrowed(): name = 'sliced' if self.admits('sliced', xb) else 'loop'
     if name == 'sliced':
         with _slicing(self.model, *vectors, None)[0](): return mapped(_dense, feed(self.model, xb))
     fs = _factors(_spread(self.model, *vectors), next(self.model.parameters()).device)

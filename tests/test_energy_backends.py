@@ -202,6 +202,7 @@ def test_what_cannot_be_followed_falls_back_and_says_so():
         def forward(self, x): x = self.a(x); x.clamp_(min=0); return self.b(x.mean((2, 3)))
     model = Put(); x = torch.rand(4, 3, 6, 6); bits = bits_of(model, trace(model, x)); s = drawn(bits, 3, 0)
     want = Scorer(model, bits, backend='loop')(s, x)
+    with pytest.warns(UserWarning, match='clamp_'): Scorer(model, bits, backend='sliced')(torch.ones(1, 4).bool(), x)
     with pytest.warns(UserWarning, match="backend='sliced': Unsliceable: clamp_ .*the dense loop is used instead"):
         sc = Scorer(model, bits, backend='sliced'); assert torch.equal(sc(s, x), want)
     with warnings.catch_warnings():
