@@ -62,7 +62,7 @@ class Probe:
             lambda o: o[:1].detach().to(self.table.values.device, dtype if o.is_floating_point() else o.dtype), xb)
         self.say, self.seen, self.shift = self._first, {}, 0.
         for n,m in self.layers.items(): self._watch(n, m, lambda n, m, x: self.say(n, m, x))
-        for n,m in self.norms.items(): self._watch(n, m, (lambda n, m, x: x) if _plain(m) else self._norm)
+        for n,m in self.norms.items(): self._watch(n, m, (lambda n, m, x: x.clone()) if _plain(m) else self._norm)
         for n,m in self.opaque.items(): self._watch(n, m, None)
 
     def _watch(self, n, m, answer):
