@@ -9,7 +9,6 @@ __all__ = ['P', 'VERBS', 'said', 'run', 'page', 'names', 'show', 'main']
 import sys, yaml
 from pathlib import Path
 from fastcore.script import Param, anno_parser, store_true
-from .core import methods
 
 # %% ../nbs/25_cli.ipynb #values
 def _value(text):
@@ -37,9 +36,10 @@ def run(file:str,                    # parameter file (YAML)
         pages:Param('render a page of every run', store_true)=False
        ):
     "Run the study of a parameter file, or go on with it."
+    over = said(p); open(file).close() # what is typed wrong is said before anything heavy is imported
     from neuronprune.study import jobs, read_study, study, study_folder
     from neuronprune.tradeoff import save_results
-    d = {**read_study(file), **said(p)}
+    d = {**read_study(file), **over}
     todo = jobs(d)
     df = study(todo, n_jobs or d.get('n_jobs', 1), out=out, backend=backend, address=address, pages=pages)
     save_results(df, study_folder(todo, out))
@@ -54,15 +54,17 @@ def page(method:str,                 # a name of `methods`
          out:str='runs'              # folder of the runs
         ):
     "One run and its page."
+    args = said(p)
     from neuronprune.job import job
     from neuronprune.study import render
-    j = job(method, **said(p))
+    j = job(method, **args)
     j.run(out, progress=True)
     print(render(j.folder(out)))
 
 # %% ../nbs/25_cli.ipynb #methods
 def names():
     "All methods, what they score, what they need, and where they come from."
+    from neuronprune.core import methods
     print(methods().frame().to_string(index=False))
 
 # %% ../nbs/25_cli.ipynb #lines
@@ -78,6 +80,7 @@ def _lines(df):
 
 def show(folder:Param('of runs, or of one run', str, opt=False, nargs='?')='runs'):
     "What is finished in a folder: the table, and where the pages lie."
+    next(Path(folder).iterdir(), None) # no folder, no heavy imports
     from neuronprune.study import finished
     df = finished(folder)
     print(_lines(df))

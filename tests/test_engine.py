@@ -1,6 +1,6 @@
 """The contract of the one loop: sizes, starts, rewinds, interruptions, searches;
 whatever the unit, the same answers."""
-import copy, json, os, signal, subprocess, sys, time, warnings
+import copy, json, multiprocessing, os, signal, sys, time, warnings
 import numpy as np, pandas as pd, pytest, torch
 from neuronprune import chain as C, core, pipeline as P, surgery
 from neuronprune.allocate import allocate
@@ -310,27 +310,30 @@ def test_rounds_and_one_size_resume_too(dls, tmp_path, monkeypatch):
     assert parts.report.tuned == whole.report.tuned and len(parts.rows) == len(whole.rows) == 1
     assert all(torch.equal(a, b) for a,b in zip(whole.model.state_dict().values(), parts.model.state_dict().values()))
 
-SCRIPT = """
-import sys, warnings; warnings.simplefilter('ignore')
-from neuronprune.data import get_dls; from neuronprune.models import build; from neuronprune.pipeline import prune
-from neuronprune.train import fit, learner
-import torch; torch.set_num_threads(1)
-dls = get_dls('digits', n_train=320)
-learn = fit(learner(build('lenet300', 1, 10, 8, seed=0), dls, lr=.05), 2)
-print('ready', flush=True)
-prune(learn, 'magnitude', sizes=[.8, .6, .4, .3, .2, .1], unit='channel', fine_tune_epochs=2, latency=False,
-      folder=sys.argv[1])
-"""
+def six_sizes(folder, ready):
+    "A run of six sizes, in a process of its own; it says by the event `ready` where it begins."
+    torch.set_num_threads(1); warnings.simplefilter('ignore')
+    learn = fit(learner(build('lenet300', 1, 10, 8, seed=0), get_dls('digits', n_train=320), lr=.05), 2)
+    ready.set()
+    prune(learn, 'magnitude', sizes=[.8, .6, .4, .3, .2, .1], unit='channel', fine_tune_epochs=2, latency=False,
+          folder=folder)
+
+@pytest.fixture(scope='module')
+def begun():
+    "A function that begins `six_sizes` on a folder, in a process forked from one that has imported everything."
+    server = multiprocessing.get_context('forkserver')
+    server.set_forkserver_preload([__name__, 'matplotlib.pyplot'])
+    def start(folder):
+        ready = server.Event(); p = server.Process(target=six_sizes, args=(folder, ready)); p.start()
+        assert ready.wait(120); return p
+    return start
 
 @pytest.mark.parametrize('secs', [.05, pytest.param(.6, marks=pytest.mark.slow)])
-def test_killed_and_run_again(dls, tmp_path, secs):
+def test_killed_and_run_again(begun, tmp_path, secs):
     "SIGKILL, twice, at moments nobody chose; then to the end."
-    call = [sys.executable, '-c', SCRIPT]
     for _ in range(2):
-        p = subprocess.Popen([*call, str(tmp_path/'b')], stdout=subprocess.PIPE, text=True)
-        assert p.stdout.readline() == 'ready\n'
-        time.sleep(secs); p.send_signal(signal.SIGKILL); p.wait()
-    for d in 'ab': subprocess.run([*call, str(tmp_path/d)], check=True, capture_output=True)
+        p = begun(tmp_path/'b'); time.sleep(secs); p.kill(); p.join(); assert p.exitcode == -signal.SIGKILL
+    for d in 'ab': p = begun(tmp_path/d); p.join(); assert p.exitcode == 0
     a, b = (json.loads((tmp_path/d/'rows.json').read_text())['rows'] for d in 'ab')
     strip = lambda r: {k:v for k,v in r.items() if k not in ('secs', 'peak_mib', 'train_secs')}
     assert list(map(strip, a)) == list(map(strip, b)) and len(a) == 6

@@ -2,6 +2,7 @@
 import json, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
+from neuronprune import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,28 +45,33 @@ sizes: [0.5, 0.2]
 methods: [magnitude, random]
 '''
 
-def test_a_study(away):
-    (away[1]/'toy.yml').write_text(TOY)
+def test_a_study_its_page_and_a_run(away):
+    "The command runs a file, papermill renders it from what is there, `page` makes one run, `show` tells of both."
+    site, work = away
+    (work/'toy.yml').write_text(TOY)
     r = run(away, '-m', 'neuronprune', 'run', 'toy.yml', '-p', 'seed=1')
     assert r.returncode == 0 and '2 runs, 0 failed' in r.stdout, r.stdout + r.stderr
-    assert len(list((away[1]/'runs').glob('study-*/rows.csv'))) == 1
-    shown = run(away, '-m', 'neuronprune', 'show').stdout
-    assert 'magnitude 0.5' in shown
-
-def test_a_page(away):
+    assert len(list((work/'runs').glob('study-*/rows.csv'))) == 1
+    then = {p:p.stat().st_mtime_ns for p in (work/'runs').glob('*/size*')}
+    r = run(away, '-m', 'papermill', str(site/'neuronprune'/'pages'/'comparison.ipynb'), 'out.ipynb', '-f', 'toy.yml',
+            '-p', 'seed', '1', '--no-progress-bar', '-k', 'python3')
+    assert r.returncode == 0 and 'PR' in (work/'out.ipynb').read_text(), r.stderr[-2000:]
+    assert then and then == {p:p.stat().st_mtime_ns for p in (work/'runs').glob('*/size*')}
     r = run(away, '-m', 'neuronprune', 'page', 'magnitude', '-p', 'model=lenet300', '-p', 'epochs=1', '-p',
             'n_train=200')
-    page = Path(away[1])/r.stdout.split('\n')[-2].strip()
+    page = work/r.stdout.split('\n')[-2].strip()
     assert r.returncode == 0 and page.name == 'page.ipynb' and 'after fine-tuning' in page.read_text(), r.stderr
-    assert 'page.ipynb' in run(away, '-m', 'neuronprune', 'show').stdout
+    shown = run(away, '-m', 'neuronprune', 'show').stdout
+    assert 'magnitude 0.5' in shown and 'page.ipynb' in shown
 
-def test_the_comparison_page_of_a_file(away):
-    page = 'from neuronprune.study import page_path; print(page_path("comparison"))'
-    args = ['-m', 'papermill', run(away, '-c', page).stdout.strip(), 'out.ipynb', '-f', 'toy.yml', '-p', 'seed', '1',
-            '--no-progress-bar', '-k', 'python3']
-    (away[1]/'toy.yml').write_text(TOY); r = run(away, *args)
-    assert r.returncode == 0, r.stderr[-2000:]
-    assert 'PR' in (away[1]/'out.ipynb').read_text()
+def said(monkeypatch, capsys, folder, *args):
+    "(exit status, text) of the command in this process."
+    monkeypatch.setattr(sys, 'argv', ['neuronprune', *args]); monkeypatch.chdir(folder); code = 0
+    try: cli.main()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+        if isinstance(e.code, str): print(e.code)
+    return code, ''.join(capsys.readouterr())
 
 @pytest.mark.parametrize('args,code,words', [
     ([], 0, 'usage'), (['--help'], 0, 'usage'), (['rum'], 1, "'rum'; expected one of run, page"), (['run'], 2,
@@ -73,16 +79,22 @@ def test_the_comparison_page_of_a_file(away):
     (['run', 'none.yml'], 2, 'none.yml'), (['page', 'magnitud'], 2, "did you mean 'magnitude'"),
     (['page', 'random', '-p', 'seed'], 2, 'expected name=value'),
     (['page', 'random', '-p', 'sede=1'], 2, "did you mean 'seed'"),
-    (['show', 'nowhere'], 2, 'nowhere'), (['methods'], 0, 'Liebenwein')])
-def test_what_the_command_says(away, args, code, words):
-    r = run(away, '-m', 'neuronprune', *args)
-    assert r.returncode == code and words in r.stdout + r.stderr and 'Traceback' not in r.stderr
+    (['show', 'nowhere'], 2, 'nowhere'), (['show', '.'], 2, 'no runs there'), (['methods'], 0, 'Liebenwein')])
+def test_what_the_command_says(monkeypatch, capsys, tmp_path, args, code, words):
+    got, text = said(monkeypatch, capsys, tmp_path, *args)
+    assert got == code and words in text and 'Traceback' not in text
 
-def test_a_failed_run_is_the_exit_status(away):
-    (away[1]/'bad.yml').write_text(TOY + 'tune_args: {lr: 1.0e+30}\n')
-    r = run(away, '-m', 'neuronprune', 'run', 'bad.yml')
-    assert r.returncode == 1 and '2 runs, 2 failed' in r.stdout and re.search('magnitude, seed 0: .*loss is',
-                                                                              r.stdout), r.stdout
+def test_a_failed_run_is_the_exit_status(monkeypatch, capsys, tmp_path):
+    (tmp_path/'bad.yml').write_text(TOY + 'tune_args: {lr: 1.0e+30}\n')
+    code, text = said(monkeypatch, capsys, tmp_path, 'run', 'bad.yml')
+    assert code == 1 and '2 runs, 2 failed' in text and re.search('magnitude, seed 0: .*loss is', text), text
+
+@pytest.mark.parametrize('args,code', [(['--help'], 0), (['rum'], 1), (['run', 'none.yml'], 2), (['show', 'none'], 2),
+                                       (['page', 'random', '-p', 'seed'], 2)])
+def test_what_needs_no_torch_is_said_at_once(away, args, code):
+    main = f"import sys; sys.argv[1:] = {args}; import neuronprune.cli as c, atexit; atexit.register("
+    r = run(away, '-c', main + "lambda: print('torch' in sys.modules)); c.main()")
+    assert r.returncode == code and r.stdout.split()[-1] == 'False' and 'Traceback' not in r.stderr
 
 def test_the_front_door(away):
     code = '''
