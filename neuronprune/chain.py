@@ -107,6 +107,23 @@ def lowered(self:Chain, mask):
     here = lambda d: {k:v[_places(self.origin, self.first, k)] for k,v in d.items()}
     return Mask(here(mask), 'channel', graph=trace(self.learn.model, self.few), scale=here(mask.scale), meta=mask.meta)
 
+# %% ../nbs/19a_chain.ipynb #earlier
+def _earlier(learn, scores):
+    "The `Mask` of the units of `scores` that an earlier pruning of `learn` has removed, or None."
+    keeps, old = held(learn), learn.pruned.decided if held(learn) else None
+    if scores.unit == 'weight':
+        units = {k:keeps.get(f'{k}.weight', torch.ones(v.shape, dtype=torch.bool)) for k,v in scores.items()}
+        return None if all(v.all() for v in units.values()) else Mask(units, 'weight')
+    shapes = lambda d: {k:v.shape for k,v in d.items()}
+    if old is None or old.unit != scores.unit or not shapes(scores).items() <= shapes(old).items(): return None
+    if any(not torch.equal(a, b) for k in scores.labels for a,b in zip(scores.labels[k], old.labels[k])): return None
+    return old
+
+@patch
+def remember(self:Chain, scores):
+    "Before the first cut: what an earlier call has removed counts as removed."
+    if self.mask is None and self.origin is None and not self.rows: self.mask = self.old = _earlier(self.learn, scores)
+
 # %% ../nbs/19a_chain.ipynb #unfactored
 @patch
 def unfactored(self:Chain):
@@ -130,23 +147,6 @@ def score(self:Chain, i:int):
         self.scores = self.lifted(scores); self.meters.append(meter)
     self.remember(self.scores)
     return self.scores
-
-# %% ../nbs/19a_chain.ipynb #earlier
-def _earlier(learn, scores):
-    "The `Mask` of the units of `scores` that an earlier pruning of `learn` has removed, or None."
-    keeps, old = held(learn), learn.pruned.decided if held(learn) else None
-    if scores.unit == 'weight':
-        units = {k:keeps.get(f'{k}.weight', torch.ones(v.shape, dtype=torch.bool)) for k,v in scores.items()}
-        return None if all(v.all() for v in units.values()) else Mask(units, 'weight')
-    shapes = lambda d: {k:v.shape for k,v in d.items()}
-    if old is None or old.unit != scores.unit or not shapes(scores).items() <= shapes(old).items(): return None
-    if any(not torch.equal(a, b) for k in scores.labels for a,b in zip(scores.labels[k], old.labels[k])): return None
-    return old
-
-@patch
-def remember(self:Chain, scores):
-    "Before the first cut: what an earlier call has removed counts as removed."
-    if self.mask is None and self.origin is None and not self.rows: self.mask = self.old = _earlier(self.learn, scores)
 
 # %% ../nbs/19a_chain.ipynb #share
 @patch

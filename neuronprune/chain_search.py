@@ -81,7 +81,7 @@ def find(self:Chain, i:int, folder=None):
     self.step = found.mask
     return found
 
-# %% ../nbs/19b_chain_search.ipynb #found-files
+# %% ../nbs/19b_chain_search.ipynb #save-found
 def _save_found(found, i, folder):
     "Write where a search for size `i` is."
     tensors_ = {k:v for k,v in found.state.items() if isinstance(v, torch.Tensor)}
@@ -89,6 +89,7 @@ def _save_found(found, i, folder):
     save_tensors(Path(folder)/'search.safetensors', tensors_ or {'none': torch.zeros(1)},
                  dict(kind='search', step=i, plain=plain))
 
+# %% ../nbs/19b_chain_search.ipynb #load-found
 def _load_found(i, folder):
     "The state a search for size `i` goes on from, or None."
     file = Path(folder)/'search.safetensors'

@@ -70,6 +70,7 @@ def _path(k, v):
     if not isinstance(v, (str, os.PathLike)): _refuse(k, v, 'a path')
     if not os.fspath(v) or '\0' in str(v): _refuse(k, v, 'a path', ValueError)
 
+# %% ../nbs/00a_door.ipynb #names
 def _name(k, v):
     "Rule: a name; a data set's may be its folder."
     if not isinstance(v, (str, os.PathLike)): _refuse(k, v, 'a name')
@@ -92,6 +93,7 @@ def _each(rule, what, fewest=0, one=False):
         for i,o in enumerate(v): rule(f'{k}[{i}]', o)
     return check
 
+# %% ../nbs/00a_door.ipynb #finite
 def _numbers(k, v):
     "Rule: numbers, in a list, an array or a tensor."
     try: o = np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v, dtype=float)
@@ -103,6 +105,7 @@ def _finite(k, v):
     if isinstance(v, Real): _real()(k, v)
     else: check_finite(k, torch.as_tensor(v, dtype=torch.float64))
 
+# %% ../nbs/00a_door.ipynb #table-of
 def _table(rule, what):
     "Rule: a dictionary from names to what `rule` takes."
     def check(k, v):
@@ -130,6 +133,7 @@ def _model(k, v):
     if lazy: raise ValueError(f"{k}: the model's {lazy!r} has no values yet (a lazy layer); "
                               "run one batch through the model first")
 
+# %% ../nbs/00a_door.ipynb #network
 def _network(k, v):
     "Rule: a network with parameters."
     _model(k, v)
@@ -145,7 +149,7 @@ def _learner(k, v):
     if not (hasattr(v, 'dls') and hasattr(v, 'model')): _refuse(k, v, 'a Learner, made by learner(model, dls)')
     _network(f'{k}.model', v.model)
 
-# %% ../nbs/00a_door.ipynb #loaders
+# %% ../nbs/00a_door.ipynb #loader
 def _loader(k, dl):
     "Raises unless `dl` gives batches and knows how many."
     if isinstance(dl, torch.Tensor) or not isinstance(dl, Iterable): _refuse(k, dl, 'a loader of (x, y) batches')
@@ -154,6 +158,7 @@ def _loader(k, dl):
         raise TypeError(f"{k}: the loader has no length (an iterable data set); "
                         "expected one over a data set that can be indexed") from None
 
+# %% ../nbs/00a_door.ipynb #dls
 _PAIR = 'fastai DataLoaders with .train and .valid, as from get_dls or DataLoaders(train_dl, valid_dl)'
 
 def _both(v):
@@ -171,6 +176,7 @@ def _dls(k, v):
     if parts is None: _refuse(k, v, _PAIR + (', not a single loader' if hasattr(v, 'dataset') else ''))
     for o in parts: _loader(k, o)
 
+# %% ../nbs/00a_door.ipynb #dl
 def _dl(k, v):
     "Rule: one loader, or any iterable of (inputs, labels)."
     if _both(v): _refuse(k, v, 'one loader; pass dls.valid or dls.test')
@@ -193,6 +199,7 @@ def _own_mask(k, v):
     "Rule: a `Mask`."
     if not _is(v, 'Mask'): _mask(k, v); _refuse(k, v, 'a Mask, as from allocate')
 
+# %% ../nbs/00a_door.ipynb #pairs
 def _threshold(k, v):
     "Rule: a number, or the word of a method that finds one."
     if not isinstance(v, str): _real()(k, v)
@@ -231,6 +238,7 @@ def _labelled(k, v):
     try: check_batch(*v)
     except (TypeError, ValueError) as e: raise type(e)(f'{k}: {e}') from None
 
+# %% ../nbs/00a_door.ipynb #devices
 def _labels(k, v):
     "Rule: a tensor of class numbers."
     if not isinstance(v, torch.Tensor): _refuse(k, v, 'a tensor of class numbers [n]')
@@ -260,6 +268,7 @@ def _metric(k, v):
 def _optimiser(k, v):
     if not isinstance(v, str) and not callable(v): _refuse(k, v, "a name such as 'sgd', or a torch.optim class")
 
+# %% ../nbs/00a_door.ipynb #augment
 def _augment(k, v):
     "Rule: names, or functions of an image batch and a generator."
     if isinstance(v, (list, tuple)): [_augment(f'{k}[{i}]', o) for i,o in enumerate(v)]
@@ -291,7 +300,7 @@ def _varied(k, v):
     "Rule: parameter -> values of a study, or a list of parameters of runs."
     if not isinstance(v, Mapping): _each(_job, 'a list of parameter dictionaries', fewest=1)(k, v)
 
-# %% ../nbs/00a_door.ipynb #study-args
+# %% ../nbs/00a_door.ipynb #normalize
 def _head(k, v):
     "Rule: a tuple of widths."
     if not isinstance(v, tuple): _refuse(k, v, 'a tuple of widths')
@@ -307,6 +316,7 @@ def _normalize(k, v):
             raise ValueError(f"{k}={v}: {len(part)} channels; expected one number, or one per colour")
         for p in part: _real()(k, p)
 
+# %% ../nbs/00a_door.ipynb #datasets
 def _dataset(k, v):
     "Rule: a known data set, or a folder."
     from neuronprune.datasets import DATASETS
@@ -318,6 +328,7 @@ def _weights(k, v):
     if not isinstance(v, str): _numbers(k, v)
     elif not v.isupper(): raise ValueError(f"{k}={v!r}: expected a name of torchvision's such as 'IMAGENET1K_V2'")
 
+# %% ../nbs/00a_door.ipynb #moment
 def _moment(*words):
     "Rule: one of `words`, or an epoch."
     return lambda k,v: check_choice(k, v, words) if isinstance(v, str) else check_int(k, v, 0)
@@ -344,7 +355,7 @@ def _by_name(k):
     "The rule of a name, whatever function it is an argument of; None if there is none."
     return _NAMED.get(k) or _WHOLE.get(k) or _REAL.get(k)
 
-# %% ../nbs/00a_door.ipynb #named
+# %% ../nbs/00a_door.ipynb #objects
 _FRACTIONS = _each(partial(check_fraction, open_hi=False), 'a list of fractions', fewest=1)
 
 _OBJECTS = {
@@ -353,6 +364,7 @@ _OBJECTS = {
     'graph': _graph, 'g': _graph, 'df': _a('DataFrame', 'a table of results'), 'score': _function,
     'reports': _each(_a('Report'), 'a list of records', fewest=1)}
 
+# %% ../nbs/00a_door.ipynb #dicts
 _DICTS = {
     'masks': _table(_maybe(_own_mask), 'name -> Mask'), 'models': _table(_model, 'name -> model'),
     'tables': _table(_a('DataFrame'), 'name -> DataFrame'), 'methods': _of_methods,
@@ -360,6 +372,7 @@ _DICTS = {
 _OPEN = {**_alike('args namespace p params', _parameters),
          'init': lambda k,v: check_type(k, v, dict, 'learn.rewind.init')}
 
+# %% ../nbs/00a_door.ipynb #named
 _NAMED = {
     **_OBJECTS, **_DICTS, 'batch': _labelled, 'heads': _maybe(_a('ModuleList', 'as from fit_greedy or fit_heads')),
     'dataset': _dataset, 'weights': _weights, 'head': _head,
@@ -384,6 +397,7 @@ _CLASSES = {'Module': _model, 'Mask': _own_mask, 'Learner': _learner, 'Scores': 
             'Graph': _NAMED['graph'], 'DataFrame': _NAMED['df'],
             'Generator': _a('Generator', 'such as np.random.default_rng(0) or torch.Generator()')}
 
+# %% ../nbs/00a_door.ipynb #rule
 _several = {k:_each(v, 'a list of whole numbers') for k,v in _WHOLE.items()} # where the default is an empty tuple
 
 def _rule(p, said=''):
@@ -412,6 +426,7 @@ _WORDS = dict(
     iterative_steps='rounds', n_epochs='epochs', random_state='seed', verbose='progress', callbacks='cbs',
     filename='path', retrain_epochs='fine_tune_epochs')
 
+# %% ../nbs/00a_door.ipynb #unknown
 def _unknown(f, k, names):
     "The error for an argument that `f` does not have."
     near = [o for o in (_WORDS.get(k),) if o in names] or difflib.get_close_matches(k, names, n=1, cutoff=.5)
@@ -431,6 +446,7 @@ def _plan(f):
     rules = {p.name:(p.default, rule(p)) for p in ps if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     return places, rules, next((p.name for p in ps if p.kind == p.VAR_KEYWORD), None)
 
+# %% ../nbs/00a_door.ipynb #further
 def _wrong(rule, *args, **kw):
     "What a rule has to say, as a list of at most one error."
     try: rule(*args, **kw); return []
@@ -444,7 +460,7 @@ def _further(k, v):
     for o in v if many else [v]:
         if rule and o is not None: rule(k, o)
 
-# %% ../nbs/00a_door.ipynb #check-call
+# %% ../nbs/00a_door.ipynb #jointly
 def _jointly(got, rules):
     "What the rules of `_TOGETHER` have to say on the arguments given and the defaults."
     said = []
@@ -455,6 +471,7 @@ def _jointly(got, rules):
             said += _wrong(rule, *(every[k] for k in need.split()), **{k:every[k] for k in may.split() if k in rules})
     return said
 
+# %% ../nbs/00a_door.ipynb #check-call
 _ITSELF = ('trace',) # runs the model, and says what is wrong with the inputs
 
 def check_call(f,    # function

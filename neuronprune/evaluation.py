@@ -21,13 +21,14 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, Learner, Recorder
 from fastai.torch_core import find_bs
 
-# %% ../nbs/04a_evaluation.ipynb #split_batch
+# %% ../nbs/04a_evaluation.ipynb #classes
 def _classes(y):
     "Class numbers [n] of any integer type as int64; other targets as they are."
     whole = (isinstance(y, torch.Tensor) and y.ndim == 1
              and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool))
     return y.long() if whole else y
 
+# %% ../nbs/04a_evaluation.ipynb #split-batch
 @public
 def split_batch(b,          # batch of a loader
                 dev=None,   # device to move it to, None = where it is
@@ -91,7 +92,7 @@ class Evaluation:
         loss = '' if self.loss is None else f", loss {self.loss:.4g}"
         return f"<p><b>{100*self.accuracy:.2f} %</b> right ({self.k} of {self.n}), {interval}{loss}</p>"
 
-# %% ../nbs/04a_evaluation.ipynb #tally
+# %% ../nbs/04a_evaluation.ipynb #logits
 def _said(x):
     return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
 
@@ -101,6 +102,7 @@ def _logits(out):
     "The class scores in a model's output: itself, the entry 'logits', or the first tensor."
     return out.get('logits') if isinstance(out, Mapping) and 'logits' in out else next(iter(tensors(out)), None)
 
+# %% ../nbs/04a_evaluation.ipynb #target
 class _NotClasses(Exception):
     "There are no right answers to count; holds the error to raise where nothing else can be said."
 
@@ -115,6 +117,20 @@ def _target(yb):
                                     "or a Learner, which has a loss and metrics of its own"))
     return y.as_subclass(torch.Tensor)
 
+# %% ../nbs/04a_evaluation.ipynb #counts
+def _counts(out, yb):
+    "[right, among the first five, sum of losses, labels out of range, outputs not finite] of one batch."
+    if out is None or out.ndim != 2 or out.shape[1] < 2:
+        raise _NotClasses(ValueError(f"model: outputs {_said(out)}; expected class scores [n, classes], "
+                                     "or a Learner with its own loss"))
+    bad = (yb < 0) | (yb >= out.shape[1])
+    yb = yb.clamp(0, out.shape[1]-1)
+    out = out.float().as_subclass(torch.Tensor)
+    first5 = (out > out.gather(1, yb[:,None])).sum(1) < 5
+    loss = F.cross_entropy(out, yb, reduction='sum')
+    return torch.stack([(out.argmax(1) == yb).sum(), first5.sum(), loss, bad.sum(), (~torch.isfinite(out)).sum()])
+
+# %% ../nbs/04a_evaluation.ipynb #tally
 def _tally(model, dl, dev):
     """[right, among the first five, sum of losses, labels out of range, outputs not finite] and the number of images,
     one transfer for all."""
@@ -123,18 +139,7 @@ def _tally(model, dl, dev):
         xb, yb = split_batch(b, dev, getattr(dl, 'n_inp', None)); yb = _target(yb)
         with torch.inference_mode():
             with digesting(*tensors(xb)): out = _logits(feed(model, xb))
-            if out is None or out.ndim != 2 or out.shape[1] < 2:
-                raise _NotClasses(
-                    ValueError(
-                        f"model: outputs {_said(out)}; expected class scores [n, classes], "
-                                             "or a Learner with its own loss"))
-            bad = (yb < 0) | (yb >= out.shape[1])
-            yb = yb.clamp(0, out.shape[1]-1)
-            out = out.float().as_subclass(torch.Tensor)
-            first5 = (out > out.gather(1, yb[:,None])).sum(1) < 5
-            loss = F.cross_entropy(out, yb, reduction='sum')
-            tot += torch.stack([(out.argmax(1) == yb).sum(), first5.sum(), loss, bad.sum(),
-                                (~torch.isfinite(out)).sum()]).to(tot.dtype)
+            tot += _counts(out, yb).to(tot.dtype)
         n += len(yb)
     return tot.tolist(), n
 
@@ -150,7 +155,7 @@ def _shown(learn, progress):
         try: yield
         finally: learn.logger = found
 
-# %% ../nbs/04a_evaluation.ipynb #own-metrics
+# %% ../nbs/04a_evaluation.ipynb #metrics
 class _Metrics(Callback):
     """Means of the learner's loss and of its metrics over a loader;
     named as fastai names what only predicts, so that no model is saved."""
@@ -167,9 +172,9 @@ def _number(v):
     if not hasattr(v, 'tolist'): return v if v is None or isinstance(v, (int, float)) else str(v)
     return v.tolist()
 
-def _own_metrics(learn, dl, why):
-    """The `Evaluation` by the learner's own loss and metrics; the error `why` where these cannot take the
-    targets, `ValueError` if the loss is not finite."""
+# %% ../nbs/04a_evaluation.ipynb #validated
+def _validated(learn, dl, why):
+    "Means of the learner's own loss and metrics over `dl`; the error `why` where these cannot take the targets."
     own, kept = _Metrics(), {cb:dict(vars(cb)) for cb in learn.cbs if isinstance(cb, Recorder)}
     with as_found(learn.model, train=False), _shown(learn, False):
         try: learn.validate(dl=dl, cbs=own)
@@ -181,6 +186,13 @@ def _own_metrics(learn, dl, why):
                 f"{type(e).__name__}: {e}") from e
         finally:
             for cb,v in kept.items(): vars(cb).update(v)
+    return own
+
+# %% ../nbs/04a_evaluation.ipynb #own-metrics
+def _own_metrics(learn, dl, why):
+    """The `Evaluation` by the learner's own loss and metrics; the error `why` where these cannot take the
+    targets, `ValueError` if the loss is not finite."""
+    own = _validated(learn, dl, why)
     if own.n == 0: raise ValueError("dl: no batches; expected a loader with at least one example")
     loss, *rest = (_number(m.value) for m in own.meters)
     if not math.isfinite(loss):

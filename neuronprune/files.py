@@ -28,12 +28,13 @@ def replacing(path # file to write
     finally:
         if os.path.exists(tmp): os.remove(tmp)
 
-# %% ../nbs/00b_files.ipynb #reading
+# %% ../nbs/00b_files.ipynb #damaged
 CURE = 'delete it and make it anew'
 
 class DamagedFileError(ValueError):
     "A file does not hold what it should; the message has its name, what is wrong, and the cure."
 
+# %% ../nbs/00b_files.ipynb #reading
 @contextmanager
 def reading(path,    # file whose contents are used in the block
             cure:str=CURE # what to do about a damaged one
@@ -57,6 +58,7 @@ def _checksum(text, tensors):
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+# %% ../nbs/00b_files.ipynb #save-tensors
 @public
 def save_tensors(path,         # file to write
                  tensors:dict, # name -> tensor
@@ -73,7 +75,7 @@ def save_tensors(path,         # file to write
         # one entry: the order of several is not fixed
         save_file(own, tmp, {'neuronprune': f'sha256:{_checksum(text, own)} {text}'})
 
-# %% ../nbs/00b_files.ipynb #load_tensors
+# %% ../nbs/00b_files.ipynb #verified
 def _verified(meta, tensors):
     "The header out of a file's metadata, if the checksum is that of the contents; `ValueError` otherwise."
     if 'neuronprune' not in meta: raise ValueError("a safetensors file, but without neuronprune's header")
@@ -84,6 +86,7 @@ def _verified(meta, tensors):
             raise ValueError("the checksum is not that of the contents; the file was changed or damaged")
     return check_type('header', json.loads(text), dict)
 
+# %% ../nbs/00b_files.ipynb #load-tensors
 @public
 def load_tensors(path,         # file written by `save_tensors`
                  kind:str=None, # what its header must say it holds, None = anything
@@ -113,6 +116,7 @@ def save_json(path,  # file to write
     text = json.dumps({**d, 'sha256': _checksum(json.dumps(d, sort_keys=True), {})}, indent=1, ensure_ascii=False)
     with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8') as f: f.write(text+'\n')
 
+# %% ../nbs/00b_files.ipynb #load-json
 @public
 def load_json(path, # file written by `save_json`
               known, # names it may hold

@@ -16,6 +16,14 @@ import neuronprune.rehearsal # gives probes their rehearse
 from .probe import Probe
 from .kinds import channel_dim
 
+# %% ../nbs/03_graph.ipynb #info
+def _info(m, positions):
+    "The facts of one layer that later chapters need."
+    lin = isinstance(m, nn.Linear)
+    return dict(kind=type(m).__name__, n_out=len(m.weight), n_in=m.in_features if lin else m.in_channels,
+                taps=1 if lin else math.prod(m.kernel_size),
+                groups=getattr(m, 'groups', 1), positions=positions, weights=m.weight.numel(), bias=m.bias is not None)
+
 # %% ../nbs/03_graph.ipynb #graph-2
 @public
 @dataclass(repr=False)
@@ -64,6 +72,7 @@ def ties(self:Graph)->list:
     for n,l in zip(names, lab.tolist()): groups.setdefault(l, []).append(n)
     return [o for o in groups.values() if len(o) > 1]
 
+# %% ../nbs/03_graph.ipynb #components
 def _components(n, edges):
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -111,6 +120,36 @@ def _shared(model):
             if p is None or (o := first.setdefault(id(p), n)) == n: continue
             res.setdefault(n, o); res.setdefault(o, n)
     return res
+
+# %% ../nbs/03_graph.ipynb #odd-layers
+def _halved(m, rows, columns):
+    "A copy of layer `m` without the first half of its outputs and inputs, as asked."
+    res, lin = copy.copy(m), isinstance(m, nn.Linear); res._parameters = dict(m._parameters)
+    n_out, n_in = (len(m.weight)+1)//2 if rows else 0, (m.weight.shape[1]+1)//2 if columns else 0
+    res.weight = nn.Parameter(m.weight[n_out:, n_in:])
+    if m.bias is not None: res.bias = nn.Parameter(m.bias[n_out:])
+    names = ('out_features', 'in_features') if lin else ('out_channels', 'in_channels')
+    setattr(res, names[0], len(res.weight)); setattr(res, names[1], res.weight.shape[1])
+    if rows and getattr(m, 'groups', 1) > 1: res.in_channels = res.groups = len(res.weight)
+    return res
+
+@torch.no_grad()
+def _bends(m):
+    "Which of 'rows' and 'columns' of layer `m` cannot be cut, because of a `forward` of its own."
+    if type(m).forward in [o.forward for o in PRUNABLE]: return set()
+    deep, lin = getattr(m, 'groups', 1) > 1, isinstance(m, nn.Linear)
+    m = copy.deepcopy(m).eval().float().cpu(); vars(m).pop('forward', None) # the probe's answer
+    for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=generator(0))+.5)
+    size = () if lin or channel_dim(m) == -1 else tuple(d*(k-1)+3 for k,d in zip(m.kernel_size, m.dilation))
+    x = torch.randn(2, m.in_features if lin else m.in_channels, *size, generator=generator(1)); half = (x.shape[1]+1)//2
+    bad = set()
+    for what in ('rows',) if deep else ('rows', 'columns'):
+        rows = what == 'rows'; x0 = x.clone(); x0[:, :half] = x0[:, :half] if rows else 0
+        try: y, z = m(x0), _halved(m, rows, not rows)(x0[:, half:] if deep or not rows else x0)
+        except Exception: bad.add(what); continue
+        y = y[:, (y.shape[1]+1)//2:] if rows else y
+        if y.shape != z.shape or not torch.allclose(y, z, rtol=1e-3, atol=1e-4): bad.add(what)
+    return bad
 
 # %% ../nbs/03_graph.ipynb #mixer
 def _depthwise(l): return l['groups'] == l['n_out'] == l['n_in'] > 1
@@ -184,44 +223,6 @@ def _place(n, src, out_slots):
     for p,(s,c) in src.items(): res[s] = out_slots[p][c]
     return res
 
-# %% ../nbs/03_graph.ipynb #info
-def _info(m, positions):
-    "The facts of one layer that later chapters need."
-    lin = isinstance(m, nn.Linear)
-    return dict(kind=type(m).__name__, n_out=len(m.weight), n_in=m.in_features if lin else m.in_channels,
-                taps=1 if lin else math.prod(m.kernel_size),
-                groups=getattr(m, 'groups', 1), positions=positions, weights=m.weight.numel(), bias=m.bias is not None)
-
-# %% ../nbs/03_graph.ipynb #odd-layers
-def _halved(m, rows, columns):
-    "A copy of layer `m` without the first half of its outputs and inputs, as asked."
-    res, lin = copy.copy(m), isinstance(m, nn.Linear); res._parameters = dict(m._parameters)
-    n_out, n_in = (len(m.weight)+1)//2 if rows else 0, (m.weight.shape[1]+1)//2 if columns else 0
-    res.weight = nn.Parameter(m.weight[n_out:, n_in:])
-    if m.bias is not None: res.bias = nn.Parameter(m.bias[n_out:])
-    names = ('out_features', 'in_features') if lin else ('out_channels', 'in_channels')
-    setattr(res, names[0], len(res.weight)); setattr(res, names[1], res.weight.shape[1])
-    if rows and getattr(m, 'groups', 1) > 1: res.in_channels = res.groups = len(res.weight)
-    return res
-
-@torch.no_grad()
-def _bends(m):
-    "Which of 'rows' and 'columns' of layer `m` cannot be cut, because of a `forward` of its own."
-    if type(m).forward in [o.forward for o in PRUNABLE]: return set()
-    deep, lin = getattr(m, 'groups', 1) > 1, isinstance(m, nn.Linear)
-    m = copy.deepcopy(m).eval().float().cpu(); vars(m).pop('forward', None) # the probe's answer
-    for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=generator(0))+.5)
-    size = () if lin or channel_dim(m) == -1 else tuple(d*(k-1)+3 for k,d in zip(m.kernel_size, m.dilation))
-    x = torch.randn(2, m.in_features if lin else m.in_channels, *size, generator=generator(1)); half = (x.shape[1]+1)//2
-    bad = set()
-    for what in ('rows',) if deep else ('rows', 'columns'):
-        rows = what == 'rows'; x0 = x.clone(); x0[:, :half] = x0[:, :half] if rows else 0
-        try: y, z = m(x0), _halved(m, rows, not rows)(x0[:, half:] if deep or not rows else x0)
-        except Exception: bad.add(what); continue
-        y = y[:, (y.shape[1]+1)//2:] if rows else y
-        if y.shape != z.shape or not torch.allclose(y, z, rtol=1e-3, atol=1e-4): bad.add(what)
-    return bad
-
 # %% ../nbs/03_graph.ipynb #check-plain
 def _cure(m):
     "The call below `torch.nn.utils` that gives layer `m` a plain weight again."
@@ -255,6 +256,7 @@ def _gone(g, unions, part):
         half = len(ids)//2; gone[(ids[:half], ids[half:], ids[:1])[part]] = True
     return spared(g, gone)
 
+# %% ../nbs/03_graph.ipynb #spared
 @public
 def spared(g:Graph,         # wiring
            gone:torch.Tensor # bool [bundles], True = cut; changed in place
@@ -267,6 +269,7 @@ def spared(g:Graph,         # wiring
         if gone[ids].all(): gone[ids[0]] = False
     return gone
 
+# %% ../nbs/03_graph.ipynb #kept-slots
 @public
 def kept_slots(g:Graph,           # wiring
                gone:torch.Tensor  # bool [bundles], True = cut
@@ -278,6 +281,17 @@ def kept_slots(g:Graph,           # wiring
         return (dict(zip(slots, stays[torch.cat([*slots.values()])].split([len(o) for o in slots.values()]))) if slots
                 else {})
     return {n:k for n,k in at(g.out_slots).items() if not k.all()}, at({**g.in_slots, **g.norm_slots})
+
+# %% ../nbs/03_graph.ipynb #new-widths
+@public
+def new_widths(g:Graph,   # wiring
+               outs:dict, # layer -> bool [n_out], what stays
+               ins:dict   # layer or norm -> bool [slots], what stays
+              )->dict:
+    "'module.attribute' -> its value in the cut network, for those attributes of `g.widths` that change."
+    n = lambda place: int(
+        (outs.get(place.removesuffix(':out'), torch.ones(0)) if place.endswith(':out') else ins[place]).sum())
+    return {a:n(p) for a,p in g.widths.items() if not p.endswith(':out') or p.removesuffix(':out') in outs}
 
 # %% ../nbs/03_graph.ipynb #try-cut
 def _faulty(probe, g, unions):
@@ -294,28 +308,7 @@ def _culprits(probe, g, unions, why=None):
     mid = len(unions)//2
     return _culprits(probe, g, unions[:mid]) + _culprits(probe, g, unions[mid:])
 
-def _rehearse(probe, g):
-    "Fix the layers that the rehearsal finds fault with, in place."
-    while unions := _unions(g, g.removable):
-        if (why := _faulty(probe, g, unions)) is None: break
-        bad = _culprits(probe, g, unions, why)
-        if not bad and (why := _faulty(probe, g, unions)):
-            bad = [(u, why) for u in unions] # each alone is right, together they are not
-        for union,why in bad: g.fixed.update({n:why for n in union})
-        if not bad: break
-    return g
-
-# %% ../nbs/03_graph.ipynb #new-widths
-@public
-def new_widths(g:Graph,   # wiring
-               outs:dict, # layer -> bool [n_out], what stays
-               ins:dict   # layer or norm -> bool [slots], what stays
-              )->dict:
-    "'module.attribute' -> its value in the cut network, for those attributes of `g.widths` that change."
-    n = lambda place: int(
-        (outs.get(place.removesuffix(':out'), torch.ones(0)) if place.endswith(':out') else ins[place]).sum())
-    return {a:n(p) for a,p in g.widths.items() if not p.endswith(':out') or p.removesuffix(':out') in outs}
-
+# %% ../nbs/03_graph.ipynb #learn-widths
 def _candidates(probe, g, outs, ins):
     "[(attribute, place)]: whole numbers in the modules that equal the width of a place that would change."
     changed = {f'{n}:out':len(k) for n,k in outs.items()} | {n:len(k) for n,k in ins.items() if not k.all()}
@@ -332,6 +325,18 @@ def _learn_widths(probe, g, union, limit=24):
         if _faulty(probe, g, [union]) is None: return True
     g.widths = known
     return False
+
+# %% ../nbs/03_graph.ipynb #rehearse-graph
+def _rehearse(probe, g):
+    "Fix the layers that the rehearsal finds fault with, in place."
+    while unions := _unions(g, g.removable):
+        if (why := _faulty(probe, g, unions)) is None: break
+        bad = _culprits(probe, g, unions, why)
+        if not bad and (why := _faulty(probe, g, unions)):
+            bad = [(u, why) for u in unions] # each alone is right, together they are not
+        for union,why in bad: g.fixed.update({n:why for n in union})
+        if not bad: break
+    return g
 
 # %% ../nbs/03_graph.ipynb #trace
 _LARGE = 4_000_000 # activations above which single precision has to do
@@ -351,6 +356,7 @@ def probing(model:nn.Module, # any model; not changed
         except Exception as e: err = e
     raise err
 
+# %% ../nbs/03_graph.ipynb #sources
 def _sources(found):
     "Place -> {layer: (slots, channels)} of what arrives unmixed."
     res, done = {}, {} # producers of a sum may share one tensor
@@ -361,6 +367,7 @@ def _sources(found):
             res.setdefault(k, {})[p] = done[id(chan)]
     return res
 
+# %% ../nbs/03_graph.ipynb #with-ties
 def _with_ties(fixed, out_slots):
     "`fixed` with the layers that are tied to a fixed one."
     names = list(out_slots); bad = torch.full((1+max((int(o.max()) for o in out_slots.values()), default=0),), -1)

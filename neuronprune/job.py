@@ -74,6 +74,7 @@ def _prune_args(p):
     own = dict(shrink=settled({**PARAMETERS, **p})['shrink'], latency=p['sizes'] is None)
     return {**{k:p[k] for k in same}, **own, **given, **p['method_args']}
 
+# %% ../nbs/22b_job.ipynb #snapshots
 def _snapshots(job, learn, out):
     """Give `learn` the weights of the epochs that the job goes back to;
     `ValueError` where a learner of your own has not kept them."""
@@ -116,6 +117,7 @@ def _bounds(m, dense, res, dls, folder):
     res.report.bounds = {r.layer:dict(bound=r.bound, measured=r.measured_test, verdict=r.verdict)
                          for r in table.itertuples()}
 
+# %% ../nbs/22b_job.ipynb #read-bounds
 @patch
 @public
 def bounds(self:Job, out='runs' # where the runs live

@@ -263,6 +263,7 @@ def _about(learn, ask, args):
         v, (list, tuple)) else plain(v)
     return dict(arguments=deep(said), fingerprint=fingerprint(learn))
 
+# %% ../nbs/20_pipeline.ipynb #rows
 _WHAT = dict(shapes='a network of other shapes',
              weights='other weights (has the learner been trained or pruned since?)', data='other data')
 

@@ -65,17 +65,19 @@ class Probe:
         for n,m in self.norms.items(): self._watch(n, m, (lambda n, m, x: x.clone()) if _plain(m) else self._norm)
         for n,m in self.opaque.items(): self._watch(n, m, None)
 
-    def _watch(self, n, m, answer):
-        own = m.forward
-        def forward(*args, **kw):
-            if (answer is None and isinstance(m, nn.MultiheadAttention)
-                and (kw.get('need_weights', True) if len(args) < 5 else args[4])):
-                return own(*args, **kw)
-            k = n
-            while k in self.seen: k += '#' # used again
-            self.seen[k] = list(args[:3]) if answer is None else args[0]
-            return self._constant(n, m, own, *args, **kw) if answer is None else answer(n, m, args[0])
-        m.forward = forward
+# %% ../nbs/02a_probe.ipynb #watch
+@patch
+def _watch(self:Probe, n, m, answer):
+    own = m.forward
+    def forward(*args, **kw):
+        if (answer is None and isinstance(m, nn.MultiheadAttention)
+            and (kw.get('need_weights', True) if len(args) < 5 else args[4])):
+            return own(*args, **kw)
+        k = n
+        while k in self.seen: k += '#' # used again
+        self.seen[k] = list(args[:3]) if answer is None else args[0]
+        return self._constant(n, m, own, *args, **kw) if answer is None else answer(n, m, args[0])
+    m.forward = forward
 
 # %% ../nbs/02a_probe.ipynb #run
 @patch
@@ -95,6 +97,7 @@ def _first(self:Probe, n, m, x):
     v = self.table((len(m.weight),), n) + self.shift
     return (v if channel_dim(m) == -1 else v.view(-1, *[1]*(len(shape)-2))).expand(shape).clone()
 
+# %% ../nbs/02a_probe.ipynb #constant
 @patch
 def _constant(self:Probe, n, m, own, x, *args, **kw):
     "What an opaque module says: numbers of its own that depend on nothing."
@@ -104,6 +107,7 @@ def _constant(self:Probe, n, m, own, x, *args, **kw):
     res = v.expand(y.shape) + self.shift
     return (res, None) if isinstance(m, nn.MultiheadAttention) else res
 
+# %% ../nbs/02a_probe.ipynb #own-norm
 @patch
 def _norm(self:Probe, n, m, x):
     "A norm with a `forward` of its own runs, with neutral numbers of the width of its input."
@@ -115,23 +119,26 @@ def _norm(self:Probe, n, m, x):
     if hasattr(m, 'num_features'): m.num_features = x.shape[1]
     return type(m).forward(m, x)
 
-# %% ../nbs/02a_probe.ipynb #measure
+# %% ../nbs/02a_probe.ipynb #grown
 def _grown(a, b):
     "(dimension, size per row) in which shapes of runs with two and three rows differ, or None."
     d = [i for i,(s,t) in enumerate(zip(a, b)) if s != t]
     return (d[0], a[d[0]]//2) if len(a) == len(b) and len(d) == 1 and 3*a[d[0]] == 2*b[d[0]] else None
 
+# %% ../nbs/02a_probe.ipynb #widths
 def _widths(probe):
     "Place -> number of its slots, for layers and norms that were reached."
     mods = {**probe.layers, **probe.norms}
     return {k:o.shape[channel_dim(m)] for k,o in probe.seen.items() if (m := mods.get(k.rstrip('#'))) is not None}
 
+# %% ../nbs/02a_probe.ipynb #is-end
 @patch
 def is_end(self:Probe, k):
     "A place where nothing can be followed further: the output, an opaque module, a layer that is used more than once."
     n = k.rstrip('#')
     return not k or n in self.opaque or n in self.layers and n not in self.base
 
+# %% ../nbs/02a_probe.ipynb #measure
 @patch
 @torch.no_grad()
 def measure(self:Probe):
@@ -170,7 +177,7 @@ def _smaller(x, side, dims):
         return o
     return mapped(one, x)
 
-# %% ../nbs/02a_probe.ipynb #shrink-input
+# %% ../nbs/02a_probe.ipynb #stride
 def _noise(probe, x): return mapped(lambda o: probe.table(o.shape, 'input') if o.is_floating_point() else o, x)
 
 def _stride(inputs, outs):
@@ -178,6 +185,7 @@ def _stride(inputs, outs):
     side = max((s for o in inputs for s in o), default=0)
     return max((side//max(o[2:]) for o in outs if len(o) > 3 and max(o[2:]) > 1), default=0) if side else 0
 
+# %% ../nbs/02a_probe.ipynb #settle
 @patch
 @torch.no_grad()
 def settle(self:Probe):
@@ -202,6 +210,7 @@ def settle(self:Probe):
     self.given = self.inputs
     return self
 
+# %% ../nbs/02a_probe.ipynb #volume
 def _volume(probe):
     return sum(o.numel() for v in probe.seen.values() for o in tensors(v))//probe.rows # numbers seen, per row
 
@@ -211,6 +220,7 @@ def laid(self:Probe, n, x):
     "[rows, size per row, …] in the layout of the output of layer `n`."
     return x.reshape(-1, *x.shape[2:]).movedim(0, self.emits[n][0])
 
+# %% ../nbs/02a_probe.ipynb #lifting
 @patch
 def lifting(self:Probe, lift, sign=None):
     """Set what the layers emit: `base` times the signs of `sign`,
@@ -262,6 +272,7 @@ def reach(self:Probe):
         res[k] = done[key]
     return res
 
+# %% ../nbs/02a_probe.ipynb #back
 @patch
 def back(self:Probe, leaf, y):
     "{layer: bool [channels]} of what the number `y` depends on, by one step back to the sources `leaf`."
@@ -270,6 +281,7 @@ def back(self:Probe, leaf, y):
     hit = {n:self.by_channel(n, g) for n,g in zip(leaf, grads) if g is not None}
     return {n:h for n,h in hit.items() if h.any()}
 
+# %% ../nbs/02a_probe.ipynb #by-channel
 @patch
 def by_channel(self:Probe, n, g):
     "Bool [channels] of layer `n`: is `g` [rows, size per row, …] anything but zero there?"
@@ -286,6 +298,7 @@ def digits(n:int,  # number of channels
     ref = torch.arange(LEVELS)[:, None].expand(-1, n)
     return torch.cat([ref, torch.arange(n)[None]//LEVELS**torch.arange(d)[:, None] % LEVELS])
 
+# %% ../nbs/02a_probe.ipynb #spelt
 def spelt(x:torch.Tensor, # what was seen [LEVELS+d, slots, rest]
           w:torch.Tensor, # random weights [rest] by which positions are summed
           tol:float       # relative difference that counts
@@ -350,6 +363,7 @@ def _parties(reach):
         else: res.append(([n], set(r)))
     return [p for p,_ in res]
 
+# %% ../nbs/02a_probe.ipynb #simple
 def _simple(by, chan, mix):
     "Layer -> (channel per slot or -1, mixed?) where that is clear, else None."
     if len(by) == 1: return {n:(torch.where(mix, 0, chan) if mix.any() else chan, bool(mix.any())) for n in by}
@@ -358,6 +372,7 @@ def _simple(by, chan, mix):
     held = lambda c: torch.where((chan >= 0) & (chan < len(c)) & c[chan.clamp(0, len(c)-1)], chan, -1)
     return {n:(chan if len(c) >= whole and c.all() else held(c), False) for n,c in by.items()}
 
+# %% ../nbs/02a_probe.ipynb #apart
 def _apart(by, start, chan, mix):
     "As `_simple` of numbers that no two layers share: each layer's begin at `start`."
     if mix.any(): return None
@@ -392,7 +407,7 @@ def follow(self:Probe):
     return ({n:{k:o[k] for k in reach if k in o} for n,o in found.items()}, ends,
             {k:v for k,v in lost.items() if v.any()})
 
-# %% ../nbs/02a_probe.ipynb #loud
+# %% ../nbs/02a_probe.ipynb #hushed
 @patch
 @torch.no_grad()
 def hushed(self:Probe, shift=0.):
@@ -404,11 +419,13 @@ def hushed(self:Probe, shift=0.):
     finally: self.shift = 0.
     return {k:v for k in self.width if (v := self.rows_of(k)) is not None}
 
+# %% ../nbs/02a_probe.ipynb #loud
 @patch
 def loud(self:Probe):
     "Place -> bool per slot: is it anything but zero although all layers emit zeros?"
     return {k:~(v.abs().amax((0, 2)) <= 1e-9).cpu() for k,v in self.hushed().items()}
 
+# %% ../nbs/02a_probe.ipynb #fed
 @patch
 def fed(self:Probe):
     """Place -> bool per slot: does what an opaque module or a layer that is used more than once has made of its inputs

@@ -89,7 +89,7 @@ def _weights(model, names):
 
 def _removed(before, after): return None if not before else 1-after/before
 
-# %% ../nbs/07_report.ipynb #costs
+# %% ../nbs/07_report.ipynb #latencies
 def _latencies(dense, after, xb, secs=.5):
     """Milliseconds of both networks: the best of three medians of ten runs, in turns,
     of as many as fit into about `secs` for each."""
@@ -98,6 +98,7 @@ def _latencies(dense, after, xb, secs=.5):
         times.append([latency_ms(m, xb, 10, secs=secs/3) for m in (dense, after)])
     return map(min, zip(*times))
 
+# %% ../nbs/07_report.ipynb #costs
 def _costs(dense, after, xb, latency, full):
     "Counts, memory and time of both networks, and the fractions removed; not `full` = counts alone."
     (macs, alive), left = _all_macs(dense, xb), _all_macs(after, xb)
@@ -189,7 +190,7 @@ def row(self:Report)->dict:
                 weights_density=_ratio(self.weights, dense), compression=self.compression,
                 speedup_macs=self.speedup_macs)
 
-# %% ../nbs/07_report.ipynb #from-row
+# %% ../nbs/07_report.ipynb #answered
 def _missing(v): return v is None or isinstance(v, float) and math.isnan(v)
 
 def _answered(row, when):
@@ -201,6 +202,7 @@ def _answered(row, when):
     return Evaluation(**{'k': None, 'n': None, **whole}, loss=loss,
                       metrics={} if _missing(got['metrics']) else json.loads(got['metrics']))
 
+# %% ../nbs/07_report.ipynb #from-row
 @patch(cls_method=True)
 @public
 def from_row(cls:Report, row # a mapping with the columns of `row`, such as a row of `Result.rows`
@@ -253,6 +255,7 @@ def _rows(r):
             yield from ((k, g, n, text.format(**o)) for n,o in v.items())
         else: yield k, g, _LABELS.get(k, k.split('_')[-1]), f(v)
 
+# %% ../nbs/07_report.ipynb #framed
 def _framed(rows):
     index = pd.MultiIndex.from_tuples([(g, n) for _,g,n,_ in rows], names=['', ' '])
     return pd.DataFrame([t for *_,t in rows], index=index, columns=['value'])
@@ -263,27 +266,7 @@ def to_frame(self:Report)->pd.DataFrame:
     "The record for people: rows (group, item), one column; what was not measured is left out."
     return _framed(list(_rows(self)))
 
-# %% ../nbs/07_report.ipynb #to-frame
-@patch
-@public
-def to_frame(self:Report)->pd.DataFrame:
-    "The record for people: rows (group, item), one column; what was not measured is left out."
-    rows = {}
-    for g,k,f in [(g, k, f) for g,ks in _GROUPS.items() for k,f in ks.items()]:
-        v = getattr(self, k)
-        if v in (None, {}, ''): continue
-        if isinstance(v, Evaluation) and v.k is None: g = 'loss and metrics on the test set'
-        if g == 'made with': rows.update({(g, n):str(o) for n,o in v.items()})
-        elif k == 'bounds':
-            rows.update({(g, n):f"bound {o['bound']:.3g}, measured {o['measured']:.3g}; {o['verdict']}"
-                         for n,o in v.items()})
-        else: rows[g, _LABELS.get(k, k.split('_')[-1])] = f(v)
-    return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=['', ' ']), columns=['value'])
-
-@patch
-def _repr_html_(self:Report): return self.to_frame().to_html(header=False)
-
-# %% ../nbs/07_report.ipynb #repr-html
+# %% ../nbs/07_report.ipynb #brief
 def _brief(r):
     """Line -> (fields, text): method, network and data, what was removed, right answers or metrics,
     milliseconds, seconds."""
@@ -301,6 +284,7 @@ def _brief(r):
     if r.secs is not None: res['time of scoring'] = ('secs',), f'{r.secs:.3g} s'
     return {k:v for k,v in res.items() if v[1]}
 
+# %% ../nbs/07_report.ipynb #repr-html
 @patch
 def _repr_html_(self:Report):
     brief = _brief(self); told = {k for ks,_ in brief.values() for k in ks}
@@ -321,7 +305,7 @@ def save(self:Report, path): # file to write, .json
     "Write to `path` as JSON."
     save_json(path, self.plain())
 
-# %% ../nbs/07_report.ipynb #load
+# %% ../nbs/07_report.ipynb #evaluation-of
 def _evaluation(d):
     "An `Evaluation` out of a file, or None; raises for counts that cannot be."
     if d is None: return
@@ -332,6 +316,7 @@ def _evaluation(d):
         raise ValueError(f"k={e.k} of n={e.n}: expected a count of right answers")
     return e
 
+# %% ../nbs/07_report.ipynb #from-plain
 # field's type -> what its JSON is; a size may be two numbers
 _HOLDS = {str: str, dict: dict, float: (int, float), int: (int, list)}
 
@@ -346,6 +331,7 @@ def from_plain(cls:Report, d:dict # as from `plain`
         if d.get(f.name) is not None: check_type(f.name, d[f.name], _HOLDS.get(f.type, object))
     return cls(**{**d, **{k:_evaluation(d.get(k)) for k in ('before', 'pruned', 'tuned')}})
 
+# %% ../nbs/07_report.ipynb #load
 @patch(cls_method=True)
 @public
 def load(cls:Report, path): # file written by `save`
@@ -365,6 +351,7 @@ def differs(a:Evaluation, # first
             raise ValueError(f"{k}: {e}; expected right answers k of n, there is no interval around a loss or a metric")
     return a.lo > b.hi or b.lo > a.hi
 
+# %% ../nbs/07_report.ipynb #verdict
 @public
 def verdict(a:Evaluation, # the accuracy in question
             b:Evaluation  # the one it is held against

@@ -33,6 +33,7 @@ def dense_path(learn,      # an untrained `Learner` of a zoo network
     key = dict(data=learn.dls.record, bs=learn.dls.train.bs, model=learn.model.spec, lr=learn.lr, **args, **more)
     return Path(out)/'dense'/f'{digest(key)}.safetensors'
 
+# %% ../nbs/22a_sources.ipynb #stop
 class _Stop(Callback):
     "End the fit after `n` epochs."
     order = 90
@@ -121,6 +122,7 @@ class Source:
     fit_args:dict=field(default_factory=dict) # arguments of `fit` that the fine-tuning shares
     params:dict=field(default_factory=dict)   # as they were said, for a page
 
+# %% ../nbs/22a_sources.ipynb #data
 def _data(p, seed):
     "`DataLoaders` of the parameters, for one seed."
     own = {k:p[k] for k in ('normalize', 'valid_pct') if p[k] is not None}

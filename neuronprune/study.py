@@ -29,6 +29,23 @@ STUDY = dict( # what a study has beside the parameters of its runs
     level=(float, .5, 'loss of accuracy allowed in the table, percentage points'),
     n_jobs=(int, 1, 'processes'))
 
+# %% ../nbs/23_study.ipynb #values
+def _values(said, k, values):
+    "A list of different values to vary the parameter `k`."
+    check_choice('parameter', k, PARAMETERS)
+    values = list(check_type(said, values, (list, tuple), 'values to vary'))
+    if not values: raise ValueError(f"{said}: empty; expected at least one value")
+    if (again := [v for i,v in enumerate(values) if v in values[:i]]):
+        raise ValueError(f"{said}: {again[0]!r} twice; expected each value once")
+    return values
+
+# %% ../nbs/23_study.ipynb #check-jobs
+def check_jobs(n):
+    "`n`; `ValueError` or `TypeError` unless it is a number of processes as joblib counts them."
+    if check_int('n_jobs', n) == 0: raise ValueError("n_jobs=0: expected 1 or more, or -1 for all processors")
+    return n
+
+# %% ../nbs/23_study.ipynb #labels
 def _labels(methods):
     "Label -> own parameters, of names or of such a table; None is the one method of the parameters."
     if methods is None: return {None: {}}
@@ -37,16 +54,12 @@ def _labels(methods):
         raise ValueError("methods: empty; expected at least one")
     return {k:dict({'method': k}, **check_type(f'methods[{k!r}]', v or {}, dict)) for k,v in methods.items()}
 
+# %% ../nbs/23_study.ipynb #product
 def _product(varied):
     "All combinations of the values in a table of lists."
     return [dict(zip(varied, o)) for o in itertools.product(*varied.values())]
 
 # %% ../nbs/23_study.ipynb #expand
-def check_jobs(n):
-    "`n`; `ValueError` or `TypeError` unless it is a number of processes as joblib counts them."
-    if check_int('n_jobs', n) == 0: raise ValueError("n_jobs=0: expected 1 or more, or -1 for all processors")
-    return n
-
 _LISTS = ('sizes',) # parameters that are lists themselves: to vary one, give a list of lists in `grid`
 
 @public
@@ -66,15 +79,6 @@ def expand(params:dict # parameters of a study
         res += [{**base, **({} if label is None else {'name': label}), **own, **o} for o in _product(varied)]
     return res
 
-def _values(said, k, values):
-    "A list of different values to vary the parameter `k`."
-    check_choice('parameter', k, PARAMETERS)
-    values = list(check_type(said, values, (list, tuple), 'values to vary'))
-    if not values: raise ValueError(f"{said}: empty; expected at least one value")
-    if (again := [v for i,v in enumerate(values) if v in values[:i]]):
-        raise ValueError(f"{said}: {again[0]!r} twice; expected each value once")
-    return values
-
 # %% ../nbs/23_study.ipynb #jobs
 @public
 def jobs(params:dict,   # parameters of a study
@@ -83,6 +87,7 @@ def jobs(params:dict,   # parameters of a study
     "The `Job`s of a study, each checked; nothing is trained."
     return [job(source=source, **p) for p in expand(params)]
 
+# %% ../nbs/23_study.ipynb #read-study
 @public
 def read_study(path # YAML file
               )->dict:
@@ -94,6 +99,7 @@ def read_study(path # YAML file
     for k in check_type(said, d, dict, 'parameters'): check_choice(f'{said}: parameter', k, [*PARAMETERS, *STUDY])
     return d
 
+# %% ../nbs/23_study.ipynb #load-jobs
 @public
 def load_jobs(path,  # YAML file
               **over # parameters over those of the file
@@ -101,7 +107,7 @@ def load_jobs(path,  # YAML file
     "The jobs that a file describes."
     return jobs({**read_study(path), **over})
 
-# %% ../nbs/23_study.ipynb #one
+# %% ../nbs/23_study.ipynb #train
 def _train(source, seed, out):
     "Train a dense network into the cache; its runs will say what went wrong."
     try: source.make(seed, out)
@@ -109,6 +115,7 @@ def _train(source, seed, out):
 
 def _text(e): return f'{type(e).__name__}: {e}'
 
+# %% ../nbs/23_study.ipynb #finished-rows
 def _finished(folder):
     "The rows a folder has so far."
     f = folder/'rows.json'
@@ -119,16 +126,7 @@ def _described(folder):
     "What `Job.run` wrote of itself into a folder."
     return load_json(folder/'job.json', ('source', 'key', 'params', 'parameters'), 'run the job again')
 
-@public
-def finished(out='runs' # where the runs live, or the folder of one
-            )->pd.DataFrame:
-    "The rows that the runs in a folder have so far, as `study` gives them; nothing is run."
-    out = Path(out); found = sorted(o.parent for o in [*out.glob('job.json'), *out.glob('*/job.json')])
-    if not found: raise ValueError(f"out={str(out)!r}: no runs there; expected the folder that run or study was given")
-    rows = [dict(r.row(), error='', name=_described(f)['params']['name'], folder=f.name)
-            for f in found for r in _finished(f) if r.density is not None or (f/'record.json').exists()]
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=['error', 'name', 'folder'])
-
+# %% ../nbs/23_study.ipynb #one
 def _one(job, out, pages):
     "(rows of one job, error): what it has, and why it has no more."
     try:
@@ -139,6 +137,17 @@ def _one(job, out, pages):
     try: rows = [dict(r.row(), error='') for r in _finished(job.folder(out))]
     except Exception: rows = []
     return rows, error
+
+# %% ../nbs/23_study.ipynb #finished
+@public
+def finished(out='runs' # where the runs live, or the folder of one
+            )->pd.DataFrame:
+    "The rows that the runs in a folder have so far, as `study` gives them; nothing is run."
+    out = Path(out); found = sorted(o.parent for o in [*out.glob('job.json'), *out.glob('*/job.json')])
+    if not found: raise ValueError(f"out={str(out)!r}: no runs there; expected the folder that run or study was given")
+    rows = [dict(r.row(), error='', name=_described(f)['params']['name'], folder=f.name)
+            for f in found for r in _finished(f) if r.density is not None or (f/'record.json').exists()]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=['error', 'name', 'folder'])
 
 # %% ../nbs/23_study.ipynb #spread
 def _alone(f, args):
@@ -185,6 +194,41 @@ def _backend(backend, address):
                               f"expected after `pip install 'neuronprune[{backend}]'`") from e
         with parallel_config(backend=backend): yield
 
+# %% ../nbs/23_study.ipynb #net
+def _net(j):
+    "What the dense network of a job is known by."
+    return repr((sorted(j.source.key.items(), key=str), j.params['seed']))
+
+# %% ../nbs/23_study.ipynb #rehearsed
+def _rehearsed(js, out):
+    "id -> ([], error) of the jobs that cannot run, found out on the first of every kind, whatever its seed."
+    kinds, wrong = {}, {}
+    for j in js:
+        own = {k:v for k,v in j.params.items() if k not in ('seed', 'name')}
+        kinds.setdefault(repr(sorted({**own, 'source': j.source.key}.items(), key=str)), []).append(j)
+    for same in kinds.values():
+        try: same[0].rehearse(out)
+        except (ValueError, TypeError) as e: wrong.update({j.id:([], _text(e)) for j in same})
+    return wrong
+
+# %% ../nbs/23_study.ipynb #table
+def _table(jobs, got):
+    "The rows of all jobs, each under its own label; a warning says how many failed."
+    rows = []
+    for j in jobs:
+        mine, error = got[j.id]; own = {k:j.params[k] for k in ('method', 'seed', 'unit')}
+        said = {} if 'own' in j.source.key else j.source.params
+        known = dict(own, name=j.params['name'], folder=j.id, dataset=said.get('dataset', ''),
+                     model=said.get('model', j.source.name))
+        rows += [dict(r, name=j.params['name'], folder=j.id) for r in mine] + ([dict(known, error=error)] if error
+                                                                               else [])
+    df = pd.DataFrame(rows)
+    failed = df[df.error != '']
+    if len(failed):
+        warnings.warn(f"study: {len(failed)} of {len(jobs)} runs failed; the first, {failed.name.iloc[0]}, said: "
+                      f"{failed.error.iloc[0]}")
+    return df[['error', *(c for c in df if c != 'error')]]
+
 # %% ../nbs/23_study.ipynb #bar
 def _counted(n):
     "A progress bar over `n` runs, numbered (rows, error), that counts the errors."
@@ -221,39 +265,6 @@ def study(jobs:list,      # of `Job`
         got = dict(zip(unique, _spread(_one, [(j, out, pages) for j in unique.values()], n_jobs, bar)))
     return _table(jobs, {**got, **wrong})
 
-# %% ../nbs/23_study.ipynb #table
-def _net(j):
-    "What the dense network of a job is known by."
-    return repr((sorted(j.source.key.items(), key=str), j.params['seed']))
-
-def _rehearsed(js, out):
-    "id -> ([], error) of the jobs that cannot run, found out on the first of every kind, whatever its seed."
-    kinds, wrong = {}, {}
-    for j in js:
-        own = {k:v for k,v in j.params.items() if k not in ('seed', 'name')}
-        kinds.setdefault(repr(sorted({**own, 'source': j.source.key}.items(), key=str)), []).append(j)
-    for same in kinds.values():
-        try: same[0].rehearse(out)
-        except (ValueError, TypeError) as e: wrong.update({j.id:([], _text(e)) for j in same})
-    return wrong
-
-def _table(jobs, got):
-    "The rows of all jobs, each under its own label; a warning says how many failed."
-    rows = []
-    for j in jobs:
-        mine, error = got[j.id]; own = {k:j.params[k] for k in ('method', 'seed', 'unit')}
-        said = {} if 'own' in j.source.key else j.source.params
-        known = dict(own, name=j.params['name'], folder=j.id, dataset=said.get('dataset', ''),
-                     model=said.get('model', j.source.name))
-        rows += [dict(r, name=j.params['name'], folder=j.id) for r in mine] + ([dict(known, error=error)] if error
-                                                                               else [])
-    df = pd.DataFrame(rows)
-    failed = df[df.error != '']
-    if len(failed):
-        warnings.warn(f"study: {len(failed)} of {len(jobs)} runs failed; the first, {failed.name.iloc[0]}, said: "
-                      f"{failed.error.iloc[0]}")
-    return df[['error', *(c for c in df if c != 'error')]]
-
 # %% ../nbs/23_study.ipynb #study-folder
 @public
 def study_folder(jobs:list, # of `Job`
@@ -275,6 +286,7 @@ def page_path(name:str='experiments' # or 'comparison'
                                 "expected an installation with its pages")
     return found[0]
 
+# %% ../nbs/23_study.ipynb #render
 @public
 def render(folder # of a run
           )->Path:

@@ -21,6 +21,7 @@ def _fits(model, graph):
             raise ValueError(f"graph: its layer {n!r} does not fit the model, which {have}; "
                              "expected graph=trace(model, xb) of this very model")
 
+# %% ../nbs/00a_together.ipynb #runs
 def _forward(model, xb):
     "What the model in evaluation mode makes of a batch."
     p = next(model.parameters())
@@ -47,6 +48,7 @@ def _rising(initial, sparsity):
     "Raises for a schedule that would revive what is gone."
     if initial > sparsity: raise ValueError(f"initial={initial}: expected at most sparsity={sparsity}")
 
+# %% ../nbs/00a_together.ipynb #spread
 def _spread(xb, eps, step_size=None):
     "Raises for steps that do not fit the images."
     for k,v in dict(eps=eps, step_size=step_size).items():
@@ -55,6 +57,7 @@ def _spread(xb, eps, step_size=None):
             raise ValueError(f"{k}: shape {tuple(v.shape)}; expected a number, "
                              f"or a tensor that fits images {tuple(xb.shape)}") from None
 
+# %% ../nbs/00a_together.ipynb #columns
 def _columns(df, **names):
     "Raises unless the table has rows, and the columns that are named."
     if len(df) == 0: raise ValueError("df: no rows; expected at least one")
@@ -68,6 +71,7 @@ def _values(df, a, b, by):
     for k,v in dict(a=a, b=b).items():
         if isinstance(by, str) and by in df: check_choice(f'{k}: {by}', v, df[by].unique())
 
+# %% ../nbs/00a_together.ipynb #table
 _TOGETHER = ((_fits, 'model graph', ''), (_runs, 'model xb', 'yb'), (_runs, 'dense xb', ''), (_ordered, 'lo hi', ''),
              (_spread, 'xb eps', 'step_size'), (_rising, 'initial sparsity', ''), (_columns, 'df', 'by on value'),
              (_values, 'df a b by', ''))

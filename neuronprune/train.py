@@ -80,7 +80,7 @@ class Rewind(Callback):
     @property
     def init(self): return self.states.get(0) if self.belongs() else None
 
-# %% ../nbs/05_train.ipynb #belongs
+# %% ../nbs/05_train.ipynb #known
 @patch
 @public
 def pair(self:Rewind)->tuple:
@@ -99,6 +99,7 @@ def vouch(self:Rewind):
     self.known,self.lost,self.fitting = [],False,False
     self.note()
 
+# %% ../nbs/05_train.ipynb #belongs
 @patch
 @public
 def belongs(self:Rewind)->bool:
@@ -124,6 +125,7 @@ class _Learner(Learner):
             self.answering[event_name] = _answering(self.cbs.sorted('order'), event_name)
         for cb in self.answering[event_name]: cb(event_name)
 
+# %% ../nbs/05_train.ipynb #answering
 def _answering(cbs, event_name):
     "The callbacks that do something at an event; all of them at the end of a fit, when fastai switches each on again."
     if not hasattr(event, event_name): raise AttributeError(f"event_name={event_name!r}: not an event of fastai")
@@ -141,10 +143,7 @@ def _positional(model, xb):
     bound = sig.bind_partial(**xb); bound.apply_defaults()
     return bound.args
 
-class _NoData(DataLoaders):
-    "Loaders of nothing."
-    def new_empty(self): return self
-
+# %% ../nbs/05_train.ipynb #save-load
 @patch
 @public
 def save(self:_Learner, file, **kw):
@@ -159,6 +158,11 @@ def load(self:_Learner, file, **kw):
     Learner.load(self, file, **kw)
     if 'rewind' in self.__dict__: self.rewind.fitting = False
     return self
+
+# %% ../nbs/05_train.ipynb #export-learner
+class _NoData(DataLoaders):
+    "Loaders of nothing."
+    def new_empty(self): return self
 
 @patch
 @public
@@ -221,6 +225,7 @@ class _Loaders(DataLoaders):
     @property
     def test(self): return self.loaders[-1]
 
+# %% ../nbs/05_train.ipynb #first-batch
 def _first_batch(name, dl):
     """(inputs, targets) of the first batch of the loader `dl`;
     raises `TypeError` or `ValueError` in the name of its argument."""
@@ -241,9 +246,6 @@ def _first_batch(name, dl):
     except ValueError as e: raise ValueError(f"{name}{str(e).removeprefix('dls')}") from None
 
 # %% ../nbs/05_train.ipynb #guessed
-def _said(x): return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(
-    x).__name__
-
 def _guessed(out, yb):
     "The loss that outputs and targets leave no doubt about; `ValueError` otherwise."
     y = yb[0]
@@ -295,6 +297,7 @@ SCHEDULES = ('one_cycle', 'flat', 'step', 'cosine', 'linear')
 
 def _cos(a, b, x): return b + (a-b)*(1+math.cos(math.pi*x))/2
 
+# %% ../nbs/05_train.ipynb #schedule-lr
 @public
 def schedule_lr(schedule:str,     # one of `SCHEDULES`
                 lr:float,         # largest learning rate
@@ -343,7 +346,7 @@ def _keep_history(learn):
     for i,v in enumerate(learn.recorder.values):
         rows.append(dict(fit=learn.n_fits, epoch=start+i+1, **{k:o for k,o in zip(names, v) if k != 'time'}))
 
-# %% ../nbs/05_train.ipynb #try-batch
+# %% ../nbs/05_train.ipynb #check-target
 def _check_target(what, f, out, yb):
     "Raises `ValueError` if the loss or metric `f` cannot compare the outputs `out` with the targets `yb`."
     try: f(out, *yb)
@@ -351,6 +354,7 @@ def _check_target(what, f, out, yb):
         raise ValueError(f"dls: {what} {_named(f)} cannot compare outputs {_said(out)} with labels yb "
                          f"{_said(yb)}: {e}; expected labels, loss_func= and metrics= that fit the network") from e
 
+# %% ../nbs/05_train.ipynb #try-batch
 def _try_batch(learn):
     "One batch through the network, loss and metrics before the first fit: do shapes and labels fit?"
     model = learn.model; dev = next((p.device for p in model.parameters()), torch.device('cpu'))
