@@ -364,11 +364,10 @@ def _odd(model):
     return {m for m in model.modules() if not plain(m)}
 
 # %% ../nbs/14c_energy_sliced.ipynb #listing
-def _listing(model, odd, keep, live, i):
-    "(id of a weight -> (rows, columns), id of a norm's tensor -> slots) of state `i`."
+def _listing(known, keep, live, i):
+    "(id of a weight -> (rows, columns), id of a norm's tensor -> slots) of state `i`, for the modules `known`."
     ls, ns = {}, {}
-    for n,m in model.named_modules():
-        if m in odd: continue
+    for n,m in known.items():
         rows, cols = (keep[k][i] if k in keep else None for k in (n, f'{n}:in'))
         if isinstance(m, PRUNABLE) and (rows is not None or cols is not None):
             ls[id(m.weight)] = tuple(None if v is None else _listed(v) for v in (rows, cols))
@@ -379,11 +378,11 @@ def _listing(model, odd, keep, live, i):
 # %% ../nbs/14c_energy_sliced.ipynb #sliced
 def _slicing(model, keep, live, bn):
     "For each state a context inside which `model` runs with its live channels only."
-    odd = _odd(model)
+    odd = _odd(model); known = {n:m for n,m in model.named_modules() if m not in odd}
     fs = _factors([o for o in _spread(model, keep, live) if o[0] in odd], next(model.parameters()).device)
     @contextmanager
     def block(i):
-        with _with(fs, i), _Sliced(*_listing(model, odd, keep, live, i), bn): yield
+        with _with(fs, i), _Sliced(*_listing(known, keep, live, i), bn): yield
     return [partial(block, i) for i in range(len(next(iter(keep.values()))))]
 
 def _sliced(model, keep, live, xb, bn):

@@ -189,6 +189,15 @@ def test_a_norm_before_a_sum_in_place_hears_its_own_convolution_only(nets, name)
     _, _, g = nets('res')
     assert list(g.sources[name]) == [name.replace('bn', 'conv')]
 
+def test_repaired_states_have_no_emptied_part(nets):
+    model, _, g = nets('res'); bits = bits_of(model, g, tied=False); states = drawn(bits, 20, 5, .1)
+    for n in (1, 3, 99):
+        fixed = bits.repaired(states, n, generator(0))
+        assert torch.equal(fixed, bits.repaired(states, n, generator(0))) and (fixed | ~states).all()
+        for s in bits.slices.values():
+            old, new = states[:, s].sum(1), fixed[:, s].sum(1)
+            assert torch.equal(new, old.clamp(min=min(n, s.stop-s.start)))
+
 # Exclusions and mistakes
 
 def test_excluded_layers_have_no_bits(nets):
