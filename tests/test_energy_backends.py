@@ -9,6 +9,7 @@ from neuronprune.energy_backends import BACKENDS, Scorer
 from neuronprune.energy_sliced import Narrow, Unsliceable, _Live, _Sliced, _dense
 from neuronprune.energy_units import bits_of
 from neuronprune.graph import trace
+from neuronprune.models import build
 from test_energy_units import NETS, drawn, nets # noqa: F401
 
 FAST = ('sliced', 'fold', 'vmap')
@@ -69,6 +70,14 @@ def test_dropped_filters_emit_no_shift(nets):
         sc = scorer(model, bits, k); z = sc(s, x)
         with torch.no_grad(): model.layer1.bn2.bias.add_(5)
         assert torch.equal(sc(s, x), z), k
+
+@pytest.mark.parametrize('name,size', [('squeezenet1_1', 32), ('mobilenet_v3_small', 32), ('densenet22', 8)])
+def test_networks_of_the_zoo(name, size):
+    "Fire modules, depthwise convolutions with gates, concatenation."
+    model, x = build(name, 3, 10, size, seed=0).eval(), torch.randn(2, 3, size, size, generator=generator(0))
+    bits = bits_of(model, trace(model, x), tied=False); s = drawn(bits, 2, 0, .6)
+    want = scorer(model, bits, 'loop', bn='running')(s, x)
+    assert close(scorer(model, bits, 'sliced', bn='running')(s, x)/want.abs().max(), want/want.abs().max())
 
 # Gradients
 
