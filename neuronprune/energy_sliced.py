@@ -121,7 +121,7 @@ def _like(x, inner): return Narrow(inner, x.live, x.at, x.shape[x.at])
 def _dense(x):
     "`x` with its zeros."
     if not isinstance(x, Narrow): return x
-    return x.inner.new_zeros(x.shape).index_copy(x.at, x.live.on(x.device), x.inner)
+    return x.inner.new_zeros(x.shape).index_copy_(x.at, x.live.on(x.device), x.inner)
 
 # %% ../nbs/14c_energy_sliced.ipynb #gather
 def _at(x, live, at):
@@ -133,7 +133,7 @@ def _at(x, live, at):
     if has.all(): return x.inner.index_select(at, pos.to(x.device))
     shape = list(x.shape); shape[at] = len(live)
     held = x.inner.index_select(at, pos[has].to(x.device))
-    return x.inner.new_zeros(shape).index_copy(at, has.nonzero()[:,0].to(x.device), held)
+    return x.inner.new_zeros(shape).index_copy_(at, has.nonzero()[:,0].to(x.device), held)
 
 # %% ../nbs/14c_energy_sliced.ipynb #nothing
 def _nothing(y, at, width, *came_from):
@@ -235,8 +235,9 @@ def _union(x, y):
     if not isinstance(y, Narrow): return _union(y, x)
     if x.live.same(y.live): return _like(x, x.inner+y.inner)
     live = _Live(torch.cat([x.live.idx, y.live.idx]).unique())
-    pos = torch.searchsorted(live.idx, y.live.idx).to(y.device)
-    return Narrow(_at(x, live, x.at).index_add(x.at, pos, y.inner.to(x.dtype)), live, x.at, x.shape[x.at])
+    pos, wide = torch.searchsorted(live.idx, y.live.idx).to(y.device), _at(x, live, x.at)
+    add = wide.index_add if wide is x.inner else wide.index_add_ # a fresh one may be written to
+    return Narrow(add(x.at, pos, y.inner.to(x.dtype)), live, x.at, x.shape[x.at])
 
 # %% ../nbs/14c_energy_sliced.ipynb #add
 @_rule('add __add__ __radd__ add_ __iadd__')
