@@ -277,13 +277,16 @@ def test_half_precision_by_autocast(nets, backend):
 
 def test_auto_measures_once_per_shape(nets, monkeypatch):
     model, x, g = nets('mlp'); bits = bits_of(model, g); sc = Scorer(model, bits); n = []
-    own = energy_backends._clock; monkeypatch.setattr(energy_backends, '_clock', lambda f, d: n.append(1) or own(f, d))
+    own = energy_backends._clock
+    monkeypatch.setattr(energy_backends, '_clock', lambda f, d: n.append(1) or own(f, d))
     sc(drawn(bits, 4, 0), x); first = len(n); sc(drawn(bits, 4, 1), x)
     assert len(n) == first >= 4 and len(sc.timed) == 1
     sc(drawn(bits, 4, 0), x[:5]); assert len(sc.timed) == 2 and not sc.refused
     monkeypatch.setattr(energy_backends, '_clock', lambda f, d: next(costs)); costs = iter([9, 9, 1, 9, *[9]*9])
-    sc(drawn(bits, 5, 0), x); assert sc.choose(energy_sliced._vectors(bits, drawn(bits, 5, 0)), x, 5) == 'fold'
-    n = len(sc.timed); sc(drawn(bits, 1, 0).expand(5, -1), x); assert len(sc.timed) == n, 'equal rows measure nothing new'
+    sc(drawn(bits, 5, 0), x)
+    assert sc.choose(energy_sliced._vectors(bits, drawn(bits, 5, 0)), x, 5) == 'fold'
+    n = len(sc.timed); sc(drawn(bits, 1, 0).expand(5, -1), x)
+    assert len(sc.timed) == n, 'equal rows measure nothing new'
 
 def test_inputs_of_several_tensors():
     class Two(nn.Module):
