@@ -128,7 +128,7 @@ def test_a_hidden_neuron_is_not_counted_twice(nets):
 @both
 def test_a_state_is_a_mask_and_back(nets, name, tied):
     model, x, g = nets(name); bits = bits_of(model, g, tied=tied)
-    for s in drawn(bits, 5, 1):
+    for s in drawn(bits, 2, 1):
         m = bits.mask(s); assert torch.equal(bits.state(m), s) and m.tied == tied
         apply(copy.deepcopy(model), m)
     assert bits.slices and max(o.stop for o in bits.slices.values()) == bits.D == len(bits)
@@ -139,7 +139,7 @@ def test_a_state_is_a_mask_and_back(nets, name, tied):
 def test_parameters_of_the_shrunken_network(nets, name):
     "Oracle 9: what is counted is what surgery leaves."
     model, x, g = nets(name); bits = bits_of(model, g)
-    states = nowhere_empty(bits, drawn(bits, 3, 2, .6)); left = bits.retained(states)
+    states = nowhere_empty(bits, drawn(bits, 2, 2, .6)); left = bits.retained(states)
     for i,s in enumerate(states):
         small = shrink(model, bits.mask(s), x[:2])
         assert count_params(small) == left['params'][i]
