@@ -34,7 +34,7 @@ class _Folded(TorchFunctionMode):
     def times(self, x, v, at):
         "Every state's part of `x` times its row of `v` [S, channels]."
         if v is None: return x
-        return (self.split(x)*v.view(self.S, *[-1 if d == at else 1 for d in range(x.ndim)])).view(x.shape)
+        return (self.split(x)*v.view(self.S, *[-1 if d == at else 1 for d in range(x.ndim)])).reshape(x.shape)
 
 # %% ../nbs/14c_energy_backends.ipynb #fold-norm
 @patch
@@ -145,11 +145,10 @@ def _clock(f, device):
 
 # %% ../nbs/14c_energy_backends.ipynb #auto
 @patch
-def choose(self:Scorer, vectors, xb):
-    "The name of the back-end for this many states and a batch of this shape."
+def choose(self:Scorer, vectors, xb, S):
+    "The name of the back-end for `S` states, of which `vectors` has the different ones, and a batch of this shape."
     if self.backend != 'auto': return self.backend if self.admits(self.backend, xb) else 'loop'
-    S, dev = len(next(iter(vectors[0].values()))), next(self.model.parameters()).device
-    key = (S, *(tuple(o.shape) for o in tensors(xb)))
+    key, dev = (S, *(tuple(o.shape) for o in tensors(xb))), next(self.model.parameters()).device
     if key not in self.timed:
         secs = lambda k, v: _clock(lambda: self.run(k, v, xb), dev)
         names, two = [k for k in BACKENDS if self.admits(k, xb)], _slice_of(vectors, slice(2))
@@ -165,11 +164,12 @@ def __call__(self:Scorer, states:torch.Tensor, # bool [S, D], on any device
              xb                                # a batch of inputs
             )->torch.Tensor:
     "Logits [S, B, C] of the scored part of the batch, on the model's device."
-    states = torch.atleast_2d(self.bits.check(states)); xb = self.part(xb); check_batch(xb)
+    states, xb = torch.atleast_2d(self.bits.check(states)), self.part(xb)
+    if not tensors(xb) or not len(tensors(xb)[0]): check_batch(xb) # it says why
     rows, back = states.unique(dim=0, return_inverse=True) # equal rows once
     vectors, dev = _vectors(self.bits, rows), next(self.model.parameters()).device
     xb = mapped(lambda o: o.to(dev), xb)
-    with self.borrowed(), digesting(xb): y = self.run(self.choose(vectors, xb), vectors, xb)
+    with self.borrowed(), digesting(xb): y = self.run(self.choose(vectors, xb, len(states)), vectors, xb)
     return y.index_select(0, back.to(y.device))
 
 # %% ../nbs/14c_energy_backends.ipynb #moving

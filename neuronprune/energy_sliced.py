@@ -121,7 +121,7 @@ def _like(x, inner): return Narrow(inner, x.live, x.at, x.shape[x.at])
 def _dense(x):
     "`x` with its zeros."
     if not isinstance(x, Narrow): return x
-    return x.inner.new_zeros(x.shape).index_copy(x.at, x.live.on(x.device), x.inner)
+    return x.inner.new_zeros(x.shape).index_copy_(x.at, x.live.on(x.device), x.inner)
 
 # %% ../nbs/14c_energy_sliced.ipynb #gather
 def _at(x, live, at):
@@ -133,7 +133,7 @@ def _at(x, live, at):
     if has.all(): return x.inner.index_select(at, pos.to(x.device))
     shape = list(x.shape); shape[at] = len(live)
     held = x.inner.index_select(at, pos[has].to(x.device))
-    return x.inner.new_zeros(shape).index_copy(at, has.nonzero()[:,0].to(x.device), held)
+    return x.inner.new_zeros(shape).index_copy_(at, has.nonzero()[:,0].to(x.device), held)
 
 # %% ../nbs/14c_energy_sliced.ipynb #nothing
 def _nothing(y, at, width, *came_from):
@@ -235,8 +235,9 @@ def _union(x, y):
     if not isinstance(y, Narrow): return _union(y, x)
     if x.live.same(y.live): return _like(x, x.inner+y.inner)
     live = _Live(torch.cat([x.live.idx, y.live.idx]).unique())
-    pos = torch.searchsorted(live.idx, y.live.idx).to(y.device)
-    return Narrow(_at(x, live, x.at).index_add(x.at, pos, y.inner.to(x.dtype)), live, x.at, x.shape[x.at])
+    pos, wide = torch.searchsorted(live.idx, y.live.idx).to(y.device), _at(x, live, x.at)
+    add = wide.index_add if wide is x.inner else wide.index_add_ # a fresh one may be written to
+    return Narrow(add(x.at, pos, y.inner.to(x.dtype)), live, x.at, x.shape[x.at])
 
 # %% ../nbs/14c_energy_sliced.ipynb #add
 @_rule('add __add__ __radd__ add_ __iadd__')
@@ -364,11 +365,10 @@ def _odd(model):
     return {m for m in model.modules() if not plain(m)}
 
 # %% ../nbs/14c_energy_sliced.ipynb #listing
-def _listing(model, odd, keep, live, i):
-    "(id of a weight -> (rows, columns), id of a norm's tensor -> slots) of state `i`."
+def _listing(known, keep, live, i):
+    "(id of a weight -> (rows, columns), id of a norm's tensor -> slots) of state `i`, for the modules `known`."
     ls, ns = {}, {}
-    for n,m in model.named_modules():
-        if m in odd: continue
+    for n,m in known.items():
         rows, cols = (keep[k][i] if k in keep else None for k in (n, f'{n}:in'))
         if isinstance(m, PRUNABLE) and (rows is not None or cols is not None):
             ls[id(m.weight)] = tuple(None if v is None else _listed(v) for v in (rows, cols))
@@ -379,11 +379,11 @@ def _listing(model, odd, keep, live, i):
 # %% ../nbs/14c_energy_sliced.ipynb #sliced
 def _slicing(model, keep, live, bn):
     "For each state a context inside which `model` runs with its live channels only."
-    odd = _odd(model)
+    odd = _odd(model); known = {n:m for n,m in model.named_modules() if m not in odd}
     fs = _factors([o for o in _spread(model, keep, live) if o[0] in odd], next(model.parameters()).device)
     @contextmanager
     def block(i):
-        with _with(fs, i), _Sliced(*_listing(model, odd, keep, live, i), bn): yield
+        with _with(fs, i), _Sliced(*_listing(known, keep, live, i), bn): yield
     return [partial(block, i) for i in range(len(next(iter(keep.values()))))]
 
 def _sliced(model, keep, live, xb, bn):

@@ -213,6 +213,21 @@ def state(self:Bits, mask:Mask # channels of the same network
         said[c] = True; res[c[mask[k]]] = True
     return res | ~said
 
+# %% ../nbs/14b_energy_units.ipynb #repaired
+@patch
+@public
+def repaired(self:Bits, states:torch.Tensor, # bool [S, D]
+             fewest:int=1,                   # bits that every part keeps; all of a part that has no more
+             generator:torch.Generator=None  # on the device of the states; None = the global random state
+            )->torch.Tensor:
+    "A copy of `states` in which every part keeps at least `fewest` bits; new ones are drawn."
+    res = states.clone()
+    for s in self.slices.values():
+        part = states[:, s]; n = min(fewest, part.shape[1])
+        best = (torch.rand(part.shape, generator=generator, device=part.device)+part.float()).topk(n, 1).indices
+        res[:, s] |= torch.zeros_like(part).scatter(1, best, True) & (part.sum(1, keepdim=True) < n)
+    return res
+
 # %% ../nbs/14b_energy_units.ipynb #counted
 def _counted(bits, keep, live, states):
     "(layer -> weights left [S], layer -> biases left [S], norm -> parameters left [S]), in double precision."
