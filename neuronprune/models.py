@@ -284,7 +284,7 @@ ZOO = dict(
     alexnet=_tv('alexnet', 'energy'), squeezenet1_1=_tv('squeezenet1_1', 'energy'),
     mobilenet_v3_small=_tv('mobilenet_v3_small', ''), densenet121=_tv('densenet121', ''))
 
-# %% ../nbs/02_models.ipynb #own
+# %% ../nbs/02_models.ipynb #own-args
 @public
 def own_args(name:str # a name of the zoo
             )->list:
@@ -293,6 +293,7 @@ def own_args(name:str # a name of the zoo
     known = inspect.signature(ZOO[check_choice('name', name, ZOO)].make).parameters
     return [k for k in known if k not in ('c_in', 'n_out', 'size')]
 
+# %% ../nbs/02_models.ipynb #rules
 def _widths(k, v):
     "A tuple of positive whole numbers."
     if not isinstance(v, tuple):
@@ -310,6 +311,7 @@ _RULES = dict(head=_widths, widths=_widths, pool=_pool, dropout=check_fraction,
               out_side=lambda k, v: v if v is None else check_int(k, v, 1),
               **{k:partial(check_int, lo=1) for k in ('ks', 'growth', 'depth')})
 
+# %% ../nbs/02_models.ipynb #own
 def _own(name, kw):
     "The network's own arguments, checked."
     known = own_args(name)

@@ -70,12 +70,13 @@ class PrunedCallback(MaskCallback):
         super().before_fit()
     def after_fit(self): super().after_fit(); self.params,self.keeps = [],[]
 
-# %% ../nbs/05a_retrain.ipynb #hold
+# %% ../nbs/05a_retrain.ipynb #held
 @public
 def held(learn:Learner)->dict:
     "Parameter name -> bool tensor (True = kept) of what `learn` holds at zero; empty if nothing."
     return learn.pruned.mask if isinstance(learn.__dict__.get('pruned'), PrunedCallback) else {}
 
+# %% ../nbs/05a_retrain.ipynb #hold
 @public
 def hold(learn:Learner, # changed in place
          mask, # a `Mask`, or a dict parameter name -> bool tensor (True = kept); None or nothing dropped = hold nothing
@@ -189,6 +190,7 @@ def before_fit(self:PruneCallback):
     self.cuts = {t:(t-a)/max(b-a, 1) for t in [*range(a, b, self.every or per_epoch), b] if t > 0}
     if self.mask is not None: MaskCallback.before_fit(self)
 
+# %% ../nbs/05a_retrain.ipynb #after-fit
 @patch
 def after_fit(self:PruneCallback):
     "Leave the last mask on the learner."
@@ -218,7 +220,7 @@ def sink(scores:Scores, # scores of all units
                   tiebreak=ties, gone=gone, meta={**scores.meta, 'scales': mask.meta.get('scales', {})},
                   skipped=scores.skipped)
 
-# %% ../nbs/05a_retrain.ipynb #tighten
+# %% ../nbs/05a_retrain.ipynb #narrow
 @public
 def narrow(mask:Mask, # of this round
            old        # `Mask` of the round before, or None
@@ -228,6 +230,7 @@ def narrow(mask:Mask, # of this round
     return Mask({k:v & old.get(k, v) for k,v in mask.items()}, mask.unit, graph=mask.graph, labels=mask.labels,
                 meta=mask.meta, scale={k:s*old.get(k, torch.ones_like(s)) for k,s in mask.scale.items()})
 
+# %% ../nbs/05a_retrain.ipynb #tighten
 @patch
 def tighten(self:PruneCallback, sparsity, t):
     "Score the current weights and narrow the mask to `sparsity`."
@@ -275,6 +278,7 @@ def _sliced_slots(slots, name, shape, index):
     "What the optimiser remembers of the parameter `name`: tensors of its `shape` are cut, counters kept."
     return {n:_slice(v, name, index).clone() if torch.is_tensor(v) and v.shape == shape else v for n,v in slots.items()}
 
+# %% ../nbs/05a_retrain.ipynb #rebind
 @public
 def rebind(learn:Learner,    # changed in place
            model:nn.Module,  # the network that replaces `learn.model`

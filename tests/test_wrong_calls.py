@@ -12,8 +12,8 @@ from fastai.data.load import DataLoader
 from fastai.metrics import accuracy
 from neuronprune import (analysis, baselines, blocks, core, costs, criteria, data, draws, evaluation, graph as graph_,
                          lowrank, mint as mint_, mip as mip_,
-                         models, pipeline, provable, provable_bounds, report as report_, retrain, sampling, shown, surgery,
-                         train)
+                         models, pipeline, provable, provable_bounds, report as report_, retrain, sampling, shown,
+                         surgery, train)
 from neuronprune.all import *
 from neuronprune.analysis import (attack, calibration, ece, fine_tuned, one_shot, paired, plot_reliability,
                                   plot_robustness, plot_study, reliability, robustness, summary)
