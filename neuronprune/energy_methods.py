@@ -39,7 +39,7 @@ def _target(task, bits, n, alive, seed):
     "The share of the channels that the size asked for removes, of those still there; None if none was."
     if task.sparsity is None: return
     draw = torch.rand(bits.D, generator=generator(seed))
-    keep = bits.state(task.allocate(_scored(task, bits, draw, draw, None))) & alive
+    keep = bits.state(task.allocate(_scored(task, bits, draw, draw, ''))) & alive
     return min(max(1 - float((n*keep).sum()/(n*alive).sum().clamp(min=1)), 0.), .999)
 
 # %% ../nbs/14e_energy_methods.ipynb #found-code

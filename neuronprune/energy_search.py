@@ -119,6 +119,7 @@ class EnergyCallback(Callback):
                  alive=None,            # bool [D]: bits that may be on, None = all
                  backend:str='sliced',  # 'sliced' | 'loop' | 'fold' | 'vmap' | 'auto', as for `Scorer`
                  bn:str='batch',        # statistics of batch norms while scoring: 'batch' | 'running'
+                 empty:bool=False,      # may a state leave a layer without any unit? Else its energy is infinite
                  lam:float=None,        # energy of missing the size by everything, None = as the energy's scale asks
                  ising:dict=None,       # kl_every, floor and compat of the Ising energy
                  **search               # n_pop, sparsity, p0, op, base, flip, cr, p_min, rescore, seed of `Search`
@@ -131,7 +132,7 @@ class EnergyCallback(Callback):
         self.energy,self.every,self.stop = energy,every,check_type('stop', stop, bool)
         self.bits,self.layout,self.cost,self.alive = bits,dict(tied=tied, exclude=exclude),cost,alive
         self.scoring = dict(backend=backend, bn=bn, frac=frac)
-        self.lam,self.ising_args,self.search_args = lam,ising or {},_known_search(search)
+        self.empty,self.lam,self.ising_args,self.search_args = check_type('empty', empty, bool),lam,ising or {},_known_search(search)
         self.search = self.ising = self.reason = self.pending = None
         self.epochs = self.n_batches = 0; self.kept,self.stale = [],False
         self._init_state()
@@ -150,6 +151,10 @@ def _known_search(args):
     for k in args: check_choice('argument of Search', k, 'n_pop sparsity p0 op base flip cr p_min rescore seed'.split())
     Search(8, **args)
     return args
+@patch
+def __repr__(self:EnergyCallback):
+    how = 'not begun' if self.search is None else repr(self.search)
+    return f"EnergyCallback({how}{f', closed by {self.reason!r}' if self.reason else ''})"
 
 # %% ../nbs/14d_energy_search.ipynb #begin
 @patch
@@ -198,19 +203,31 @@ def look(self:EnergyCallback, xb):
         for h in hooks: h.remove()
     self.ising.update([n and mods[n].weight for n in names], [maps.get(n) for n in names])
 
+# %% ../nbs/14d_energy_search.ipynb #emptied
+def _emptied(bits, states, alive):
+    "Bool [S]: does a state leave a layer, or a set of tied ones, without any of its units?"
+    parts = [s for s in bits.slices.values() if alive is None or alive[s].any()]
+    return torch.stack([~states[:, s].any(1) for s in parts]).any(0)
+
 # %% ../nbs/14d_energy_search.ipynb #score
 @patch
 def score(self:EnergyCallback, states, xb):
     "Energies of `states` on this batch."
     if self.alive is not None: states = states & self.alive
-    if self.ising is not None: return self.ising(states.to(next(self.scorer.model.parameters()).device))
-    return energy_of(self.scorer(states, xb), self.scorer.part(_plain(self.yb[0])), self.energy)
+    if self.ising is None: e = energy_of(self.scorer(states, xb), self.scorer.part(_plain(self.yb[0])), self.energy)
+    else: e = self.ising(states.to(next(self.scorer.model.parameters()).device))
+    return e if self.empty else torch.where(_emptied(self.bits, states, self.alive).to(e.device), torch.inf, e)
+
+@patch
+def due(self:EnergyCallback):
+    "Why the search is to be closed now, or None."
+    if self.search is None or not self.search.generation: return
+    return self.search.locked(self.epochs, lock_epoch=self.lock_at, **self.lock)
 
 @patch
 def advance(self:EnergyCallback, xb):
     "At a training batch: the lock, or else a generation where one is due."
-    if self.reason is None and self.search.generation:
-        if why := self.search.locked(self.epochs, lock_epoch=self.lock_at, **self.lock): self.close(why)
+    if self.reason is None and (why := self.due()): self.close(why)
     if self.reason is None and self.n_batches % self.every == 0:
         if self.ising is not None: self.look(xb)
         self.search.step(lambda states: self.score(states, xb))
@@ -293,8 +310,7 @@ def after_cancel_fit(self:EnergyCallback): self.cancelled = True
 @patch
 def after_fit(self:EnergyCallback):
     "The lock at the latest; nothing is kept that belongs to this fit."
-    started = self.search is not None and self.search.generation
-    if started and self.reason is None and not self.stop and not self.cancelled: self.close('end')
+    if self.run and self.reason is None and not self.stop and not self.cancelled and (why := self.due()): self.close(why)
     if not self.cancelled: self.settle()
     self.inside = self.last = None; self.resting = []
 
@@ -340,8 +356,3 @@ def plot(self:EnergyCallback):
     "Energies, shares and counts over the generations; returns the figure."
     if self.search is None: raise ValueError("search: not begun; expected a fit with this callback first")
     return self.search.plot()
-
-@patch
-def __repr__(self:EnergyCallback):
-    how = 'not begun' if self.search is None else repr(self.search)
-    return f"EnergyCallback({how}{f', closed by {self.reason!r}' if self.reason else ''})"
