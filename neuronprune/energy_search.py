@@ -132,7 +132,8 @@ class EnergyCallback(Callback):
         self.energy,self.every,self.stop = energy,every,check_type('stop', stop, bool)
         self.bits,self.layout,self.cost,self.alive = bits,dict(tied=tied, exclude=exclude),cost,alive
         self.scoring = dict(backend=backend, bn=bn, frac=frac)
-        self.empty,self.lam,self.ising_args,self.search_args = check_type('empty', empty, bool),lam,ising or {},_known_search(search)
+        self.empty,self.lam = check_type('empty', empty, bool),lam
+        self.ising_args,self.search_args = ising or {},_known_search(search)
         self.search = self.ising = self.reason = self.pending = None
         self.epochs = self.n_batches = 0; self.kept,self.stale = [],False
         self._init_state()
@@ -310,7 +311,8 @@ def after_cancel_fit(self:EnergyCallback): self.cancelled = True
 @patch
 def after_fit(self:EnergyCallback):
     "The lock at the latest; nothing is kept that belongs to this fit."
-    if self.run and self.reason is None and not self.stop and not self.cancelled and (why := self.due()): self.close(why)
+    over = self.run and self.reason is None and not self.stop and not self.cancelled
+    if over and (why := self.due()): self.close(why)
     if not self.cancelled: self.settle()
     self.inside = self.last = None; self.resting = []
 
