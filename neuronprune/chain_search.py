@@ -69,7 +69,8 @@ def find(self:Chain, i:int, folder=None):
         if folder is not None: _save_found(found, i, folder)
     state, known = None if folder is None else _load_found(i, folder), arguments(ask.method.fn)
     extra = {k:v for k,v in dict(seed=ask.seed_of(i), progress=ask.progress).items() if k in known}
-    with weights_at(self.learn, ask.at), metered(next(self.learn.model.parameters()).device) as meter:
+    at = weights_at(self.learn, ask.at, back=not ask.method.trains)
+    with at, metered(next(self.learn.model.parameters()).device) as meter:
         try: found = ask.method.fn(task, state=state, keep=keep, **extra, **ask.args)
         except KeyboardInterrupt:
             if folder is not None or not last: raise

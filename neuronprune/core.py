@@ -355,7 +355,8 @@ UNITS = ('weight', 'channel', 'group', 'rank')
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',
                 taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint',
                 sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling',
-                sampling='sampling', thinet='criteria', bestof='search')
+                sampling='sampling', thinet='criteria', bestof='search',
+                edropout='energy_methods', ising='energy_methods')
 _registry = {}
 
 # %% ../nbs/00_core.ipynb #method
@@ -374,6 +375,7 @@ class Method:
     network:str=None   # the zoo's network to take where none is named, None = any
     bounds:object=None # 'module:function', which makes a table of error bounds from (dense model, scores, mask, dls)
     quick:dict=field(default_factory=dict) # arguments with which scoring is short and its scores have the same shape
+    trains:bool=False  # a search: does it train the network, whose weights are then kept?
     def __call__(self, *args, batch=None, **kw):
         if batch is not None: kw = _with_batch(self.fn, batch, args, kw)
         _check_call(self.fn, args, kw); res = self.fn(*args, **kw)
@@ -404,7 +406,8 @@ def method(name:str,        # registered name
            kind:str='score', # 'score' or 'search'
            network:str=None, # the zoo's network to take where none is named
            bounds:str=None, # 'module:function' of a table of error bounds
-           quick:dict=None  # arguments that make scoring short, for a rehearsal
+           quick:dict=None, # arguments that make scoring short, for a rehearsal
+           trains:bool=False # does the search train the network?
           ):
     """Decorator: register a score or search function under `name`;
     its scores list what holds weights and is no candidate (`untouched`)."""
@@ -419,7 +422,7 @@ def method(name:str,        # registered name
             return res
         scored = public(scored)
         _registry[name] = Method(name, scored, unit, tuple(needs), at, rewind, {} if allocate is None else allocate,
-                                 paper, kind, network, bounds, quick or {})
+                                 paper, kind, network, bounds, quick or {}, trains)
         return scored
     return _inner
 

@@ -182,19 +182,31 @@ def _moving(model, live):
 # %% ../nbs/14c_energy_backends.ipynb #step
 @patch
 @public
+def under(self:Scorer, state:torch.Tensor, # bool [D]
+          xb,                              # a batch of inputs, to try the sliced forward on
+          backend:str=None                 # 'sliced' or 'loop', None = as scoring does
+         ):
+    "A function that makes the context in which the model's forward is that of `state`, its output perhaps a `Narrow`."
+    if self.bits.check(state).ndim != 1:
+        raise ValueError(f"state: shape {tuple(state.shape)}; expected one state, [{self.bits.D}]")
+    check_choice('backend', backend, [None, 'sliced', 'loop']); vectors = _vectors(self.bits, state[None])
+    dev = next(self.model.parameters()).device
+    best = min(o, key=o.get) if (o := next(reversed(self.timed.values()), None)) else self.backend
+    name = backend or ('loop' if best == 'loop' else 'sliced')
+    if name == 'sliced' and 'sliced' not in self.tested:
+        with self.borrowed(): name = 'sliced' if self.admits('sliced', xb) else 'loop'
+    if name == 'sliced': return _slicing(self.model, *vectors, None)[0]
+    fs, moving = _factors(_spread(self.model, *vectors), dev), _moving(self.model, vectors[1])
+    @contextmanager
+    def inside():
+        with _with(fs, 0), _Dense(None, moving): yield
+    return inside
+
+@patch
+@public
 def step(self:Scorer, state:torch.Tensor, # bool [D]
          xb,                              # a batch of inputs, all of which is used
          backend:str=None                 # 'sliced' or 'loop', None = as scoring does
         ):
     "What the model returns under `state`, in its own mode and with gradients."
-    if self.bits.check(state).ndim != 1:
-        raise ValueError(f"state: shape {tuple(state.shape)}; expected one state, [{self.bits.D}]")
-    check_choice('backend', backend, [None, 'sliced', 'loop']); vectors = _vectors(self.bits, state[None])
-    best = min(o, key=o.get) if (o := next(reversed(self.timed.values()), None)) else self.backend
-    name = backend or ('loop' if best == 'loop' else 'sliced')
-    if name == 'sliced' and 'sliced' not in self.tested:
-        with self.borrowed(): name = 'sliced' if self.admits('sliced', xb) else 'loop'
-    if name == 'sliced':
-        with _slicing(self.model, *vectors, None)[0](): return mapped(_dense, feed(self.model, xb))
-    fs = _factors(_spread(self.model, *vectors), next(self.model.parameters()).device)
-    with _with(fs, 0), _Dense(None, _moving(self.model, vectors[1])): return feed(self.model, xb)
+    with self.under(state, xb, backend)(): return mapped(_dense, feed(self.model, xb))

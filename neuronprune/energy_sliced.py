@@ -381,9 +381,11 @@ def _slicing(model, keep, live, bn):
     "For each state a context inside which `model` runs with its live channels only."
     odd = _odd(model); known = {n:m for n,m in model.named_modules() if m not in odd}
     fs = _factors([o for o in _spread(model, keep, live) if o[0] in odd], next(model.parameters()).device)
+    lists = {} # of a state that is used again
     @contextmanager
     def block(i):
-        with _with(fs, i), _Sliced(*_listing(known, keep, live, i), bn): yield
+        if i not in lists: lists[i] = _listing(known, keep, live, i)
+        with _with(fs, i), _Sliced(*lists[i], bn): yield
     return [partial(block, i) for i in range(len(next(iter(keep.values()))))]
 
 def _sliced(model, keep, live, xb, bn):

@@ -12,7 +12,7 @@ from .core import *
 from .masks import *
 from .allocate import allocate
 from .costs import Meter, metered
-from .retrain import rewind_to
+from .retrain import hold, rewind_to
 from .evaluation import evaluate, split_batch
 from .train import _CrossEntropy
 
@@ -40,13 +40,17 @@ def split_args(m:Method, # registered method
 @public
 @contextmanager
 def weights_at(learn, # a `Learner` made by `learner`
-               at     # 'trained' = as they are, 'init', or a kept epoch
+               at,    # 'trained' = as they are, 'init', or a kept epoch
+               back:bool=True # afterwards its own again? Else it goes on from there, without what has been pruned
               ):
     "Inside the block `learn.model` has the weights of that moment; afterwards its own again."
     if at == 'trained': yield; return
     own, opt, done = copy.deepcopy(learn.model.state_dict()), learn.opt, learn.rewind.done
     pruned = learn.__dict__.get('pruned')
     rewind_to(learn, at)
+    if not back:
+        if pruned is not None: hold(learn, pruned.mask, pruned.decided)
+        yield; return
     try: yield
     finally:
         learn.model.load_state_dict(own)

@@ -14,8 +14,9 @@ from neuronprune.models import build
 from neuronprune.surgery import apply, difference, shrink
 from test_graph import found
 
-HERE = [k for k in methods() if k != 'bestof' and k in core._registry or k != 'bestof'
-        and importlib.util.find_spec(f'neuronprune.{core._modules[k]}')]
+ALL = [k for k in methods() if k in core._registry or importlib.util.find_spec(f'neuronprune.{core._modules[k]}')]
+HERE = [k for k in ALL if methods()[k].kind == 'score']
+SEARCHES = sorted({*ALL} - {*HERE})
 each = pytest.mark.parametrize('name', HERE)
 BATCH_NORM = ('slimming',) # methods that look at batch norms
 
@@ -185,4 +186,11 @@ def test_missing_initial_weights_name_learner(name, dls):
     except ValueError as e: assert 'learner' in str(e) or 'init' in str(e)
 
 def test_the_frame_lists_all_that_exist():
-    if len(HERE) == len(methods())-1: assert set(methods().frame().method) == {*HERE, 'bestof'}
+    if len(ALL) == len(methods()): assert set(methods().frame().method) == {*ALL}
+
+@pytest.mark.parametrize('name', SEARCHES)
+def test_a_search_has_the_arguments_of_one(name):
+    m = methods()[name]; own = inspect.signature(m.fn).parameters
+    assert list(own)[0] == 'task' and all(p.kind == p.KEYWORD_ONLY for p in list(own.values())[1:])
+    assert {'state', 'keep', 'seed', 'progress'} <= set(own) and m.fn.__doc__ and m.paper and m.unit in core.UNITS
+    assert m.trains == ('training' in m.needs) and set(m.allocate) <= set(inspect.signature(allocate).parameters)
