@@ -232,15 +232,19 @@ def _stack_curves(texts):
 
 # %% ../nbs/23a_tradeoff.ipynb #one-study
 def _one_study(df):
-    "`df` with its `CHAIN`, rows with a step; `ValueError` if it mixes studies."
+    "`df` with its `CHAIN`, rows with a step; `ValueError` if it mixes studies, or chains of one name."
     d = _keyed(df); d = d[d.step.notna()]
-    for k in ('dataset', 'model', 'start', 'rewind'):
+    for k in ('dataset', 'model'):
         if d[k].nunique() != 1: raise ValueError(f"df: {d[k].nunique()} values of {k}; expected the rows of one study")
+    for k in ('start', 'rewind'): # every method may have its own
+        n = d.groupby('name')[k].nunique()
+        if len(n) and n.max() > 1:
+            raise ValueError(f"df: {n.max()} values of {k} under the name {n.idxmax()!r}; expected a name for each")
     return d
 
 # %% ../nbs/23a_tradeoff.ipynb #results-arrays
 @public
-def results_arrays(df:pd.DataFrame # rows of `prune` or `study`: one data set, network, start and rewinding
+def results_arrays(df:pd.DataFrame # rows of `prune` or `study`: one data set, one network, one way per name
                   )->dict:
     """The arrays of the published files, axes (net, interval, repetition, algorithm), layers last;
     `ValueError` if mixed."""

@@ -153,6 +153,14 @@ def test_results_on_disk(rows, tmp_path):
     assert all(files[f].read_bytes().startswith(b'%PDF') for f in files if f.endswith('pdf'))
     with pytest.raises(ValueError, match='2 values of start'): results_arrays(pd.concat([df, df.assign(start='dense')]))
 
+def test_every_method_has_its_own_rewinding(rows):
+    "As in a study of SNIP, which rewinds, and magnitude, which does not."
+    df, ways = rows, ['none', 'init']
+    own = df.assign(rewind=df['name'].map({n:ways[i % 2] for i,n in enumerate(dict.fromkeys(df['name']))}))
+    a, b = results_arrays(df), results_arrays(own)
+    assert own.rewind.nunique() == 2 and all(np.array_equal(a[k], b[k], equal_nan=a[k].dtype.kind == 'f') for k in a
+                                             if isinstance(a[k], np.ndarray))
+
 def test_files_without_counts_or_training(rows, tmp_path):
     gone = {f'{w}_{k}':None for w in ('dense', 'pruned', 'tuned') for k in ('k', 'accuracy', 'k5', 'top5')}
     files = [o.name for o in save_results(rows.assign(**gone), tmp_path/'loss')]
