@@ -244,6 +244,12 @@ def test_recalibrated_is_the_mean_over_batches():
     assert recalibrate(as_learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), *loaders())) is not None
     with pytest.raises(ValueError, match='n_batches=0'): recalibrate(learn, 0)
 
+def test_statistics_are_anew_between_the_lock_and_the_next_validation(monkeypatch):
+    seen, real = [], S.recalibrate
+    monkeypatch.setattr(S, 'recalibrate', lambda learn: (seen.append((learn.energy.reason, learn.epoch)), real(learn)))
+    learn = start(); fit(learn, 3, cbs=EnergyCallback(lock_epoch=1))
+    assert len(seen) == 1 and seen[0][0] == 'epoch' and seen[0][1] <= 1
+
 # other learners
 
 def test_a_learner_of_fastai_and_its_vision_learner(tmp_path):
