@@ -7,15 +7,15 @@ __all__ = ['ESTIMATORS', 'divergence', 'thirds', 'neighbours', 'pool_dists', 'co
            'gmi', 'cgmi', 'cut', 'score']
 
 # %% ../nbs/13_mint.ipynb #import-hashlib-time-from-conte
-import hashlib, time, warnings
+import hashlib, multiprocessing, time, warnings
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from fastprogress import progress_bar
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from threadpoolctl import threadpool_limits
-from .core import (UnsupportedLayerError, check_choice, check_int, check_type, generator, method, tensors,
-                              public)
+from .core import (UnsupportedLayerError, check_choice, check_int, check_type, generator, memory_size,
+                              method, public, tensors)
 from .files import load_tensors, save_tensors
 from .masks import Mask, Scores
 from .allocate import allocate
@@ -219,6 +219,13 @@ def _check_layer(name, P, C, parent, child, W=None):
     if len(P) < 6: thirds(len(P), None)
     return P, C, parent, child, None if W is None else torch.as_tensor(W)
 
+# %% ../nbs/13_mint.ipynb #processes
+def _processes(todo, max_mem):
+    "How many processes pay for `todo`: one inside another's worker, or where less than 10 s of work are in sight."
+    pairs = sum(len(ks)*len(gs)*(2*len(a[0])//3)**2 for _,_,ks,gs,a in todo)
+    if pairs < 1.5e9 or multiprocessing.parent_process(): return 1
+    return int(max(1, min(len(todo), cpu_count(), memory_size()//(2e9*max_mem))))
+
 # %% ../nbs/13_mint.ipynb #dependencies
 @public
 def dependencies(layers:dict, # name -> (P [n, p], C [n, c], groups of P [p], of C [c]), 'contribution': weights [c, p]
@@ -227,7 +234,7 @@ def dependencies(layers:dict, # name -> (P [n, p], C [n, c], groups of P [p], of
                  seed:int=0,        # of the splits
                  calibrate:bool=False, # subtract the score of the same trees with the children's rows permuted
                  max_mem:float=1.,  # GB for distance matrices
-                 n_jobs:int=1,      # processes (on the CPU)
+                 n_jobs:int=None,   # processes (on the CPU), None = a core each where the work is long
                  cache=None,        # folder for finished jobs
                  progress:bool=False # show a bar?
                 )->dict:
@@ -241,9 +248,10 @@ def dependencies(layers:dict, # name -> (P [n, p], C [n, c], groups of P [p], of
             raise ValueError(f"{n or 'weights'}: estimator='contribution' needs the weights [c, p]; got none")
     res = {n:np.zeros((n_trials, int(o[3].max())+1, int(o[2].max())+1)) for n,o in args.items()}
     jobs = [j for n,o in args.items() for j in _jobs(n, *o, estimator, n_trials, seed, calibrate, max_mem, cache)]
-    if any(o[0].is_cuda for o in args.values()): n_jobs = 1
     kept = [_kept(j[-1][-1], (len(j[2]), len(j[3]))) for j in jobs]
     todo = [j for j,r in zip(jobs, kept) if r is None]
+    n_jobs = _processes(todo, max_mem) if n_jobs is None else n_jobs
+    if any(o[0].is_cuda for o in args.values()): n_jobs = 1
     done = Parallel(n_jobs=n_jobs, return_as='generator')(delayed(_job)(*j[-1]) for j in todo)
     fresh = zip(todo, progress_bar(done, total=len(todo)) if progress else done)
     for (n,t,ks,gs,_),r in (*((j, r) for j,r in zip(jobs, kept) if r is not None), *fresh):
@@ -386,7 +394,7 @@ def score(model:nn.Module,  # trained network; left as found
           layers=None,      # paths of the layers to score, None = all that can be
           compat:str=None,  # 'released': what the authors' code computes, see mint_released
           max_mem:float=1., # GB for distance matrices
-          n_jobs:int=1,     # processes
+          n_jobs:int=None,  # processes, None = a core each where the work is long
           cache=None,       # folder that keeps finished work
           seed:int=0,       # of images, splits and groups
           progress:bool=False # show a bar?
