@@ -33,6 +33,7 @@ def _attributes(values):
     finally:
         for d,a,v in old: d[a] = v
 
+# %% ../nbs/02b_rehearsal.ipynb #resized
 @patch
 def resized(self:Probe, kept, slots):
     """[(module, attribute, value)] for layers and norms of the new widths:
@@ -66,6 +67,7 @@ def _emitting(self:Probe, kept, cut):
     self.say = say
     return self
 
+# %% ../nbs/02b_rehearsal.ipynb #both
 @patch
 def both(self:Probe):
     "Noise and the given example as one batch."
@@ -73,6 +75,7 @@ def both(self:Probe):
     a, b = tensors(self.inputs), iter(tensors(self.given)); first = iter(a)
     return mapped(lambda o: torch.cat([next(first), next(b)]), self.inputs)
 
+# %% ../nbs/02b_rehearsal.ipynb #same
 def _same(a, b):
     "Equal up to rounding, NaN to NaN."
     tol = 1e-8 if a.dtype == torch.float64 else 1e-4
