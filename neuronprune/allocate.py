@@ -15,6 +15,7 @@ import numpy as np, torch
 from .core import *
 from .masks import *
 from .graph import _components, _depthwise
+from .patterns import pattern_sparsity, removed_by
 
 # %% ../nbs/04_allocate.ipynb #slot_ids
 def _slot_ids(scores, tied):
@@ -400,6 +401,7 @@ def _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, ca
 def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
+             pattern:str=None,    # instead: 'N:M', of every M weights along the inputs the best N stay
              scope:str='global',  # one ranking over all layers, or the same fraction in each: 'global' | 'layer'
              of:str=None,         # counts 'units' | 'params' | 'macs' | 'network'; None = 'params' (blocks) or 'units'
              tied:bool=True,      # rank channels that can only go together as one
@@ -412,12 +414,16 @@ def allocate(scores:Scores,       # what to rank
             )->Mask:
     """The mask that removes the lowest scores within the budget; equal scores go by `tiebreak`, then in key order.
     `ValueError` on bad arguments, a warning when the budget is out of reach."""
+    if pattern is not None:
+        sparsity = pattern_sparsity(scores, pattern, sparsity, threshold=threshold is not None, caps=bool(caps),
+                                    of=of not in (None, 'units'), round_to=round_to != 1)
     normalize, of, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
     check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
     check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
     spared = {k for k in scores if any(fnmatch(k.removesuffix(':in'), p) for p in keep)}
     plain = of == 'units' or of == 'params' and not scores.cost
-    if scores.unit == 'weight' and plain and not (caps or normalize or round_to > 1):
+    if pattern is not None: res, scales = removed_by(scores, pattern, spared), {}
+    elif scores.unit == 'weight' and plain and not (caps or normalize or round_to > 1):
         res, scales = _plain(scores, sparsity, threshold, scope, spared, min_keep), {}
     else:
         *res, scales = _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, caps, round_to, spared,
@@ -428,10 +434,9 @@ def allocate(scores:Scores,       # what to rank
     if of == 'network': got = 1-weights_left(scores.graph, units)/weights_left(scores.graph, {})
     if short:
         warnings.warn(f"allocate: sparsity {sparsity} of the {of} (scope={scope!r}) is out of reach, {got:.4g} "
-                      "achieved; "
-                      f"min_keep, caps and keep protect {safe[0]} of {safe[1]} units")
+                      f"achieved; min_keep, caps and keep protect {safe[0]} of {safe[1]} units")
     meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope,
-                tied=tied, layers=shares, **(dict(scales=scales) if scales else {}))
+                tied=tied, layers=shares, **{k:v for k,v in dict(scales=scales, pattern=pattern).items() if v})
     return Mask(units, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)
 
 # %% ../nbs/04_allocate.ipynb #ratios
