@@ -15,7 +15,7 @@ import numpy as np, torch
 from .core import *
 from .masks import *
 from .graph import _components, _depthwise
-from .patterns import pattern_sparsity, removed_by
+from .patterns import pattern_sparsity, removed_by, removed_per_output
 
 # %% ../nbs/04_allocate.ipynb #slot_ids
 def _slot_ids(scores, tied):
@@ -294,7 +294,10 @@ def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
     if (threshold is not None
         and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not np.isfinite(threshold))):
         raise ValueError(f"threshold={threshold!r}: expected a finite number in the unit of the scores")
-    check_choice('scope', scope, ('global', 'layer'))
+    check_choice('scope', scope, ('global', 'layer', 'output'))
+    if scope == 'output' and (scores.unit != 'weight' or sparsity is None or of not in (None, 'units') or caps):
+        raise ValueError(f"scope='output': an equal share of the weights of every output; expected weight scores, "
+                         f"sparsity=, of='units' and no caps, got unit={scores.unit!r}, of={of!r}")
     if of is None: of = 'params' if scores.unit == 'group' else 'units'
     check_choice('of', of, ('units', 'params', 'macs', 'network'))
     if scores.unit == 'rank' and of != 'units':
@@ -396,13 +399,23 @@ def _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, ca
     scales = _scales(scores, scales, normalize, {k:~u.flatten().numpy() for k,u in units.items()})
     return units, float(cost[removed].sum()/cost.sum()), shares, (int(safe.sum()), n), short, scales
 
+# %% ../nbs/04_allocate.ipynb #decided
+def _decided(scores, sparsity, threshold, pattern, scope, of, tied, reduce, normalize, caps, round_to, spared, min_keep):
+    "What `_general` returns, by the shortest way: pattern, rows, plain weights, or everything else."
+    plain = of == 'units' or of == 'params' and not scores.cost
+    if pattern is not None: return *removed_by(scores, pattern, spared), {}
+    if scope == 'output': return *removed_per_output(scores, sparsity, spared), {}
+    if scores.unit == 'weight' and plain and not (caps or normalize or round_to > 1):
+        return *_plain(scores, sparsity, threshold, scope, spared, min_keep), {}
+    return _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, caps, round_to, spared, min_keep)
+
 # %% ../nbs/04_allocate.ipynb #allocate-2
 @public
 def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
              pattern:str=None,    # instead: 'N:M', of every M weights along the inputs the best N stay
-             scope:str='global',  # one ranking over all layers, or the same fraction in each: 'global' | 'layer'
+             scope:str='global',  # one ranking, or the same fraction in each: 'global' | 'layer' | 'output' (row)
              of:str=None,         # counts 'units' | 'params' | 'macs' | 'network'; None = 'params' (blocks) or 'units'
              tied:bool=True,      # rank channels that can only go together as one
              reduce:str='mean',   # score of a tie from its members: 'mean' | 'sum' | 'max' | 'min'
@@ -414,6 +427,7 @@ def allocate(scores:Scores,       # what to rank
             )->Mask:
     """The mask that removes the lowest scores within the budget; equal scores go by `tiebreak`, then in key order.
     `ValueError` on bad arguments, a warning when the budget is out of reach."""
+    if scope == 'output' and round_to != 1: raise ValueError("round_to: counts units of a layer; got scope='output'")
     if pattern is not None:
         sparsity = pattern_sparsity(scores, pattern, sparsity, threshold=threshold is not None, caps=bool(caps),
                                     of=of not in (None, 'units'), round_to=round_to != 1)
@@ -421,14 +435,8 @@ def allocate(scores:Scores,       # what to rank
     check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
     check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
     spared = {k for k in scores if any(fnmatch(k.removesuffix(':in'), p) for p in keep)}
-    plain = of == 'units' or of == 'params' and not scores.cost
-    if pattern is not None: res, scales = removed_by(scores, pattern, spared), {}
-    elif scores.unit == 'weight' and plain and not (caps or normalize or round_to > 1):
-        res, scales = _plain(scores, sparsity, threshold, scope, spared, min_keep), {}
-    else:
-        *res, scales = _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, caps, round_to, spared,
-                                min_keep)
-    removed, got, shares, safe, short = res
+    removed, got, shares, safe, short, scales = _decided(scores, sparsity, threshold, pattern, scope, of, tied, reduce,
+                                                         normalize, caps, round_to, spared, min_keep)
     units = {k:~v for k,v in removed.items()}
     if tied: units.update(_rest_of_ties(scores, units))
     if of == 'network': got = 1-weights_left(scores.graph, units)/weights_left(scores.graph, {})

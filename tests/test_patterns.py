@@ -89,3 +89,22 @@ def test_semi_structured_multiplies_the_same():
     x = torch.randn(64, 128, device='cuda'); new, names = semi_structured(net)
     assert names == ['0', '2']
     torch.testing.assert_close(new(x.half()).float(), net(x), atol=2e-2, rtol=2e-2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0., .1, .5, .77, .99]))
+def test_scope_output_takes_the_lowest_of_every_row(seed, s):
+    g = torch.Generator().manual_seed(seed)
+    v, gone = torch.randint(0, 5, (4, 3, 2), generator=g).float(), torch.rand(4, 3, 2, generator=g) < .2
+    got = allocate(Scores({'a': v}, 'weight', gone={'a': gone}), s, scope='output')['a'].flatten(1)
+    for row, was, kept in zip(v.flatten(1), gone.flatten(1), got):
+        order = sorted(range(6), key=lambda i: (not was[i], float(row[i]), i))
+        out = set(order[:int(6*s)]) | set(was.nonzero().flatten().tolist())
+        assert kept.tolist() == [i not in out for i in range(6)]
+
+
+def test_scope_output_is_for_weights():
+    with pytest.raises(ValueError, match="scope='output'.*got unit='channel'"):
+        allocate(Scores({'a': torch.rand(8)}, 'channel'), .5, scope='output')
+    with pytest.raises(ValueError, match='round_to'):
+        allocate(Scores({'a': torch.rand(2, 8)}, 'weight'), .5, scope='output', round_to=2)
