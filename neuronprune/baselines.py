@@ -173,8 +173,7 @@ def snip(model:nn.Module,     # the network before training (or after, as the pr
     xb, yb = batch_for(model, dls, 'snip', n_per_class, n, split, seed, classes=loss_func is None)
     look = lambda mask: _sensitivity(model, mods, unit, xb, yb, mask, loss_func)
     units = iterate(look, sparsity, rounds, graph, unit, progress)
-    why = 'no gradient: unused in the forward pass, or its weight is shared with another module'
-    skipped.update({k:why for k in mods if k not in units})
+    skipped.update({k:NO_GRADIENT for k in mods if k not in units})
     return scored('snip', units, unit, start, graph, skipped, n=len(yb), n_per_class=n_per_class, split=split,
                    rounds=rounds, sparsity=sparsity, loss=loss_name(loss_func), seed=seed)
 
