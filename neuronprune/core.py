@@ -355,7 +355,8 @@ UNITS = ('weight', 'channel', 'group', 'rank')
 _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',
                 taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint',
                 sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling',
-                sampling='sampling', thinet='criteria', bestof='search',
+                sampling='sampling', thinet='criteria', grasp='criteria', synflow='criteria',
+                mag_increase='criteria', movement='criteria', bestof='search',
                 edropout='energy_methods', ising='energy_methods')
 _registry = {}
 

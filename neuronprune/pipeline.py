@@ -146,7 +146,7 @@ def _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, un
     at, rewind, unit = (m.at if at is None else at, m.rewind if rewind is None else rewind,
                         m.unit if unit is None else unit)
     if {'rounds', 'sparsity'} <= arguments(m.fn) and sizes is None:
-        own, rounds = dict(own, rounds=rounds, sparsity=sparsity), 1
+        own, rounds = dict(own, sparsity=sparsity, **(dict(rounds=rounds) if rounds != 1 else {})), 1
     todo = _asked(sparsity, alloc_args.get('threshold'), sizes, rounds, schedule)
     if sizes is not None and unit == 'channel' and 'of' in arguments(alloc):
         alloc_args = {'of': 'network', **alloc_args}

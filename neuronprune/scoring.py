@@ -55,6 +55,7 @@ def weights_at(learn, # a `Learner` made by `learner`
     finally:
         learn.model.load_state_dict(own)
         learn.opt, learn.rewind.done = opt, done
+        learn.rewind.note() # of a copied learner they may never have been noted
         if pruned is not None: learn.add_cb(pruned)
 
 # %% ../nbs/18a_scoring.ipynb #finished

@@ -10,10 +10,11 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropy
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate, ratios
-from neuronprune.baselines import (SlimmingCallback, _gate_gradients, _gradients, fpgm, loss_name, lth, magnitude,
+from neuronprune.baselines import (SlimmingCallback, _gate_gradients, fpgm, loss_name, lth, magnitude,
                                    magsign, random, slimming, snip, taylor)
 from neuronprune.core import kappa, layers, methods
 from neuronprune.masks import Scores
+from neuronprune.saliency import gradients
 from neuronprune.data import calib_batch, get_dls
 from neuronprune.graph import trace
 from neuronprune.models import build
@@ -350,7 +351,7 @@ def loss64(model, xb, yb): return F.cross_entropy(model(xb), yb).item()
 
 def test_snip_is_the_derivative_of_a_mask():
     model, dls = Net().double().eval(), data(); x, y = calib_batch(dls, n=20, split='train'); x = x.double()
-    g = _gradients(model, ['a.weight', 'c.weight'], x, y, bs=7)
+    g = gradients(model, ['a.weight', 'c.weight'], x, y, bs=7)
     for k in ('a', 'c'):
         w = model.get_parameter(f'{k}.weight').data; flat = w.view(-1); h = 1e-5
         for i in range(0, len(flat), 19):
@@ -362,13 +363,13 @@ def test_snip_is_the_derivative_of_a_mask():
 def test_snip_does_not_depend_on_chunks():
     model, dls = Net(), data(n=39); x, y = calib_batch(dls, n=39, split='train')
     names = [f'{k}.weight' for k in layers(model)]
-    a, b = (_gradients(model, names, x, y, bs=bs) for bs in (256, 5))
+    a, b = (gradients(model, names, x, y, bs=bs) for bs in (256, 5))
     assert all(torch.allclose(a[k][1], b[k][1], atol=1e-6) for k in names)
 
 def test_snip_channel_is_the_signed_row_sum():
     model, dls = Net(), data(); x, y = calib_batch(dls, split='train'); sc = snip(model, dls, unit='channel')
     for k,v in sc.items():
-        w, g = _gradients(model, [f'{k}.weight'], x, y)[f'{k}.weight']
+        w, g = gradients(model, [f'{k}.weight'], x, y)[f'{k}.weight']
         assert torch.allclose(v, (w*g).flatten(1).sum(1).abs(), atol=1e-6)
 
 @pytest.mark.parametrize('unit', ['weight', 'channel'])
@@ -402,7 +403,7 @@ def test_gates_are_weights_and_biases():
     mods = {k:m for k,m in layers(model).items() if k != 'fc2'}
     gates = _gate_gradients(model, mods, x, y, bs=7)
     for k in mods:
-        parts = _gradients(model, [f'{k}.weight', f'{k}.bias'], x, y)
+        parts = gradients(model, [f'{k}.weight', f'{k}.bias'], x, y)
         assert torch.allclose(gates[k].mean(0),
                               sum((w*g).flatten(1).sum(1) if w.ndim > 1 else w*g for w,g in parts.values()), atol=1e-6)
     assert torch.allclose(taylor(model, dls)['c'], gates['c'].mean(0)**2)
@@ -565,12 +566,12 @@ def test_batches_and_outputs_of_several_tensors(form):
     want = torch.autograd.grad(F.cross_entropy(plain.eval().requires_grad_()(x, shift), y),
                                [plain.get_parameter(k) for k in names])
     for k,g in zip(names, want):
-        assert torch.allclose(_gradients(model, names, xb, y, loss_func=loss, bs=7)[k][1], g, atol=1e-6)
+        assert torch.allclose(gradients(model, names, xb, y, loss_func=loss, bs=7)[k][1], g, atol=1e-6)
     gates, f = _gate_gradients(model, {'fc1': model.net.fc1}, xb, y, loss, bs=7)['fc1'].mean(0), plain.net.fc1
     bias, = torch.autograd.grad(F.cross_entropy(plain(x, shift), y), [f.bias])
     assert torch.allclose(gates, ((f.weight*want[names.index('net.fc1.weight')]).sum(1) + f.bias*bias).detach(),
                           atol=1e-6)
-    with pytest.raises(ValueError, match='loss_func=None: cross-entropy needs outputs'): _gradients(model, names, xb, y)
+    with pytest.raises(ValueError, match='loss_func=None: cross-entropy needs outputs'): gradients(model, names, xb, y)
 
 def test_a_synchronised_batch_norm_is_a_batch_norm():
     m = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SyncBatchNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 10))

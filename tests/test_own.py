@@ -20,6 +20,7 @@ from neuronprune.surgery import difference
 from neuronprune.train import Evaluation, as_learner
 
 SCORES = [k for k,m in methods().items() if m.kind == 'score']
+STARTS = ('magsign', 'mag_increase', 'movement') # what needs the initial weights
 
 @pytest.fixture(autouse=True)
 def _seeded(): torch.manual_seed(0)
@@ -45,13 +46,13 @@ def quiet(f, *args, **kw):
 def test_every_method_takes_a_batch(name):
     m, model = methods()[name], net().eval()
     before = copy.deepcopy(model.state_dict())
-    s = quiet(m, model, batch=(X, Y), **(dict(init=model.state_dict()) if name == 'magsign' else {}))
+    s = quiet(m, model, batch=(X, Y), **(dict(init=model.state_dict()) if name in STARTS else {}))
     assert len(s) and all(torch.isfinite(v).all() for v in s.values())
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
     if 'data' in m.needs: assert s.meta['n'] == len(X) and s.meta['split'] == 'batch' # all of it
 
-# mip: one tensor; slimming: batch norms; magsign: an init
-@pytest.mark.parametrize('name', [k for k in SCORES if k not in ('mip', 'slimming', 'magsign')])
+# mip: one tensor; slimming: batch norms
+@pytest.mark.parametrize('name', [k for k in SCORES if k not in ('mip', 'slimming', *STARTS)])
 @pytest.mark.parametrize('form', [lambda u, v: (u, v), lambda u, v: [u, v], lambda u, v: dict(v=v, u=u)])
 def test_inputs_of_any_form(name, form):
     model, m = Two(), methods()[name]
