@@ -427,7 +427,8 @@ def allocate(scores:Scores,       # what to rank
             )->Mask:
     """The mask that removes the lowest scores within the budget; equal scores go by `tiebreak`, then in key order.
     `ValueError` on bad arguments, a warning when the budget is out of reach."""
-    if scope == 'output' and round_to != 1: raise ValueError("round_to: counts units of a layer; got scope='output'")
+    if scope == 'output' and round_to != 1:
+        raise ValueError(f"round_to={round_to}: counts units of a layer; expected 1 with scope='output'")
     if pattern is not None:
         sparsity = pattern_sparsity(scores, pattern, sparsity, threshold=threshold is not None, caps=bool(caps),
                                     of=of not in (None, 'units'), round_to=round_to != 1)

@@ -212,7 +212,7 @@ class Mask(Units):
                  unit:str,         # 'weight', 'channel', 'group' or 'rank'
                  *, graph=None,    # `Graph` of the model
                  labels:dict=None, # key -> (child_idx, parent_idx) of 'group', (directions, centre) of 'rank'
-                 scale:dict=None,  # key -> factors >= 0 of the mask's shape, multiplied in once by `apply`
+                 scale:dict=None,  # key -> factors of the mask's shape, multiplied in once by `apply`
                  meta:dict=None    # requested sparsity, method, …, JSON-able
                 ):
         super().__init__(units, unit, graph, labels, meta)
@@ -221,8 +221,8 @@ class Mask(Units):
         for k,v in self.units.items():
             if v.dtype != torch.bool: raise TypeError(f"mask[{k!r}]: dtype {v.dtype}; expected torch.bool, True = kept")
             s = self.scale.get(k)
-            if s is not None and (s.shape != v.shape or s.min() < 0):
-                raise ValueError(f"scale[{k!r}]: expected factors >= 0 of shape {tuple(v.shape)}")
+            if s is not None and s.shape != v.shape:
+                raise ValueError(f"scale[{k!r}]: shape {tuple(s.shape)}; expected factors of shape {tuple(v.shape)}")
 
     @classmethod
     def ones_like(cls, o:Units): # scores or mask whose keys and shapes to take

@@ -162,9 +162,7 @@ def test_layers_in_order_with_every_kind():
     (lambda: Mask({'a': torch.ones(2)}, 'channel'), TypeError, 'expected torch.bool'),
     (lambda: Mask({'a': torch.ones(2).int()}, 'channel'), TypeError, 'True = kept'),
     (lambda: Mask({'a': torch.ones(2).bool()}, 'channel', scale={'a': torch.ones(3)}), ValueError,
-     'factors >= 0 of shape (2,)'),
-    (lambda: Mask({'a': torch.ones(2).bool()}, 'channel', scale={'a': torch.tensor([1., -1])}), ValueError,
-     'factors >= 0'),
+     'expected factors of shape (2,)'),
     (lambda: Mask({'a': torch.ones(2).bool()}, 'channel', scale={'a': torch.tensor([1., nan])}), ValueError,
      "scale['a']: 1 of 2")])
 def test_bad_units_are_refused(call, err, said):
