@@ -356,7 +356,7 @@ _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth
                 taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint',
                 sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling',
                 sampling='sampling', thinet='criteria', grasp='criteria', synflow='criteria',
-                mag_increase='criteria', movement='criteria', bestof='search',
+                mag_increase='criteria', movement='criteria', earlybird='earlybird', bestof='search',
                 wanda='posttraining', lamp='posttraining', obd='posttraining', sparsegpt='posttraining',
                 edropout='energy_methods', ising='energy_methods')
 _registry = {}

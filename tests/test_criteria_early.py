@@ -1,12 +1,14 @@
 """Criteria of early pruning: Hessians written out, paths counted, finite differences, and networks of others."""
 import copy, pytest, torch, torch.nn.functional as F
 import numpy as np
+from fastai.callback.core import Callback
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune.allocate import allocate
 from neuronprune.core import UnsupportedLayerError, kappa, layers, methods, seed_everything
 from neuronprune.criteria import _flows, _sizes, grasp, hessian_gradient, mag_increase, movement, synflow
 from neuronprune.data import get_dls
+from neuronprune.earlybird import _Drawing, distance, settled
 from neuronprune.graph import trace
 from neuronprune.models import build
 from neuronprune.pipeline import prune
@@ -322,3 +324,73 @@ def test_a_copied_learner_goes_back_and_forth():
     learn = learner(build('lenet300', 1, 10, 8, seed=0), get_dls('digits', bs=64)); fit(learn, 1)
     r = prune(copy.deepcopy(learn), 'magnitude', .5, at='init', rewind='init', fine_tune_epochs=1, latency=False)
     assert r.mask.sparsity == .5
+
+# ---- early birds
+
+def normed():
+    with seed_everything(0):
+        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+                             nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                             nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 10))
+
+def bird(**kw):
+    learn = learner(normed(), get_dls('digits', bs=64), lr=.1, seed=0)
+    return learn, prune(learn, 'earlybird', .5, **{**dict(fine_tune_epochs=0, latency=False), **kw})
+
+@given(st.lists(st.floats(0, 1), max_size=12), st.integers(1, 6), st.floats(0, 1))
+def test_settled_is_its_definition(ds, window, eps):
+    assert settled(ds, window, eps) == (len(ds) >= window and all(d < eps for d in ds[len(ds)-window:]))
+
+def test_distance_counts_units():
+    a = dict(x=torch.tensor([1, 1, 0]).bool(), y=torch.tensor([0]).bool())
+    assert distance(a, a) == 0 and distance(a, {k:~v for k,v in a.items()}) == 1
+    assert distance(a, dict(a, x=torch.tensor([1, 0, 1]).bool())) == .5
+
+class Gammas(Callback):
+    "After each epoch the scales are set by hand: of the small and the large ones `turns` change places."
+    order = 70
+    def __init__(self, turns): self.turns,self.i,self.order_ = turns,0,torch.arange(1., 21)
+    def after_train(self):
+        k = self.turns[min(self.i, len(self.turns)-1)]; self.i += 1
+        v = self.order_; lo, hi = v.argsort()[:10], v.argsort()[10:]
+        v = v.clone(); v[lo[:k]], v[hi[:k]] = v[hi[:k]].clone(), v[lo[:k]].clone(); self.order_ = v
+        with torch.no_grad(): self.model[1].weight.copy_(v[:8]); self.model[5].weight.copy_(v[8:])
+
+def test_the_draw_is_at_the_first_epoch_at_which_the_window_is_below():
+    "Distances 2k/20 by hand: .2, .1, .1, 0, … with eps .15 and a window of 3 settle after the fourth distance."
+    learn = learner(normed(), get_dls('digits', bs=64), lr=.01, seed=0); learn.add_cb(Gammas([0, 2, 1, 1, 0]))
+    res = prune(learn, 'earlybird', .5, window=3, eps=.15, lam=0., fine_tune_epochs=0, latency=False)
+    assert [r['distance'] for r in res.found.curve] == [None, .2, .1, .1, 0.] and res.found.meta['drawn'] == 5
+    assert res.found.status == 'optimal' and len(learn.history) == 5
+    best = learn.gammas.order_.argsort()[10:]; kept = torch.zeros(20).bool(); kept[best] = True
+    assert torch.equal(torch.cat([res.mask['0'], res.mask['4']]), kept) and res.mask['9'].all()
+
+def test_an_early_bird_is_trained_and_stays_where_it_is():
+    learn, res = bird(epochs=2, fine_tune_epochs=1)
+    assert res.found.status == 'budget' and res.found.meta['drawn'] is None and len(learn.history) == 3
+    assert (learn.model[0].weight[~res.mask['0']] == 0).all() and (learn.model[1].bias[~res.mask['0']] == 0).all()
+    assert int(res.mask['0'].sum())+int(res.mask['4'].sum()) == 10 and methods()['earlybird'].trains
+
+class Break(Callback):
+    "An interruption in the second epoch of the search."
+    def after_batch(self):
+        for cb in self.learn.cbs:
+            if self.training and isinstance(cb, _Drawing) and cb.last is not None and self.iter == 1:
+                raise KeyboardInterrupt
+
+def test_an_early_bird_is_taken_up_bit_for_bit(tmp_path):
+    def run(folder, *cbs):
+        learn = learner(normed(), get_dls('digits', bs=64), lr=.1, seed=0); learn.add_cbs(cbs)
+        return prune(learn, 'earlybird', .5, epochs=3, fine_tune_epochs=1, latency=False, folder=tmp_path/folder)
+    whole = run('a')
+    with pytest.raises(KeyboardInterrupt): run('b', Break())
+    assert (tmp_path/'b/search.safetensors').exists()
+    again = run('b'); assert whole.found.curve == again.found.curve
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k,v in whole.model.state_dict().items())
+
+def test_bad_calls_of_earlybird():
+    for kw,said in ((dict(window=0), 'window=0'), (dict(eps=10), 'eps=10'), (dict(epochs=0), 'epochs=0'),
+                    (dict(unit='weight'), "unit='weight'"), (dict(search_args=dict(lrr=1)), 'search_args')):
+        with pytest.raises(ValueError, match=said): bird(**kw)
+    with pytest.raises(ValueError, match='batch norm'):
+        prune(learner(nn.Sequential(nn.Flatten(), *mlp(64, 20, 10)), get_dls('digits', bs=64)), 'earlybird', .5)

@@ -307,7 +307,7 @@ class Stop(Exception): pass
 
 @pytest.mark.parametrize('name,epoch', [('edropout', 0), ('edropout', 2), ('ising', 1), ('edropout', 'end')])
 def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epoch, monkeypatch):
-    import neuronprune.energy_methods as M
+    import neuronprune.energy_methods as E, neuronprune.search_training as M
     def run(folder):
         return prune(start('adam', lr=.01), name, .5, epochs=3, fine_tune_epochs=1, latency=False,
                      folder=tmp_path/folder)
@@ -317,7 +317,7 @@ def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epoch, monkeypatch):
             kw['cbs'] = [*kw['cbs'], Break('after_step', KeyboardInterrupt, 2)]
         return real(learn, *a, **kw)
     with monkeypatch.context() as m:
-        if epoch == 'end': m.setattr(M, 'recalibrate', lambda learn: (_ for _ in ()).throw(KeyboardInterrupt()))
+        if epoch == 'end': m.setattr(E, 'recalibrate', lambda learn: (_ for _ in ()).throw(KeyboardInterrupt()))
         else: m.setattr(M, 'fit', broken)
         with pytest.raises(KeyboardInterrupt): run('b')
     again = run('b')
@@ -326,7 +326,7 @@ def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epoch, monkeypatch):
     assert [{k:v for k,v in r.items() if k != 'secs'} for r in whole.history] == again.history
 
 def test_an_interruption_without_a_folder_keeps_the_best(monkeypatch):
-    import neuronprune.energy_methods as M
+    import neuronprune.search_training as M
     real = M.fit
     monkeypatch.setattr(M, 'fit', lambda l, *a, **kw: real(
         l, *a, **{**kw, 'cbs': [*kw['cbs'], Break('after_step', KeyboardInterrupt, 2)]}))
