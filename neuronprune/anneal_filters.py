@@ -13,6 +13,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from .core import *
+from .graph import trace
 from .masks import *
 
 # %% ../nbs/15b_anneal_filters.ipynb #leaves
@@ -48,15 +49,9 @@ class _Stage:
         w, self.b = (check_finite(f"model: {k} of {name!r}", o) for k,o in (('weight', w), ('bias', F.pad(b, (0, 1)))))
         self.n,self.n_in = w.shape[:2]
         self.w = F.pad(w, (0, 0, 0, 0, 0, 1, 0, 1)).permute(0, 2, 3, 1).contiguous()
-        self.geometry = () if self.whole else (m.stride, m.padding, m.dilation)
+        self.toom,self.geometry = None,() if self.whole else (m.stride, m.padding, m.dilation)
+        if not self.whole: self.pad,self.unit = tuple(m._reversed_padding_repeated_twice),{*m.stride, *m.dilation} == {1}
 
-    def take(self, out, inp):
-        "Weights [o, i, kh, kw] of the filters `out` on the channels `inp`."
-        return self.w.index_select(0, out).index_select(3, inp).permute(0, 3, 1, 2)
-    def conv(self, x, w, b=None):
-        "What the layer would give with weights `w`: [n, o, h, w]."
-        if self.whole: return F.linear(_rows(x), _rows(w), b)[..., None, None]
-        return F.conv2d(x, w, b, *self.geometry)
     def act(self, z, ids):
         "What follows the layer, on its filters `ids`."
         for f in self.post: z = f(z, ids)
@@ -65,6 +60,67 @@ class _Stage:
         "(z, a) of the filters `out` on the maps `x` of the channels `inp`."
         z = self.conv(x, self.take(out, inp), self.b.index_select(0, out))
         return z, self.act(z, out)
+
+# %% ../nbs/15b_anneal_filters.ipynb #few
+def _few_in(s, x, w):
+    "`s.conv(x, w)` where `x` has few channels."
+    (kh, kw), (sh, sw), (dh, dw) = w.shape[2:], *s.geometry[::2]
+    x = F.pad(x, s.pad).permute(1, 0, 2, 3).contiguous()
+    i, n, h, v = x.shape; a, b, c, d = x.stride(); h, v = (h-dh*(kh-1)-1)//sh+1, (v-dw*(kw-1)-1)//sw+1
+    rows = x.as_strided((i, kh, kw, n, h, v), (a, dh*c, dw*d, b, sh*c, sw*d)).reshape(i*kh*kw, -1)
+    return (rows.t() @ w.reshape(len(w), -1).t()).view(n, h, v, -1).permute(0, 3, 1, 2)
+
+# %% ../nbs/15b_anneal_filters.ipynb #taps
+def _few_out(s, x, w, b):
+    "`s.conv(x, w, b)` where `w` has few filters, for stride 1."
+    o, i, kh, kw = w.shape; n, _, h, v = x.shape
+    taps = w.permute(2, 3, 0, 1).reshape(-1, i) @ x.permute(0, 2, 3, 1).reshape(-1, i).t()
+    taps = F.pad(taps.view(kh, kw, o, n, h, v), s.pad)
+    h, v = taps.shape[4]-kh+1, taps.shape[5]-kw+1
+    z = b[:,None,None,None] + taps[0, 0, ..., :h, :v]
+    for p in range(1, kh*kw): r,c = divmod(p, kw); z += taps[r, c, ..., r:r+h, c:c+v]
+    return z.permute(1, 2, 3, 0).contiguous().permute(0, 3, 1, 2)
+
+# %% ../nbs/15b_anneal_filters.ipynb #toom
+_POINTS = (0, .5**.5, -.5**.5, 2**.5, -2**.5)
+
+def _toom(h, w, like, points=_POINTS):
+    "The three matrices, for maps of `h` x `w` outputs, of 3x3 filters: outputs, weights, inputs."
+    def one(m):
+        p = np.array(points[:m+1] if m > 2 else (0, 1, -1)[:m+1])
+        V = lambda k: np.vstack([p[:,None]**np.arange(k), np.eye(k)[-1:]])
+        return V(m).T, V(3), np.linalg.inv(V(m+2)).T
+    return [torch.from_numpy(np.kron(a, b)).to(like) for a,b in zip(one(h), one(w))]
+
+# %% ../nbs/15b_anneal_filters.ipynb #tile
+_WIDE = 32
+
+def _values(s, w):
+    "Weights [o, i, 3, 3] as their values [t*t, i, o]."
+    return (s.toom[1] @ w.permute(2, 3, 1, 0).reshape(9, -1)).view(-1, w.shape[1], w.shape[0])
+
+def _tile(s, x, w, b):
+    "`s.conv` from the values of the weights, for a map that is one tile."
+    A, _, B = s.toom; n, i, o = len(x), *w.shape[1:]
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, *s.pad)).reshape(n, -1, i)
+    z = torch.matmul(A, torch.bmm(torch.matmul(B, x).transpose(0, 1), w).transpose(0, 1))
+    return (z if b is None else z+b).view(n, *s.tile, o).permute(0, 3, 1, 2)
+
+# %% ../nbs/15b_anneal_filters.ipynb #ways
+@patch
+def take(self:_Stage, out, inp):
+    "Weights [o, i, kh, kw] of the filters `out` on the channels `inp`, or their values on a small map."
+    w = self.w.index_select(0, out).index_select(3, inp).permute(0, 3, 1, 2)
+    return _values(self, w) if self.toom and min(len(out), len(inp)) >= _WIDE else w
+
+@patch
+def conv(self:_Stage, x, w, b=None):
+    "What the layer gives for the maps `x` with weights `w`: [n, o, h, w]."
+    if self.whole: return F.linear(_rows(x), _rows(w), b)[..., None, None]
+    if w.ndim == 3: return _tile(self, x, w, b)
+    if w.shape[1] <= 4 and b is None: return _few_in(self, x, w)
+    if w.shape[0] <= 4 and b is not None and self.unit: return _few_out(self, x, w, b)
+    return F.conv2d(x, w, b, *self.geometry)
 
 # %% ../nbs/15b_anneal_filters.ipynb #norm
 def _norm(s, name, m):
@@ -117,6 +173,7 @@ def _through(s, x):
     "All of stage `s` on the maps `x`; notes the pixels of its maps."
     z, a = s(x, *(torch.arange(n, device=x.device) for n in (s.n, s.n_in)))
     s.z_size,s.a_size = z[0,0].numel(),a[0,0].numel()
+    if not s.whole and s.unit and s.w.shape[1:3] == (3, 3) and max(z.shape[2:]) <= 4: s.tile,s.toom = z.shape[2:],_toom(*z.shape[2:], z)
     return a
 
 @torch.no_grad()
@@ -138,16 +195,23 @@ def _stages(model, xb):
     return stages
 
 # %% ../nbs/15b_anneal_filters.ipynb #units
+def _every(model, xb):
+    "`Scores` of zeros for all channels that can go."
+    graph = trace(model, xb)
+    if not graph.removable: raise ValueError("model: it has no channels that could go; expected a hidden layer")
+    return Scores({k:torch.zeros(graph.layers[k]['n_out']) for k in graph.removable}, 'channel', graph=graph)
+
 def _parts(stages, candidates):
     "Layer -> slice of the flat mask."
     widths, res, start = {s.name:s.n for s in stages[:-1]}, {}, 0
-    if candidates is not None and check_type('candidates', candidates, Units).unit != 'channel':
+    if check_type('candidates', candidates, Units).unit != 'channel':
         raise ValueError(f"candidates: unit={candidates.unit!r}; expected 'channel', a filter or neuron each")
-    for k,n in (widths if candidates is None else {k:len(v) for k,v in candidates.items()}).items():
-        if k not in widths: raise ValueError(f"candidates: {k!r} has no filters to switch; expected layers of {', '.join(widths)}")
-        if n != widths[k]: raise ValueError(f"candidates[{k!r}]: {n} channels, the layer has {widths[k]}; expected as many")
-        res[k] = slice(start, start+n); start += n
-    if not res: raise ValueError("model: one layer alone has nothing to switch; expected a hidden layer")
+    for k,v in candidates.items():
+        if k not in widths:
+            raise ValueError(f"candidates: {k!r} has no filters to switch; expected layers of {', '.join(widths)}")
+        if len(v) != widths[k]:
+            raise ValueError(f"candidates[{k!r}]: {len(v)} channels, the layer has {widths[k]}; expected as many")
+        res[k] = slice(start, start+len(v)); start += len(v)
     return res
 
 # %% ../nbs/15b_anneal_filters.ipynb #points
@@ -167,7 +231,7 @@ class FilterEvaluator:
                  model:nn.Module,    # a chain; not changed, its weights are copied
                  xb:torch.Tensor,    # images [n, c, h, w], or rows [n, d]
                  yb:torch.Tensor,    # classes [n]
-                 candidates=None,    # `Scores` or `Mask` of channels: keys and order of the units, None = all
+                 candidates=None,    # `Scores` or `Mask` of channels: keys and order of the units, None = all that can go
                  *, objective:str='accuracy', # or 'ce', minus the cross-entropy
                  chunk:int=None,     # images computed at a time, None = as many as suit the processor
                  refresh:int=500     # commits after which the maps are computed from scratch
@@ -177,6 +241,7 @@ class FilterEvaluator:
         self.refresh, dev = check_int('refresh', refresh, 1), next(model.parameters()).device
         xb, yb = xb.to(dev), yb.to(dev)
         with digesting(xb): self.stages = _stages(model, xb)
+        if candidates is None: candidates = _every(model, xb)
         check_batch(xb, yb, self.stages[-1].n)
         self.candidates,self.parts = candidates,_parts(self.stages, candidates)
         self.names,self.groups = list(self.parts),list(self.parts.values())
@@ -218,7 +283,7 @@ def to_mask(self:FilterEvaluator, mask:np.ndarray # bool [n], True = kept
     "The channel `Mask` of a flat one."
     mask = self._checked(mask)
     return Mask({k:torch.from_numpy(mask[o]) for k,o in self.parts.items()}, 'channel',
-                graph=getattr(self.candidates, 'graph', None))
+                graph=self.candidates.graph)
 
 @patch
 @public
