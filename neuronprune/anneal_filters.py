@@ -43,7 +43,7 @@ def _beside(a, b):
 class _Stage:
     "A layer and what follows it; its last filter and input channel, numbers `n` and `n_in`, are zeros."
     def __init__(self, name, m, shape):
-        self.name,self.whole,self.post = name,isinstance(m, nn.Linear),[]
+        self.name,self.whole,self.post,self.linear = name,isinstance(m, nn.Linear),[],True
         w = m.weight.detach().reshape(-1, *shape) if self.whole else m.weight.detach()
         b = torch.zeros_like(w[:,0,0,0]) if m.bias is None else m.bias.detach()
         w, self.b = (check_finite(f"model: {k} of {name!r}", o) for k,o in (('weight', w), ('bias', F.pad(b, (0, 1)))))
@@ -131,7 +131,9 @@ def _norm(s, name, m):
     shift = m.bias.detach().double() - m.running_mean.double()*scale
     scale,shift = (check_finite(f"model: parameters of {name!r}", F.pad(o, (0, 1)).to(s.b)) for o in (scale, shift))
     wide = lambda o, ids: o.index_select(0, ids)[:,None,None]
-    if s.post: s.post.append(lambda x, ids: torch.addcmul(wide(shift, ids), x, wide(scale, ids)))
+    if s.post and (not s.linear or shift.any() or (scale[:-1] <= 0).any()):
+        s.linear = False
+        s.post.append(lambda x, ids: torch.addcmul(wide(shift, ids), x, wide(scale, ids)))
     else: s.w,s.b = s.w*scale[:,None,None,None],s.b*scale+shift
 
 # %% ../nbs/15b_anneal_filters.ipynb #add
@@ -146,6 +148,7 @@ def _follow(s, name, m, flat):
     if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d): return _norm(s, name, m)
     pool = type(m) in _POOLS and not flat and not getattr(m, 'return_indices', False)
     if not (pool or type(m) in _QUIET): _refuse(name, m, "which is not taken here")
+    s.linear &= pool or type(m) in (nn.ReLU, nn.LeakyReLU) # f(sx) = s f(x) for s > 0
     m = copied(m).eval(); m.inplace = False # the maps before it are kept
     s.post.append(lambda x, ids: m(x))
 
@@ -202,8 +205,9 @@ def _every(model, xb):
     return Scores({k:torch.zeros(graph.layers[k]['n_out']) for k in graph.removable}, 'channel', graph=graph)
 
 def _parts(stages, candidates):
-    "Layer -> slice of the flat mask."
-    widths, res, start = {s.name:s.n for s in stages[:-1]}, {}, 0
+    "(layer -> slice of the flat mask, layer -> filter of every entry)."
+    widths, parts, units, start = {s.name:s.n for s in stages[:-1]}, {}, {}, 0
+    gone = getattr(candidates, 'gone', None) or {}
     if check_type('candidates', candidates, Units).unit != 'channel':
         raise ValueError(f"candidates: unit={candidates.unit!r}; expected 'channel', a filter or neuron each")
     for k,v in candidates.items():
@@ -211,14 +215,15 @@ def _parts(stages, candidates):
             raise ValueError(f"candidates: {k!r} has no filters to switch; expected layers of {', '.join(widths)}")
         if len(v) != widths[k]:
             raise ValueError(f"candidates[{k!r}]: {len(v)} channels, the layer has {widths[k]}; expected as many")
-        res[k] = slice(start, start+len(v)); start += len(v)
-    return res
+        units[k] = np.flatnonzero(~gone[k].numpy()) if k in gone else np.arange(len(v))
+        parts[k] = slice(start, start+len(units[k])); start += len(units[k])
+    if not start: raise ValueError("candidates: all of them have gone before; expected at least one that is left")
+    return parts, units
 
 # %% ../nbs/15b_anneal_filters.ipynb #points
 def _points(logits, y, objective):
     "Sum over images: right answers, or minus the losses; NaN counts as wrong, or as an infinite loss."
     bad = logits.isnan().any(1)
-    if bad.any(): warnings.warn(f"{int(bad.sum())} of {len(y)} images have NaN logits, they count as wrong")
     if objective == 'accuracy': return int(((logits.argmax(1) == y) & ~bad).sum())
     return -F.cross_entropy(logits.double(), y, reduction='none').masked_fill(bad, math.inf).sum().item()
 
@@ -243,15 +248,15 @@ class FilterEvaluator:
         with digesting(xb): self.stages = _stages(model, xb)
         if candidates is None: candidates = _every(model, xb)
         check_batch(xb, yb, self.stages[-1].n)
-        self.candidates,self.parts = candidates,_parts(self.stages, candidates)
-        self.names,self.groups = list(self.parts),list(self.parts.values())
-        self.n = self.groups[-1].stop
+        self.candidates,(self.parts,self.units) = candidates,_parts(self.stages, candidates)
+        self.names = [k for k,o in self.parts.items() if o.start < o.stop]
+        self.groups = [self.parts[k] for k in self.names]; self.n = self.groups[-1].stop
         self._store(xb, yb.long(), chunk)
     def __repr__(self):
-        return f"FilterEvaluator({self.n:,} filters in {len(self.parts)} layers, {self.n_images:,} images, {self.objective})"
+        return f"FilterEvaluator({self.n:,} filters in {len(self.names)} layers, {self.n_images:,} images, {self.objective})"
 
 # %% ../nbs/15b_anneal_filters.ipynb #store
-_FIT = 2**21
+_FIT = 2_800_000
 
 @patch
 @torch.no_grad()
@@ -262,10 +267,10 @@ def _store(self:FilterEvaluator, xb, yb, chunk):
     check_room(f"xb: the maps of {len(yb)} images", each*len(yb))
     chunk = max(1, _FIT//most) if chunk is None else check_int('chunk', chunk, 1)
     every, inp = (torch.arange(n, device=yb.device) for n in (s.n+1, s.n_in))
-    self.n_images,self.chunk,self.bytes = len(yb),min(len(yb), chunk),each*len(yb)
+    self.n_images,self.quantum,self.chunk,self.bytes = len(yb),1/len(yb),min(len(yb), chunk),each*len(yb)
     self.chunks = [SimpleNamespace(y=y, table=s(_maps(x), every, inp)[1], z=[], a=[])
                    for x,y in zip(xb.split(chunk), yb.split(chunk))]
-    self.mask,self._pending,self.commits = None,None,0
+    self.mask,self._pending,self.commits,self._warned = None,None,0,False
 
 # %% ../nbs/15b_anneal_filters.ipynb #masks
 @patch
@@ -282,8 +287,9 @@ def to_mask(self:FilterEvaluator, mask:np.ndarray # bool [n], True = kept
            )->Mask:
     "The channel `Mask` of a flat one."
     mask = self._checked(mask)
-    return Mask({k:torch.from_numpy(mask[o]) for k,o in self.parts.items()}, 'channel',
-                graph=self.candidates.graph)
+    keep = {k:torch.zeros(len(v), dtype=torch.bool) for k,v in self.candidates.items()}
+    for k,o in self.parts.items(): keep[k][self.units[k]] = torch.from_numpy(mask[o])
+    return Mask(keep, 'channel', graph=self.candidates.graph)
 
 @patch
 @public
@@ -294,14 +300,14 @@ def from_mask(self:FilterEvaluator, mask:Mask # of channels of the same network
     res = np.ones(self.n, dtype=bool)
     for k,v in mask.items():
         if k not in self.parts: raise ValueError(f"mask: {k!r} is no layer of the candidates; expected {', '.join(self.parts)}")
-        res[self.parts[k]] = v
+        res[self.parts[k]] = v.numpy()[self.units[k]]
     return res
 
 # %% ../nbs/15b_anneal_filters.ipynb #scratch
 @patch
 def _ids(self:FilterEvaluator, mask):
     "Stage by stage the filters that are on [places], at least one place; the last stage has all."
-    on = lambda s: np.flatnonzero(mask[self.parts[s.name]]) if s.name in self.parts else np.arange(s.n)
+    on = lambda s: self.units[s.name][mask[self.parts[s.name]]] if s.name in self.parts else np.arange(s.n)
     return [o if len(o) else np.array([s.n]) for s,o in ((s, on(s)) for s in self.stages)]
 
 def _roomy(ids, more, n):
@@ -323,12 +329,20 @@ def _compact(self:FilterEvaluator, c, ids):
 
 # %% ../nbs/15b_anneal_filters.ipynb #score
 @patch
+def _count(self:FilterEvaluator, c, logits):
+    "What chunk `c` adds to the score for its logits [n, n_out, 1, 1]; warns of the first NaN."
+    logits = logits.flatten(1)
+    if not self._warned and logits.isnan().any():
+        self._warned = True; warnings.warn("model: some logits are NaN under this mask; these images count as wrong")
+    return _points(logits, c.y, self.objective)
+
+@patch
 @public
 def score(self:FilterEvaluator, mask:np.ndarray # bool [n]
          )->float:
     "Accuracy in [0, 1], or minus the mean cross-entropy, of the network with this mask; computed from scratch."
     ids = [self._to(o) for o in self._ids(self._checked(mask))]
-    return sum(_points(self._compact(c, ids)[1][-1].flatten(1), c.y, self.objective) for c in self.chunks)/self.n_images
+    return sum(self._count(c, self._compact(c, ids)[1][-1]) for c in self.chunks)/self.n_images
 
 @patch
 @public
@@ -348,7 +362,7 @@ def reset(self:FilterEvaluator, mask:np.ndarray # bool [n]
     for slots,o in zip(self.slots, self.ids): slots[o] = np.arange(len(o))
     ids = [self._to(o) for o in self.ids]
     for c in self.chunks: c.z,c.a = self._compact(c, ids)
-    return sum(_points(c.a[-1].flatten(1), c.y, self.objective) for c in self.chunks)/self.n_images
+    return sum(self._count(c, c.a[-1]) for c in self.chunks)/self.n_images
 
 # %% ../nbs/15b_anneal_filters.ipynb #change
 @dataclass
@@ -387,7 +401,7 @@ def _changes(self:FilterEvaluator, off, on):
     "Stage -> `_Change` of a proposal."
     res, where = {}, {s.name:l for l,s in enumerate(self.stages)}
     for k,o in self.parts.items():
-        inside = [v[(v >= o.start) & (v < o.stop)]-o.start for v in (off, on)]
+        inside = [self.units[k][v[(v >= o.start) & (v < o.stop)]-o.start] for v in (off, on)]
         if any(map(len, inside)): res[where[k]] = self._change(where[k], *inside)
     return res
 
@@ -477,9 +491,9 @@ def propose(self:FilterEvaluator, off, # int [h], filters that are kept and go
     plan, total, left, kept = _Plan(self, off, on), 0, self.n_images, []
     for c in self.chunks:
         new = self._neighbour(c, plan); kept.append(new)
-        logits = (new[len(self.stages)-1][2] if new else c.a[-1]).flatten(1)
+        logits = new[len(self.stages)-1][2] if new else c.a[-1]
         if not logits.isfinite().all(): return self._again(off, on)
-        total += _points(logits, c.y, self.objective); left -= len(c.y)
+        total += self._count(c, logits); left -= len(c.y)
         best = (total+left*(self.objective == 'accuracy'))/self.n_images
         if best < threshold and left: return best
     self._pending = off, on, plan, kept
@@ -512,3 +526,52 @@ def commit(self:FilterEvaluator):
     self.commits += 1
     wasted = any((o == s.n).sum() > 8+len(o)//4 for s,o in zip(self.stages, self.ids))
     if wasted or self.commits >= self.refresh: self.reset(self.mask)
+
+# %% ../nbs/15b_anneal_filters.ipynb #work
+@patch
+def _products(self:FilterEvaluator, plan):
+    "(what a stage does: 'nothing', 'few' or 'all', in and out channels multiplied) for every stage."
+    kept, seen, res = [int((o != s.n).sum()) for s,o in zip(self.stages, self.ids)], 'nothing', []
+    for l,s in enumerate(self.stages):
+        c, last = plan.changes.get(l), plan.changes.get(l-1)
+        came, inp = len(c.on) if c else 0, kept[l-1] if l else 0
+        out = kept[l] + (came-len(c.off) if c else 0)
+        pairs = dict(nothing=came*inp, all=(inp+(len(last.on)-len(last.off) if last else 0))*out)
+        pairs['few'] = came*inp + ((len(last.off)+len(last.on))*out if last else 0)
+        n = pairs[seen]
+        if seen != 'nothing' or c: seen = 'all' if seen != 'nothing' or c.many else 'few'
+        res.append((seen, n))
+    return res
+
+@patch
+@public
+def work(self:FilterEvaluator, off:np.ndarray, # int [h], filters that go
+         on:np.ndarray                         # int [h], filters that come
+        ):
+    "pandas `DataFrame`, a row per layer: thousands of products per image, and how much of its maps a swap changes."
+    import pandas as pd
+    kept, rows = [int((o != s.n).sum()) for s,o in zip(self.stages, self.ids)], []
+    for l,(s,(seen,n)) in enumerate(zip(self.stages, self._products(_Plan(self, *self._indices(off, on))))):
+        each, inp = s.w[0,:,:,0].numel()*s.z_size/1e3, kept[l-1] if l else s.n_in
+        rows.append(dict(layer=s.name, dense=each*s.n*s.n_in, compact=each*kept[l]*inp, swap=each*n, changes=seen))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/15b_anneal_filters.ipynb #sensitivity
+@patch
+@public
+def sensitivity(self:FilterEvaluator): # float64 [n]
+    "Slope of the mean cross-entropy in a factor on each filter's maps, at the current mask; removed filters too."
+    if self.mask is None: raise ValueError("sensitivity: there is no current mask; expected reset(mask) first")
+    every, total = [self._to(np.arange(s.n)) for s in self.stages], 0
+    gates = [torch.ones_like(s.b[:-1]) for s in self.stages[:-1]]
+    for s,g,on in zip(self.stages, gates, self._ids(self.mask)):
+        if s.name in self.parts: g.zero_()[on[on < s.n]] = 1
+    wanted = {s.name:g.requires_grad_() for s,g in zip(self.stages, gates)}
+    for c in self.chunks:
+        x = c.table[:, :-1]*gates[0][:,None,None]
+        for s,i,o,g in zip(self.stages[1:], every, every[1:], [*gates[1:], None]):
+            x = s(x, o, i)[1]; x = x if g is None else x*g[:,None,None]
+        loss = F.cross_entropy(x.flatten(1), c.y, reduction='sum')/self.n_images
+        grads = torch.autograd.grad(loss, [wanted[k] for k in self.names])
+        total = total + np.concatenate([g.double().cpu().numpy()[self.units[k]] for g,k in zip(grads, self.names)])
+    return total
