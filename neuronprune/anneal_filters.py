@@ -50,7 +50,8 @@ class _Stage:
         self.n,self.n_in = w.shape[:2]
         self.w = F.pad(w, (0, 0, 0, 0, 0, 1, 0, 1)).permute(0, 2, 3, 1).contiguous()
         self.toom,self.geometry = None,() if self.whole else (m.stride, m.padding, m.dilation)
-        if not self.whole: self.pad,self.unit = tuple(m._reversed_padding_repeated_twice),{*m.stride, *m.dilation} == {1}
+        if self.whole: return
+        self.pad,self.unit = tuple(m._reversed_padding_repeated_twice),{*m.stride, *m.dilation} == {1}
 
     def act(self, z, ids):
         "What follows the layer, on its filters `ids`."
@@ -126,7 +127,7 @@ def conv(self:_Stage, x, w, b=None):
 def _norm(s, name, m):
     "Batch norm in evaluation mode, into the weights of stage `s` or behind what follows them."
     if m.running_mean is None: _refuse(name, m, "without statistics of its own")
-    if m.weight is None: _refuse(name, m, "without a scale and a shift, so that a filter that is off would not be silent")
+    if m.weight is None: _refuse(name, m, "without a scale and a shift: a filter that is off would speak")
     scale = m.weight.detach().double()/(m.running_var.double()+m.eps).sqrt()
     shift = m.bias.detach().double() - m.running_mean.double()*scale
     scale,shift = (check_finite(f"model: parameters of {name!r}", F.pad(o, (0, 1)).to(s.b)) for o in (scale, shift))
@@ -150,7 +151,7 @@ def _follow(s, name, m, flat):
     if not (pool or type(m) in _QUIET): _refuse(name, m, "which is not taken here")
     s.linear &= pool or type(m) in (nn.ReLU, nn.LeakyReLU) # f(sx) = s f(x) for s > 0
     m = copied(m).eval(); m.inplace = False # the maps before it are kept
-    s.post.append(lambda x, ids: m(x))
+    s.post.append(lambda x, ids: m.forward(x)) # without hooks
 
 # %% ../nbs/15b_anneal_filters.ipynb #layer
 def _layer(name, m, shape, flat):
@@ -167,7 +168,7 @@ def _layer(name, m, shape, flat):
         raise ValueError(f"model: {name!r} reads {m.in_channels} channels, {shape[0]} arrive; expected as many")
     return _Stage(name, m, tuple(shape))
 
-# %% ../nbs/15b_anneal_filters.ipynb #stages
+# %% ../nbs/15b_anneal_filters.ipynb #through
 def _maps(x):
     "Inputs as maps [n, c, h, w], channels innermost."
     return (x if x.ndim == 4 else x.flatten(1)[..., None, None]).contiguous(memory_format=torch.channels_last)
@@ -176,9 +177,11 @@ def _through(s, x):
     "All of stage `s` on the maps `x`; notes the pixels of its maps."
     z, a = s(x, *(torch.arange(n, device=x.device) for n in (s.n, s.n_in)))
     s.z_size,s.a_size = z[0,0].numel(),a[0,0].numel()
-    if not s.whole and s.unit and s.w.shape[1:3] == (3, 3) and max(z.shape[2:]) <= 4: s.tile,s.toom = z.shape[2:],_toom(*z.shape[2:], z)
+    small = not s.whole and s.unit and s.w.shape[1:3] == (3, 3) and max(z.shape[2:]) <= 4
+    if small: s.tile,s.toom = z.shape[2:],_toom(*z.shape[2:], z)
     return a
 
+# %% ../nbs/15b_anneal_filters.ipynb #stages
 @torch.no_grad()
 def _stages(model, xb):
     "The stages of `model`, which reads the batch `xb`."
@@ -193,7 +196,8 @@ def _stages(model, xb):
     if not stages or not flat: _refuse('', model, "whose output is no row of numbers per image")
     x = _through(stages[-1], x).flatten(1)
     with as_found(model, train=False): y = model(xb[:2])
-    if y.shape != x.shape or not torch.allclose(x, y, 1e-4, 1e-4*(1+y.abs().max().item()), equal_nan=True):
+    same = lambda a, b: torch.allclose(a, b, 1e-4, 1e-4*(1+b.abs().sum().item()/max(1, b.numel())))
+    if y.shape != x.shape or not same(*(o[x.isfinite() & y.isfinite()] for o in (x, y))):
         _refuse('', model, "whose output is not that of its modules in a row")
     return stages
 
@@ -236,7 +240,7 @@ class FilterEvaluator:
                  model:nn.Module,    # a chain; not changed, its weights are copied
                  xb:torch.Tensor,    # images [n, c, h, w], or rows [n, d]
                  yb:torch.Tensor,    # classes [n]
-                 candidates=None,    # `Scores` or `Mask` of channels: keys and order of the units, None = all that can go
+                 candidates=None,    # `Scores` of channels: keys and order of the units, None = all that can go
                  *, objective:str='accuracy', # or 'ce', minus the cross-entropy
                  chunk:int=None,     # images computed at a time, None = as many as suit the processor
                  refresh:int=500     # commits after which the maps are computed from scratch
@@ -253,7 +257,8 @@ class FilterEvaluator:
         self.groups = [self.parts[k] for k in self.names]; self.n = self.groups[-1].stop
         self._store(xb, yb.long(), chunk)
     def __repr__(self):
-        return f"FilterEvaluator({self.n:,} filters in {len(self.names)} layers, {self.n_images:,} images, {self.objective})"
+        return (f"FilterEvaluator({self.n:,} filters in {len(self.names)} layers, {self.n_images:,} images, "
+                f"{self.objective})")
 
 # %% ../nbs/15b_anneal_filters.ipynb #store
 _FIT = 2_800_000
@@ -291,6 +296,7 @@ def to_mask(self:FilterEvaluator, mask:np.ndarray # bool [n], True = kept
     for k,o in self.parts.items(): keep[k][self.units[k]] = torch.from_numpy(mask[o])
     return Mask(keep, 'channel', graph=self.candidates.graph)
 
+# %% ../nbs/15b_anneal_filters.ipynb #from-mask
 @patch
 @public
 def from_mask(self:FilterEvaluator, mask:Mask # of channels of the same network
@@ -299,7 +305,8 @@ def from_mask(self:FilterEvaluator, mask:Mask # of channels of the same network
     if mask.unit != 'channel': raise ValueError(f"mask: unit={mask.unit!r}; expected a mask of unit 'channel'")
     res = np.ones(self.n, dtype=bool)
     for k,v in mask.items():
-        if k not in self.parts: raise ValueError(f"mask: {k!r} is no layer of the candidates; expected {', '.join(self.parts)}")
+        if k not in self.parts:
+            raise ValueError(f"mask: {k!r} is no layer of the candidates; expected {', '.join(self.parts)}")
         res[self.parts[k]] = v.numpy()[self.units[k]]
     return res
 
@@ -315,8 +322,10 @@ def _roomy(ids, more, n):
     return np.concatenate([ids, np.full(min(more, n-len(ids)), n)])
 
 @patch
-def _to(self:FilterEvaluator, ids): "An index array on the device."; return torch.from_numpy(ids).to(self.chunks[0].y.device)
+def _to(self:FilterEvaluator, ids):
+    "An index array on the device."; return torch.from_numpy(ids).to(self.chunks[0].y.device)
 
+# %% ../nbs/15b_anneal_filters.ipynb #compact
 @patch
 @torch.no_grad()
 def _compact(self:FilterEvaluator, c, ids):
@@ -351,6 +360,7 @@ def batch(self:FilterEvaluator, masks:np.ndarray # bool [B, n]
     "The scores of several masks."
     return np.array([self.score(m) for m in masks])
 
+# %% ../nbs/15b_anneal_filters.ipynb #reset
 @patch
 @public
 def reset(self:FilterEvaluator, mask:np.ndarray # bool [n]
@@ -480,6 +490,7 @@ def _indices(self:FilterEvaluator, off, on):
             raise ValueError(f"{name}: {o[:5]}; expected filters that are {what} now, each once")
     return off, on
 
+# %% ../nbs/15b_anneal_filters.ipynb #propose-code
 @patch
 @torch.no_grad()
 def propose(self:FilterEvaluator, off, # int [h], filters that are kept and go
@@ -512,7 +523,8 @@ def _again(self:FilterEvaluator, off, on):
 @torch.no_grad()
 def commit(self:FilterEvaluator):
     "Makes the last proposal the current state; `ValueError` if it was not scored in full."
-    if self._pending is None: raise ValueError("commit: no proposal that was scored in full; expected propose(off, on) first")
+    if self._pending is None:
+        raise ValueError("commit: no proposal that was scored in full; expected propose(off, on) first")
     (off, on, plan, kept), self._pending = self._pending, None
     if plan is None: self.reset(kept); return
     self.mask[off], self.mask[on] = False, True
@@ -543,6 +555,7 @@ def _products(self:FilterEvaluator, plan):
         res.append((seen, n))
     return res
 
+# %% ../nbs/15b_anneal_filters.ipynb #work-code
 @patch
 @public
 def work(self:FilterEvaluator, off:np.ndarray, # int [h], filters that go
