@@ -63,10 +63,14 @@ class _Stage:
         return z, self.act(z, out)
 
 # %% ../nbs/15b_anneal_filters.ipynb #few
+def _edged(x, pad):
+    "`x` with zeros around its maps; itself where there are none to add."
+    return F.pad(x, pad) if any(pad) else x
+
 def _few_in(s, x, w):
     "`s.conv(x, w)` where `x` has few channels."
     (kh, kw), (sh, sw), (dh, dw) = w.shape[2:], *s.geometry[::2]
-    x = F.pad(x, s.pad).permute(1, 0, 2, 3).contiguous()
+    x = _edged(x, s.pad).permute(1, 0, 2, 3).contiguous()
     i, n, h, v = x.shape; a, b, c, d = x.stride(); h, v = (h-dh*(kh-1)-1)//sh+1, (v-dw*(kw-1)-1)//sw+1
     rows = x.as_strided((i, kh, kw, n, h, v), (a, dh*c, dw*d, b, sh*c, sw*d)).reshape(i*kh*kw, -1)
     return (rows.t() @ w.reshape(len(w), -1).t()).view(n, h, v, -1).permute(0, 3, 1, 2)
@@ -76,7 +80,7 @@ def _few_out(s, x, w, b):
     "`s.conv(x, w, b)` where `w` has few filters, for stride 1."
     o, i, kh, kw = w.shape; n, _, h, v = x.shape
     taps = w.permute(2, 3, 0, 1).reshape(-1, i) @ x.permute(0, 2, 3, 1).reshape(-1, i).t()
-    taps = F.pad(taps.view(kh, kw, o, n, h, v), s.pad)
+    taps = _edged(taps.view(kh, kw, o, n, h, v), s.pad)
     h, v = taps.shape[4]-kh+1, taps.shape[5]-kw+1
     z = b[:,None,None,None] + taps[0, 0, ..., :h, :v]
     for p in range(1, kh*kw): r,c = divmod(p, kw); z += taps[r, c, ..., r:r+h, c:c+v]
@@ -103,7 +107,7 @@ def _values(s, w):
 def _tile(s, x, w, b):
     "`s.conv` from the values of the weights, for a map that is one tile."
     A, _, B = s.toom; n, i, o = len(x), *w.shape[1:]
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, *s.pad)).reshape(n, -1, i)
+    x = _edged(x.permute(0, 2, 3, 1), (0, 0, *s.pad)).reshape(n, -1, i)
     z = torch.matmul(A, torch.bmm(torch.matmul(B, x).transpose(0, 1), w).transpose(0, 1))
     return (z if b is None else z+b).view(n, *s.tile, o).permute(0, 3, 1, 2)
 
@@ -261,7 +265,7 @@ class FilterEvaluator:
                 f"{self.objective})")
 
 # %% ../nbs/15b_anneal_filters.ipynb #store
-_FIT = 2_800_000
+_FIT = 5_600_000
 
 @patch
 @torch.no_grad()
