@@ -4,7 +4,8 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 import neuronprune.core as core
-from neuronprune.anneal_filters import FilterEvaluator, _points, _stages
+from neuronprune.anneal_convs import _few_in, _few_out, _Stage, _stages
+from neuronprune.anneal_filters import FilterEvaluator, _points
 from neuronprune.applying import apply
 from neuronprune.core import UnsupportedLayerError, copied, generator, kappa
 from neuronprune.graph import trace
