@@ -379,3 +379,29 @@ def test_wrong_inputs(net, monkeypatch):
             with pytest.raises(err, match='mask: '): f(mask)
     monkeypatch.setattr(core, 'memory_size', lambda: 1e6)
     with pytest.raises(ValueError, match='xb: the maps of 48 images'): FilterEvaluator(model, x, y)
+
+# Thin convolutions
+
+@pytest.mark.filterwarnings('ignore:Using padding')
+@pytest.mark.parametrize('pad', [0, 1, 'same', 'valid', (2, 1)])
+@pytest.mark.parametrize('ks', [(3, 3), (2, 3), (4, 1)])
+@pytest.mark.parametrize('gap', [1, 2])
+def test_thin_convolutions(pad, ks, gap):
+    gen = generator(0); few = nn.Conv2d(2, 7, ks, padding=pad, dilation=gap); x = torch.randn(3, 2, 9, 8, generator=gen)
+    with torch.no_grad(): want = few(x)-few.bias[:,None,None]
+    assert torch.allclose(_few_in(_Stage('a', few, (2, 9, 8)), x, few.weight.detach()), want, atol=1e-5)
+    if gap > 1: return
+    thin = nn.Conv2d(7, 2, ks, padding=pad); x = torch.randn(3, 7, 9, 8, generator=gen); s = _Stage('b', thin, (7, 9, 8))
+    with torch.no_grad(): assert torch.allclose(_few_out(s, x, thin.weight, thin.bias), thin(x), atol=1e-5)
+
+def test_wide_swaps_on_small_maps():
+    "More filters at once than the thin ways take, and maps of 2 to 4 pixels, which have their own."
+    for size in (6, 5, 4):
+        with core.seed_everything(size): model = jolted(nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 80, 3), nn.BatchNorm2d(80), nn.ReLU(), nn.Flatten(), nn.Linear(80*(size-2)**2, 10))).eval()
+        x, y = images(9, 3, size, size); ev = FilterEvaluator(model, x, y, chunk=4)
+        assert ev.stages[1].toom is not None
+        ev.reset(half(ev, .4)); rng = np.random.default_rng(0)
+        for h in (5, 1, 9, 2):
+            ev.propose(*draw(rng, ev.mask, h)); ev.commit()
+            assert (logits(ev)-masked(model, keeps(ev, ev.mask), x)).abs().max() < 1e-5
