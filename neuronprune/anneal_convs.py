@@ -109,9 +109,14 @@ def _tile(s, x, w, b):
 
 # %% ../nbs/15b_anneal_convs.ipynb #ways
 @patch
+def plain(self:_Stage, out, inp):
+    "Weights [o, i, kh, kw] of the filters `out` on the channels `inp`."
+    return self.w.index_select(0, out).index_select(3, inp).permute(0, 3, 1, 2)
+
+@patch
 def take(self:_Stage, out, inp):
     "Weights [o, i, kh, kw] of the filters `out` on the channels `inp`, or their values on a small map."
-    w = self.w.index_select(0, out).index_select(3, inp).permute(0, 3, 1, 2)
+    w = self.plain(out, inp)
     return _values(self, w) if self.toom and min(len(out), len(inp)) >= _WIDE else w
 
 @patch
@@ -122,6 +127,14 @@ def conv(self:_Stage, x, w, b=None):
     if w.shape[1] <= 4 and b is None: return _few_in(self, x, w)
     if w.shape[0] <= 4 and b is not None and self.unit: return _few_out(self, x, w, b)
     return F.conv2d(x, w, b, *self.geometry)
+
+# %% ../nbs/15b_anneal_convs.ipynb #grouped
+@patch
+def grouped(self:_Stage, x, w, b):
+    "The layer on `x` [n, B*i, h, w] with weights [B, o, i, kh, kw] and biases [B, o], each on its own channels."
+    if not self.whole: return F.conv2d(x, w.flatten(0, 1), b.flatten(), *self.geometry, groups=len(w))
+    x = x.reshape(len(x), len(w), -1).transpose(0, 1)
+    return (torch.bmm(x, w.flatten(2).transpose(1, 2))+b[:,None]).transpose(0, 1).flatten(1)[..., None, None]
 
 # %% ../nbs/15b_anneal_convs.ipynb #norm
 def _norm(s, name, m):

@@ -169,12 +169,40 @@ def score(self:FilterEvaluator, mask:np.ndarray # bool [n]
     ids = [self._to(o) for o in self._ids(self._checked(mask))]
     return sum(self._count(c, self._compact(c, ids)[1][-1]) for c in self.chunks)/self.n_images
 
+# %% ../nbs/15b_anneal_filters.ipynb #together
+@patch
+@torch.no_grad()
+def _together(self:FilterEvaluator, c, masks):
+    "Logits [n, B, n_out] of chunk `c` under masks [B, n], all in one pass."
+    each = [self._ids(m) for m in masks]; B = len(each)
+    wide = lambda l, n: np.stack([_roomy(o[l], max(len(p[l]) for p in each)-len(o[l]), n) for o in each])
+    ids = [self._to(wide(l, s.n)) for l,s in enumerate(self.stages)]
+    x = _pick(c.table, ids[0].flatten())
+    for s,i,o in zip(self.stages[1:], ids, ids[1:]):
+        w = torch.stack([s.plain(*p) for p in zip(o, i)]); z = s.grouped(x, w, s.b[o])
+        x = s.act(z, o.flatten())
+    return x.view(len(x), B, -1)
+
+@patch
+def _batch(self:FilterEvaluator, masks):
+    "Scores [B] in one pass per chunk."
+    total = np.zeros(len(masks))
+    for c in self.chunks:
+        logits = self._together(c, masks)[..., None, None]
+        total += [self._count(c, logits[:, b]) for b in range(len(masks))]
+    return total/self.n_images
+
+# %% ../nbs/15b_anneal_filters.ipynb #batch
+_TOGETHER = 16
+
 @patch
 @public
 def batch(self:FilterEvaluator, masks:np.ndarray # bool [B, n]
          ): # float64 [B]
-    "The scores of several masks."
-    return np.array([self.score(m) for m in masks])
+    "The scores of several masks; on a graphics card sixteen at a time."
+    masks = [self._checked(m) for m in masks]
+    if self.chunks[0].y.device.type == 'cpu': return np.array([self.score(m) for m in masks])
+    return np.concatenate([self._batch(masks[i:i+_TOGETHER]) for i in range(0, len(masks), _TOGETHER)])
 
 # %% ../nbs/15b_anneal_filters.ipynb #reset
 @patch
@@ -198,7 +226,6 @@ class _Change:
     off: torch.Tensor   # those filters
     came: torch.Tensor  # places that get a filter
     on: torch.Tensor    # those filters
-    freed: torch.Tensor # places that are empty afterwards and were not before
     ids: np.ndarray     # filter of every place, afterwards
     many: bool          # so much that the stage behind is better computed as a whole
 
@@ -220,7 +247,7 @@ def _change(self:FilterEvaluator, l, off, on):
     free, ids = np.concatenate([left, empty]), self.ids[l].copy()
     ids[left] = n; ids[free[:len(on)]] = on
     many = 2*(len(off)+len(on)) >= len(ids)
-    return _Change(*map(self._to, (left, off, free[:len(on)], on, left[len(on):])), ids, many)
+    return _Change(*map(self._to, (left, off, free[:len(on)], on)), ids, many)
 
 @patch
 def _changes(self:FilterEvaluator, off, on):
@@ -251,7 +278,6 @@ class _Plan:
 def _written(x, c, cols):
     "`x` with the places of change `c` filled, in place."
     if len(c.came): x[:, c.came] = cols
-    if len(c.freed): x[:, c.freed] = 0
     return x
 
 # %% ../nbs/15b_anneal_filters.ipynb #stage-new

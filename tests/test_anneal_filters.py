@@ -405,3 +405,12 @@ def test_wide_swaps_on_small_maps():
         for h in (5, 1, 9, 2):
             ev.propose(*draw(rng, ev.mask, h)); ev.commit()
             assert (logits(ev)-masked(model, keeps(ev, ev.mask), x)).abs().max() < 1e-5
+
+def test_masks_in_one_pass(net):
+    "The way of graphics cards, on a processor: many masks as groups of one network, empty layers among them."
+    _, _, _, ev = net
+    masks = [half(ev, s, i) for i,s in enumerate((.5, .8, .1, .9, .3))] + [np.zeros(ev.n, dtype=bool)]
+    assert (ev._batch(masks) == [ev.score(m) for m in masks]).all() and (ev.batch(masks) == ev._batch(masks)).all()
+    small = mlp((40, 30), 1, 10, 8); x, y = images(30, 1, 8, 8); ev = FilterEvaluator(small, x, y, chunk=11)
+    masks = [half(ev, s, i) for i,s in enumerate((.5, .8, .1))]
+    assert (ev._batch(masks) == [ev.score(m) for m in masks]).all()
