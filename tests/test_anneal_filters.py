@@ -391,7 +391,7 @@ def test_thin_convolutions(pad, ks, gap):
     with torch.no_grad(): want = few(x)-few.bias[:,None,None]
     assert torch.allclose(_few_in(_Stage('a', few, (2, 9, 8)), x, few.weight.detach()), want, atol=1e-5)
     if gap > 1: return
-    thin = nn.Conv2d(7, 2, ks, padding=pad); x = torch.randn(3, 7, 9, 8, generator=gen); s = _Stage('b', thin, (7, 9, 8))
+    thin, x = nn.Conv2d(7, 2, ks, padding=pad), torch.randn(3, 7, 9, 8, generator=gen); s = _Stage('b', thin, (7, 9, 8))
     with torch.no_grad(): assert torch.allclose(_few_out(s, x, thin.weight, thin.bias), thin(x), atol=1e-5)
 
 def test_wide_swaps_on_small_maps():
@@ -414,3 +414,16 @@ def test_masks_in_one_pass(net):
     small = mlp((40, 30), 1, 10, 8); x, y = images(30, 1, 8, 8); ev = FilterEvaluator(small, x, y, chunk=11)
     masks = [half(ev, s, i) for i,s in enumerate((.5, .8, .1))]
     assert (ev._batch(masks) == [ev.score(m) for m in masks]).all()
+
+@pytest.mark.parametrize('act,scales,folded', [
+    (nn.ReLU, [(2., 0.)], 1), (nn.ReLU, [(-2., 0.)], 0), (nn.ReLU, [(2., .3)], 0), (nn.ReLU, [(2., .3), (3., 0.)], 0),
+    (nn.Tanh, [(2., 0.)], 0), (nn.LeakyReLU, [(2., 0.), (.5, 0.)], 2), (nn.ReLU, [(2., 0.), (.5, 1.)], 1)])
+def test_norms_that_go_into_the_weights(act, scales, folded):
+    norms = [nn.BatchNorm2d(6) for _ in scales]
+    for m,(scale,shift) in zip(norms, scales): m.weight.data[2:4], m.bias.data[1:] = scale, shift
+    with core.seed_everything(0):
+        model = nn.Sequential(nn.Conv2d(1, 6, 3), act(), *norms, nn.Flatten(), nn.Linear(24, 3)).eval()
+    x, y = images(12, 1, 4, 4, classes=3); ev = FilterEvaluator(model, x, y, Scores({'0': torch.zeros(6)}, 'channel'))
+    assert len(ev.stages[0].post) == 1+len(scales)-folded
+    flat = np.arange(6) % 2 == 0; ev.reset(flat); ev.propose([2], [3]); ev.commit()
+    assert (logits(ev)-masked(model, keeps(ev, ev.mask), x)).abs().max() < 1e-5
