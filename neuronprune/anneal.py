@@ -83,7 +83,7 @@ class _Config:
     @property
     def every(self): return 50 if self.seconds else max(1, self.budget//200)
     @property
-    def stop_every(self): return self.save_every or (2000 if self.seconds else max(20, self.budget//50))
+    def stop_every(self): return self.save_every or (1000 if self.seconds else min(1000, max(20, self.budget//10)))
 
 # %% ../nbs/15_anneal.ipynb #run
 class _Run:
@@ -300,7 +300,7 @@ def anneal(evaluator,      # what scores masks
            refresh_every:int=None, # moves after which new images are drawn, None = never
            restart:int=None, # moves without anything better after which it goes back to the best, None = never
            compat:str=None, # 'released': the published acceptance, against the mean of the level
-           save_every:int=None, # moves between stops, None = a fiftieth of the budget
+           save_every:int=None, # moves between stops, None = a tenth of the budget, at most 1,000
            state:dict=None, # where an earlier call was stopped, None = at the start
            keep=None,      # function of an `Annealed`, called at every stop, None = nobody listens
            progress:bool=False # show a bar

@@ -219,10 +219,6 @@ def _n_right_np(z, y):
     if np.count_nonzero(z == top) == n and math.isfinite(top.sum()): return np.count_nonzero(right), True
     return _n_right(torch.from_numpy(z), torch.from_numpy(y))
 
-def _add_product(z, m, x):
-    "z += m @ x, in place, for arrays."
-    torch.from_numpy(z).addmm_(torch.from_numpy(m), torch.from_numpy(x))
-
 # %% ../nbs/15a_anneal_weights.ipynb #flip
 @patch
 def _flip(self:WeightEvaluator, off, on):
@@ -248,24 +244,9 @@ def _undo(self:WeightEvaluator):
         (m if self.dense else m.numpy())[at] = old
     self.flips = {}
 
-# %% ../nbs/15a_anneal_weights.ipynb #rows
+# %% ../nbs/15a_anneal_weights.ipynb #room
 @patch
-def _rows(self:WeightEvaluator, l, prev, part):
-    "(rows that change, their new z) of layer `l` on the images `part`, or None; `prev`: (rows, change of h) before it."
-    flips, m, z, h = self.flips.get(l), self.M[l].numpy(), self.z[l].numpy(), self.h[l].numpy()[:, part]
-    if flips is None and prev is None: return
-    A = None if prev is None else m[:, prev[0]]
-    touched = np.zeros(len(z), dtype=bool) if A is None else A.any(1)
-    if flips is not None: touched[flips[0]] = True
-    J = np.flatnonzero(touched)
-    if not len(J): return
-    res = self._room(l, part, 0, len(J)); np.take(z[:, part], J, axis=0, out=res, mode='clip')
-    if A is not None: _add_product(res, A[J], prev[1])
-    if flips is not None: self._switched(res, np.searchsorted(J, flips[0]), *flips[1:3], h)
-    return J, res
-
-@patch
-def _room(self:WeightEvaluator, l, part, i, n):
+def _room(self:WeightEvaluator, l, part, i, n=None):
     "An array [n, images] to write new rows of layer `l` into; the same memory every time."
     key = l, part.start, part.stop, i
     if key not in self.rooms: self.rooms[key] = np.empty((len(self.z[l]), part.stop-part.start), dtype=np.float32)
@@ -278,8 +259,32 @@ def _switched(self:WeightEvaluator, res, rows, columns, changes, h):
         for r,c,v in zip(rows.tolist(), columns.tolist(), changes): res[r] += v*h[c]
         return
     at, v = torch.from_numpy(np.stack([rows, columns])), torch.from_numpy(changes)
-    D = torch.sparse_coo_tensor(at, v, (len(res), len(h)))
+    D = torch.sparse_coo_tensor(at, v, (len(res), len(h)), check_invariants=False)
     torch.from_numpy(res).add_(torch.sparse.mm(D, torch.from_numpy(h)))
+
+# %% ../nbs/15a_anneal_weights.ipynb #rows
+@patch
+def _rows(self:WeightEvaluator, l, prev, part):
+    """(rows that change, their new z) of layer `l` on the images `part`, or None; `prev`: (rows, change of h)
+    before it. Rows that are None are all, and `prev` has the new h then."""
+    flips, m, z, h = self.flips.get(l), self.M[l].numpy(), self.z[l].numpy()[:, part], self.h[l].numpy()[:, part]
+    if flips is None and prev is None: return
+    if prev is not None and prev[0] is None:
+        res = self._room(l, part, 0); torch.mm(self.M[l], torch.from_numpy(prev[1]), out=torch.from_numpy(res))
+        if self.b[l] is not None: res += self.b[l].numpy()[:, None]
+        return None, res
+    A = None if prev is None else m[:, prev[0]]
+    touched = np.zeros(len(z), dtype=bool) if A is None else A.any(1)
+    if flips is not None: touched[flips[0]] = True
+    J = np.flatnonzero(touched); every = 2*len(J) > len(z) and A is not None
+    if not len(J): return
+    res = self._room(l, part, 0, None if every else len(J))
+    if every: torch.addmm(*(torch.from_numpy(o) for o in (z, A, prev[1])), out=torch.from_numpy(res))
+    else: np.take(z, J, axis=0, out=res, mode='clip')
+    if A is not None and not every: torch.from_numpy(res).addmm_(torch.from_numpy(A[J]), torch.from_numpy(prev[1]))
+    if flips is not None:
+        self._switched(res, flips[0] if every else np.searchsorted(J, flips[0]), *flips[1:3], h)
+    return None if every else J, res
 
 # %% ../nbs/15a_anneal_weights.ipynb #outputs
 @patch
@@ -293,14 +298,16 @@ def _outputs(self:WeightEvaluator, part):
     for l in range(last+1):
         got = self._rows(l, prev, part); prev = None
         if got is None: continue
-        if l == last: self.new.append((l, part, *got, None)); break
-        h, d = (self._room(l, part, i, len(got[0])) for i in (1, 2)); np.maximum(got[1], 0, out=h)
-        np.take(self.h[l+1].numpy()[:, part], got[0], axis=0, out=d, mode='clip'); np.subtract(h, d, out=d)
-        self.new.append((l, part, *got, h)); prev = got[0], d
-    out = np.ascontiguousarray(self.z[-1].numpy()[:, part])
-    if got is None: return out
-    if len(got[0]) == len(out): return got[1]
-    out = out.copy(); out[got[0]] = got[1]
+        J, z = got
+        if l == last: self.new.append((l, part, J, z, None)); break
+        h = self._room(l, part, 1, len(z)); np.maximum(z, 0, out=h)
+        self.new.append((l, part, J, z, h)); prev = J, h
+        if J is None: continue
+        d = self._room(l, part, 2, len(J)); np.take(self.h[l+1].numpy()[:, part], J, axis=0, out=d, mode='clip')
+        np.subtract(h, d, out=d); prev = J, d
+    if got is not None and J is None: return z
+    out = self.z[-1].numpy()[:, part].copy()
+    if got is not None: out[J] = z
     return out
 
 # %% ../nbs/15a_anneal_weights.ipynb #propose
@@ -324,7 +331,7 @@ def commit(self:WeightEvaluator):
     if self.new is None or not self.full: raise ValueError("commit: nothing was proposed, or not scored in full")
     for l,part,J,z,h in self.new:
         for t,v in ((self.z[l], z), *([(self.h[l+1], h)] if l+1 < len(self.h) else [])):
-            if J is None: t[:, part] = v
+            if J is None: t[:, part] = torch.as_tensor(v)
             else: t.numpy()[J, part] = v
     self.flips, self.new = {}, None
 

@@ -356,7 +356,7 @@ _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth
                 taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint',
                 sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling',
                 sampling='sampling', thinet='criteria', bestof='search',
-                edropout='energy_methods', ising='energy_methods')
+                edropout='energy_methods', ising='energy_methods', anneal='anneal_methods')
 _registry = {}
 
 # %% ../nbs/00_core.ipynb #method
