@@ -343,7 +343,7 @@ def _all_chains(ev, cfg, seeds, n_jobs, state, keep, progress):
 # %% ../nbs/15_anneal.ipynb #alone
 def _alone(ev, seed, cfg, state, j):
     "Chain `j` from start to end, in a process of its own; its evaluator stays there."
-    run = _from(ev, seed, cfg, state, j)
+    run = _from(copy.deepcopy(ev), seed, cfg, state, j)
     if not run.finished or not run.log: run.go()
     run.levels = None
     for w in run.walks: w.ev = None

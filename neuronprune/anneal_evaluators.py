@@ -35,7 +35,7 @@ class ModuleEvaluator(_Evaluator):
                 ):
         super().__init__(model, xb, yb, candidates, graph, objective, chunk or 256, n_valid, held)
         self.own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        self.by_weight, self.mask = self.layout.of.unit == 'weight', None
+        self.by_weight, self.mask, self.full = self.layout.of.unit == 'weight', None, False
         with as_found(model, train=False), torch.no_grad(), digesting(*tensors(xb)):
             z = self._z({}, take(xb, slice(0, 2)))
         check_batch(xb, yb, len(z))

@@ -168,6 +168,7 @@ def _look(self:WeightEvaluator):
     "Lay out the current images, feature by feature."
     self.X, self.y_np = self.x.flatten(1).float().T.contiguous(), self.y.cpu().numpy()
     self.M, self.dense, self.rooms = None, self.X.device.type != 'cpu', {}
+    self.flips, self.new, self.full = {}, None, False
 
 @patch
 def _masked(self:WeightEvaluator, kept):
