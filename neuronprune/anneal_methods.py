@@ -31,12 +31,28 @@ def _sized(task, lay, seed):
     n = int(lay.units(task.allocate(_scores(task, draw))).sum())
     return n, counts[0] if counts[0] == counts[1] and sum(counts[0]) == n else None
 
+def _spared(task, lay, seed):
+    "Layers that the allocator leaves whole though they score lowest."
+    def whole(low):
+        g = generator(seed)
+        draw = {k:torch.rand(v.shape, generator=g) - float(k == low) for k,v in task.candidates.items()}
+        kept = lay.units(task.allocate(_scores(task, draw)))
+        return {k for k,s in zip(lay.names, lay.groups) if kept[s].all()}
+    return {k for k in whole(lay.names[0]) & whole(lay.names[-1]) if k in whole(k)}
+
+def _free(task, lay, seed):
+    "`lay`, without the layers that are spared."
+    c, spared = task.candidates, _spared(task, lay, seed)
+    if not spared or len(spared) == len(lay.names): return lay
+    return Layout(Scores({k:v for k,v in c.items() if k not in spared}, c.unit, graph=c.graph,
+                         gone={k:v for k,v in c.gone.items() if k not in spared}))
+
 # %% ../nbs/15c_anneal_methods.ipynb #counts
 def _counts(task, lay, name, seed):
     "Units per layer that the method `name` keeps at this size; `ValueError` for one that leaves layers out."
     ms = methods(); check_choice('allocation', name, ['global', *(k for k in ms if ms[k].kind == 'score')])
     scores, _ = score_with(task.learn, ms[name], unit=task.candidates.unit, graph=task.graph, seed=seed)
-    if missing := [k for k in task.candidates if k not in scores]:
+    if missing := [k for k in lay.names if k not in scores]:
         raise ValueError(f"allocation={name!r}: it does not score {missing[0]!r}; "
                          "expected a method that scores all layers")
     kept = lay.units(task.allocate(scores))
@@ -79,18 +95,20 @@ def _evaluator(task, lay, objective, n_valid, split, refresh_every, seed):
     except (TypeError, ValueError):
         if evaluate(task.learn, task.learn.dls.valid).k is not None: raise
         return _Tested(task, lay)
-    return evaluator(task.learn.model, x, y, task.candidates, graph=task.graph, objective=objective, n_valid=n,
+    return evaluator(task.learn.model, x, y, lay.of, graph=task.graph, objective=objective, n_valid=n,
                      held=held)
 
 # %% ../nbs/15c_anneal_methods.ipynb #found
 def _found(task, lay, ev, res):
     "The `Found` of an `Annealed`."
-    kept = lay.mask(res.mask)
-    mask = task.allocate(_scores(task, {k:v.float() for k,v in kept.items()}))
+    kept = lay.mask(res.mask) # layers that are spared score highest
+    mask = task.allocate(_scores(task, {k:kept[k].float() if k in kept else v+2 for k,v in task.candidates.items()}))
+    changed = int((lay.units(mask) != res.mask).sum())
     held = getattr(ev, 'held_out', lambda m: None)
     meta = dict(score=res.score, scores=res.scores, collapsed=res.collapsed, nans=res.nans, layers=res.layers,
                 evaluator=type(ev).__name__, **res.meta)
-    if res.status != 'running': meta['held_out'] = held(res.mask)
+    if changed: meta.update(changed=changed, score=ev.score(lay.units(mask))) # the size counts not units
+    if res.status != 'running': meta['held_out'] = held(lay.units(mask))
     state = {k:torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k,v in res.state.items()}
     return Found(mask, res.log, res.evaluations, state, res.status, meta)
 
@@ -125,7 +143,7 @@ def anneal_task(task:Task,     # what is asked for
                 progress:bool=False # show a bar
                )->Found:
     "The mask with the highest accuracy of the network as it is, found by simulated annealing."
-    lay = Layout(task.candidates)
+    lay = _free(task, Layout(task.candidates), seed)
     n, counts = _sized(task, lay, seed)
     if allocation != 'global': counts = _counts(task, lay, allocation, seed); n = sum(counts)
     ev = _evaluator(task, lay, objective, n_valid, split, refresh_every, seed)
@@ -133,6 +151,7 @@ def anneal_task(task:Task,     # what is asked for
     told = None if keep is None else lambda res: keep(_found(task, lay, ev, res))
     res = search(ev, n, schedule, budget=budget, seed=seed, chains=chains, n_jobs=n_jobs, proposal=proposal,
                  groups=counts, ladder=ladder, tournament=tournament, look_every=look_every,
-                 refresh_every=refresh_every, restart=restart, compat=compat, state=_arrays(state), keep=told, progress=progress)
+                 refresh_every=refresh_every, restart=restart, compat=compat, state=_arrays(state), keep=told,
+                 progress=progress)
     if res.status == 'interrupted': raise KeyboardInterrupt('anneal: interrupted; what was found is at the last stop')
     return _found(task, lay, ev, res)

