@@ -358,7 +358,7 @@ _modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth
                 sampling='sampling', thinet='criteria', grasp='criteria', synflow='criteria',
                 mag_increase='criteria', movement='criteria', earlybird='earlybird', bestof='search',
                 wanda='posttraining', lamp='posttraining', obd='posttraining', sparsegpt='posttraining',
-                edropout='energy_methods', ising='energy_methods')
+                edropout='energy_methods', ising='energy_methods', anneal='anneal_methods')
 _registry = {}
 
 # %% ../nbs/00_core.ipynb #method
