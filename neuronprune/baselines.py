@@ -86,7 +86,9 @@ def random(model:nn.Module, # any model
         return _block_scores('random', lambda k,lab,cost: torch.rand(cost.shape, generator=g), model, blocks, start,
                              seed=seed)
     mods, graph, skipped = scorable(model, unit, dls, graph, _UNITS)
-    if unit == 'weight': units = {k:torch.rand(m.weight.shape, generator=g) for k,m in mods.items()}
+    if unit == 'weight': # from the network's own seed the plain stream would be its initial weights over again
+        g = generator(seed, stream='random')
+        units = {k:torch.rand(m.weight.shape, generator=g) for k,m in mods.items()}
     else:
         u = torch.rand(1+max(int(v.max()) for v in graph.out_slots.values()), generator=g)
         units = {k:u[graph.out_slots[k]] for k in mods}

@@ -9,7 +9,7 @@ __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'check_fraction', 'check_int', 'che
            'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
-import copy, difflib, importlib, inspect, linecache, math, os, random, re, sys, warnings
+import copy, difflib, hashlib, importlib, inspect, linecache, math, os, random, re, sys, warnings
 from collections.abc import Mapping, ValuesView
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -273,10 +273,13 @@ def kappa(n:int, # number of candidate units
 # %% ../nbs/00_core.ipynb #generator
 @public
 def generator(seed:int,     # whole number below 2^63
-              device='cpu'  # where the generator draws
+              device='cpu', # where the generator draws
+              stream:str='' # a name; streams of one seed are independent of each other
              )->torch.Generator:
     "A fresh `torch.Generator` with this seed."
-    return torch.Generator(device=device).manual_seed(check_int('seed', seed, -2**63, 2**63-1))
+    seed = check_int('seed', seed, -2**63, 2**63-1)
+    if stream: seed = int.from_bytes(hashlib.sha256(f'{stream} {seed}'.encode()).digest()[:8], 'little') >> 1
+    return torch.Generator(device=device).manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #seed_everything
 @public

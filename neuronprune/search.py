@@ -15,7 +15,7 @@ from .masks import *
 # %% ../nbs/20a_search.ipynb #drawn
 def _drawn(task, seed, i):
     "The `i`-th random mask of the size asked for."
-    g = generator(seed*1_000_003 + i)
+    g = generator(seed*1_000_003 + i, stream='bestof') # apart from the network's own seed, and from `random`
     draw = {k:torch.rand(v.shape, generator=g) for k,v in task.candidates.items()}
     return task.allocate(Scores(draw, task.candidates.unit, graph=task.graph, method='bestof'))
 

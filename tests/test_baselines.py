@@ -576,3 +576,18 @@ def test_batches_and_outputs_of_several_tensors(form):
 def test_a_synchronised_batch_norm_is_a_batch_norm():
     m = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SyncBatchNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 10))
     assert list(methods()['slimming'](m, graph=trace(m, torch.rand(2, 1, 8, 8)))) == ['0']
+
+
+@pytest.mark.parametrize('name', ['sa_mlp', 'lenet300'])
+def test_random_owes_nothing_to_the_initial_weights_of_the_same_seed(name):
+    "One seed for network and mask, as in a study: a plain generator would draw the weights over again."
+    from neuronprune.masks import Scores
+    from neuronprune.search import _drawn
+    from types import SimpleNamespace
+    model = build(name, 1, 10, 28, seed=0)
+    w = model.fc1.weight.detach().flatten()
+    zero = Scores({'fc1': torch.zeros(model.fc1.weight.shape)}, 'weight')
+    task = SimpleNamespace(candidates=zero, graph=None, allocate=lambda s: s)
+    for scores in (random(model, seed=0), _drawn(task, 0, 0)):
+        r = torch.corrcoef(torch.stack([w, scores['fc1'].flatten()]))[0, 1]
+        assert abs(r) < 4/len(w)**.5
