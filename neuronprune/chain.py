@@ -319,6 +319,9 @@ def known(self:Chain, i:int, **found):
     extra = dict(rounds=ask.args.get('rounds', len(ask.sizes)), at=ask.at, rewind=ask.rewind,
                  fine_tune_epochs=ask.epochs)
     if 'loss' in meta: extra['loss'] = meta['loss']
+    if self.found is not None:
+        extra['search'] = dict(evaluations=got.evaluations,
+                               **{k:v for k,v in meta.items() if isinstance(v, (bool, int, float, str))})
     if self.old is not None: extra['gone_before'] = self.old.sparsity
     status = meta.get('status') if self.found is None else got.status
     return dict(method=ask.method.name, method_args=ask.said, seed=ask.seed, step=i, start=ask.start,

@@ -15,7 +15,8 @@ from .masks import *
 # %% ../nbs/20a_search.ipynb #drawn
 def _drawn(task, seed, i):
     "The `i`-th random mask of the size asked for."
-    g = generator(seed*1_000_003 + i, stream='bestof') # apart from the network's own seed, and from `random`
+    # weights: with the network's own seed the plain stream would be its initial weights over again
+    g = generator(seed*1_000_003 + i, stream='bestof' if task.candidates.unit == 'weight' else '')
     draw = {k:torch.rand(v.shape, generator=g) for k,v in task.candidates.items()}
     return task.allocate(Scores(draw, task.candidates.unit, graph=task.graph, method='bestof'))
 
