@@ -247,6 +247,16 @@ def R(self:EnergyCallback):
     "Percentage of the parameters in rows that the best state keeps, as the papers count."
     return 100*float(self.best.double() @ self.bits.cost/self.bits.cost.sum())
 
+# %% ../nbs/14d_energy_search.ipynb #casts
+@contextmanager
+def _casts_closed(learn):
+    "What mixed precision has opened for this batch is closed if the block is left by an exception."
+    try: yield
+    except BaseException:
+        for o in learn.cbs:
+            if (cast := getattr(o, 'autocast', None)) is not None: cast.__exit__(None, None, None)
+        raise
+
 # %% ../nbs/14d_energy_search.ipynb #batch
 @patch
 def __call__(self:EnergyCallback, event_name):
@@ -259,8 +269,10 @@ def __call__(self:EnergyCallback, event_name):
 def before_batch(self:EnergyCallback):
     "A generation, and the step (or validation) of the best sub-network."
     if not self.training and (self.search is None or not self.search.generation or self.held): return
-    xb = self.inputs(); self.begin(self.model, xb)
-    if self.training: self.advance(xb)
+    xb = self.inputs()
+    with _casts_closed(self.learn):
+        self.begin(self.model, xb)
+        if self.training: self.advance(xb)
     best = self.best
     if self.last is None or not torch.equal(best, self.last):
         self.inside, self.resting, self.last = self.scorer.under(best, xb), _resting(self.model, self.bits, best), best

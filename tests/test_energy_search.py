@@ -1,8 +1,10 @@
 """The energy search while training: what rests, the lock, interruptions, resuming, and the methods made of it."""
-import copy, io, pickle, pytest, torch
+import copy, io, math, pickle, pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.schedule import lr_find
 from fastai.learner import Learner
@@ -11,6 +13,7 @@ from fastai.vision.learner import vision_learner
 from neuronprune import core, energy_search as S
 from neuronprune.core import generator, methods
 from neuronprune.data import get_dls
+from neuronprune.energy import ce
 from neuronprune.energy_search import EnergyCallback, recalibrate
 from neuronprune.evaluation import evaluate
 from neuronprune.masks import Mask
@@ -249,6 +252,55 @@ def test_statistics_are_anew_between_the_lock_and_the_next_validation(monkeypatc
     monkeypatch.setattr(S, 'recalibrate', lambda learn: (seen.append((learn.energy.reason, learn.epoch)), real(learn)))
     learn = start(); fit(learn, 3, cbs=EnergyCallback(lock_epoch=1))
     assert len(seen) == 1 and seen[0][0] == 'epoch' and seen[0][1] <= 1
+
+# other callbacks of fastai
+
+class Bf16(MixedPrecision):
+    "fastai's, which has the GPU in mind, on the CPU."
+    def before_fit(self): super().before_fit(); self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+
+@pytest.mark.filterwarnings('ignore:CUDA is not available')
+def test_mixed_precision():
+    learn, watch, cb, seen = start(wd=.1), Watch(), EnergyCallback(lock_epoch=2, seed=1), []
+    cb.energy = lambda z, y: seen.append((z.dtype, torch.is_autocast_enabled('cpu'))) or ce(z, y)
+    fit(learn, 3, cbs=[cb, watch, Bf16('bf16')])
+    assert set(seen) == {(torch.float32, True)}, 'scored as the network is trained, energies of single precision'
+    assert cb.search.energies.dtype == torch.float32 and cb.reason == 'epoch'
+    assert all(all(r) for r in watch.rows[:6]) and not torch.is_autocast_enabled('cpu') and clean(learn.model)
+
+@pytest.mark.filterwarnings('ignore:CUDA is not available')
+@pytest.mark.parametrize('why', ['patience', 'error'])
+def test_mixed_precision_ends_with_the_fit(why):
+    learn, cb = start(), EnergyCallback(lambda z, y: z.mean((1, 2))*0, stop=True, patience=1, min_steps=0)
+    if why == 'error': cb.energy = lambda z, y: z.mean((1, 2))*math.nan
+    try: fit(learn, 2, cbs=[cb, Bf16('bf16')])
+    except ValueError as e: assert why == 'error' and 'all 8 are NaN' in str(e)
+    assert cb.reason == (None if why == 'error' else why) and not torch.is_autocast_enabled('cpu')
+
+@pytest.mark.parametrize('mix,energy', [(MixUp, 'margin'), (CutMix, 'ce')])
+def test_mixed_images(mix, energy):
+    "Images are mixed before states see them; the label is that of the larger share."
+    learn, watch, cb, seen = start(wd=.1), Watch(), EnergyCallback(energy, lock_epoch=2, seed=1), []
+    learn.loss_func = CrossEntropyLossFlat()
+    class See(Callback):
+        order = 100
+        def after_pred(self):
+            if self.training: seen.append((self.xb[0], self.yb[0]))
+    score = cb.score; cb.score = lambda states, xb: seen.append(xb) or score(states, xb)
+    fit(learn, 3, cbs=[cb, watch, mix(1.), See()])
+    assert torch.equal(seen[0], seen[1][0]) and not seen[1][1].is_floating_point()
+    assert all(all(r) for r in watch.rows[:6]) and isinstance(learn.loss_func, CrossEntropyLossFlat)
+    assert cb.reason == 'epoch' and clean(learn.model)
+
+def test_soft_labels():
+    "Shares of the classes go with 'ce', and the margin says so."
+    x, y = data(); hot = torch.eye(10)[y]*.9 + .01
+    dls = [DataLoader(TensorDataset(x, hot), batch_size=32)]*2
+    learn = as_learner(net(), *dls, opt='sgd', lr=.05); learn.loss_func, learn.metrics = nn.CrossEntropyLoss(), []
+    cb = EnergyCallback('ce', lock_epoch=1); learn.fit(2, cbs=cb)
+    assert cb.reason == 'epoch'
+    with pytest.raises(ValueError, match="soft or mixed labels go with 'ce'"): learn.fit(1, cbs=EnergyCallback())
+    assert clean(learn.model)
 
 # other learners
 
