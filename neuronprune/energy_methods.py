@@ -26,6 +26,7 @@ def _scored(task, bits, values, ties, name):
                 for k,z in task.candidates.items()}
     return Scores(put(values), 'channel', graph=task.graph, method=name, tiebreak=put(ties))
 
+# %% ../nbs/14e_energy_methods.ipynb #counted-bits
 def _counted(task, bits):
     "(channels of each bit, bits that have not gone in an earlier pruning)."
     n, alive, gone = torch.zeros(bits.D), torch.zeros(bits.D, dtype=torch.bool), task.candidates.gone or {}
@@ -35,6 +36,7 @@ def _counted(task, bits):
         alive[c[~gone[k]] if k in gone else c] = True
     return n, alive
 
+# %% ../nbs/14e_energy_methods.ipynb #target
 def _target(task, bits, n, alive, seed):
     "The share of the channels that the size asked for removes, of those still there; None if none was."
     if task.sparsity is None: return
@@ -60,11 +62,13 @@ def _bare(o):
     if isinstance(o, torch.Tensor): return o.detach().as_subclass(torch.Tensor).cpu()
     return o.item() if hasattr(o, 'item') else o
 
+# %% ../nbs/14e_energy_methods.ipynb #packed
 def _packed(opt):
     "The state of an optimiser as one tensor of bytes."
     buf = io.BytesIO(); torch.save(_bare(opt.state_dict()), buf)
     return torch.frombuffer(bytearray(buf.getvalue()), dtype=torch.uint8)
 
+# %% ../nbs/14e_energy_methods.ipynb #unpacked
 def _unpacked(learn, packed):
     "Put what `_packed` made into a new optimiser of `learn`."
     learn.create_opt(); own = isinstance(learn.opt, Optimizer)
@@ -80,6 +84,7 @@ def _written(learn, cb, done):
     return {**weights, 'opt': _packed(learn.opt), **{f'cb/{k}':v for k,v in cb.state_dict().items()}, 'done': done,
             'history': [dict(o) for o in learn.history]}
 
+# %% ../nbs/14e_energy_methods.ipynb #taken-up
 def _taken_up(learn, cb, state):
     "Put learner and callback where `state` says; returns the epochs that are done."
     part = lambda p: {k.removeprefix(p):v for k,v in state.items() if k.startswith(p)}
@@ -96,6 +101,7 @@ class _Rate(Callback):
     def before_batch(self):
         if self.training: self.opt.set_hypers(lr=self.rate((self.first + self.iter/self.n_iter)/self.total))
 
+# %% ../nbs/14e_energy_methods.ipynb #rate-of
 SEARCH_ARGS = ['lr', 'schedule', 'milestones', 'gamma', 'warmup']
 
 def _rate(learn, epochs, args):
