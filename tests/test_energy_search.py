@@ -293,19 +293,17 @@ def test_mixed_images(mix, energy):
     assert cb.reason == 'epoch' and clean(learn.model)
 
 def test_soft_labels():
-    "Shares of the classes go with 'ce', and the margin says so."
+    "Shares of the classes go with 'ce'; what the margin says to them is further below."
     x, y = data(); hot = torch.eye(10)[y]*.9 + .01
     dls = [DataLoader(TensorDataset(x, hot), batch_size=32)]*2
     learn = as_learner(net(), *dls, opt='sgd', lr=.05); learn.loss_func, learn.metrics = nn.CrossEntropyLoss(), []
     cb = EnergyCallback('ce', lock_epoch=1); learn.fit(2, cbs=cb)
-    assert cb.reason == 'epoch'
-    with pytest.raises(ValueError, match="soft or mixed labels go with 'ce'"): learn.fit(1, cbs=EnergyCallback())
-    assert clean(learn.model)
+    assert cb.reason == 'epoch' and clean(learn.model)
 
 # other learners
 
 def test_a_learner_of_fastai_and_its_vision_learner(tmp_path):
-    dls = get_dls('digits', bs=256)
+    dls = get_dls('digits', bs=128, n_train=300)
     def arch(pretrained=False):
         return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *net(4)[1:8], nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                              nn.Linear(8, 10))
@@ -357,25 +355,25 @@ def test_the_weights_of_the_search_are_kept():
 
 class Stop(Exception): pass
 
-@pytest.mark.parametrize('name,epoch', [('edropout', 0), ('edropout', 2), ('ising', 1), ('edropout', 'end')])
-def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epoch, monkeypatch):
+@pytest.mark.parametrize('name,epochs', [('edropout', [0, 'end']), ('ising', [1])])
+def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epochs, monkeypatch):
     import neuronprune.energy_methods as M
     def run(folder):
         return prune(start('adam', lr=.01), name, .5, epochs=3, fine_tune_epochs=1, latency=False,
-                     folder=tmp_path/folder)
-    whole = run('a'); real = M.fit
-    def broken(learn, *a, **kw):
-        if kw['cbs'][0].epochs == epoch:
-            kw['cbs'] = [*kw['cbs'], Break('after_step', KeyboardInterrupt, 2)]
-        return real(learn, *a, **kw)
-    with monkeypatch.context() as m:
-        if epoch == 'end': m.setattr(M, 'recalibrate', lambda learn: (_ for _ in ()).throw(KeyboardInterrupt()))
-        else: m.setattr(M, 'fit', broken)
-        with pytest.raises(KeyboardInterrupt): run('b')
-    again = run('b')
-    assert same(state(whole.model), state(again.model)) and whole.found.curve == again.found.curve
-    assert all(torch.equal(v, again.mask[k]) for k,v in whole.mask.items())
-    assert [{k:v for k,v in r.items() if k != 'secs'} for r in whole.history] == again.history
+                     folder=tmp_path/str(folder))
+    whole = run('whole'); real = M.fit
+    for epoch in epochs:
+        def broken(learn, *a, **kw):
+            if kw['cbs'][0].epochs == epoch: kw['cbs'] = [*kw['cbs'], Break('after_step', KeyboardInterrupt, 2)]
+            return real(learn, *a, **kw)
+        with monkeypatch.context() as m:
+            if epoch == 'end': m.setattr(M, 'recalibrate', lambda learn: (_ for _ in ()).throw(KeyboardInterrupt()))
+            else: m.setattr(M, 'fit', broken)
+            with pytest.raises(KeyboardInterrupt): run(epoch)
+        again = run(epoch)
+        assert same(state(whole.model), state(again.model)) and whole.found.curve == again.found.curve
+        assert all(torch.equal(v, again.mask[k]) for k,v in whole.mask.items())
+        assert [{k:v for k,v in r.items() if k != 'secs'} for r in whole.history] == again.history
 
 def test_an_interruption_without_a_folder_keeps_the_best(monkeypatch):
     import neuronprune.energy_methods as M
