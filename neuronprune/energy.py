@@ -59,6 +59,7 @@ def _shares(cost, x):
                                                 f"[{x.shape[1]}]")
     return w/w.sum()
 
+# %% ../nbs/14_energy.ipynb #diversity
 @public
 def diversity(states:torch.Tensor # bool [S, D]
              )->torch.Tensor:
@@ -84,6 +85,7 @@ def de_ref(a, # base, bool [S, D]
     "The operator of the published programs: changed where `b` and `c` agree, zero where they differ."
     return torch.where(flip, ~(a | (b ^ c)), a)
 
+# %% ../nbs/14_energy.ipynb #de-xor
 def de_xor(a, # base, bool [S, D]
            b, # second parent
            c, # third parent
@@ -92,6 +94,7 @@ def de_xor(a, # base, bool [S, D]
     "Canonical binary differential evolution: changed where `b` and `c` differ."
     return a ^ (flip & (b ^ c))
 
+# %% ../nbs/14_energy.ipynb #flips
 def flips(a, # base, bool [S, D]
           b, # not looked at
           c, # not looked at
@@ -130,6 +133,7 @@ def _energies(name, e, n):
                          f"expected one floating-point number per state, [{n}]")
     return e.detach().float() if e.dtype in (torch.half, torch.bfloat16) else e.detach()
 
+# %% ../nbs/14_energy.ipynb #no-nan
 def _no_nan(e):
     "Energies in which NaN is plus infinity."
     return torch.where(e.isnan(), math.inf, e)
@@ -144,6 +148,13 @@ def _selected(states, energies, children, young):
     better = _no_nan(young) < _no_nan(energies)
     return torch.where(better[:, None], children, states), _no_nan(torch.where(better, young, energies)), better
 
+def _some(name, n_nan, n):
+    "Raises if all of `n` energies are NaN."
+    if n_nan < n: return
+    raise ValueError(f"{name}: all {n} are NaN; expected a number for one state at least (outputs that overflow, "
+                     "labels that are no class of the network?)")
+
+# %% ../nbs/14_energy.ipynb #select-checked
 @public
 def select(states:torch.Tensor,   # parents, bool [S, D]
            energies:torch.Tensor, # theirs [S]
@@ -158,12 +169,6 @@ def select(states:torch.Tensor,   # parents, bool [S, D]
     _some('young', young.isnan().sum(), n)
     return _selected(states, energies, children, young)
 
-def _some(name, n_nan, n):
-    "Raises if all of `n` energies are NaN."
-    if n_nan < n: return
-    raise ValueError(f"{name}: all {n} are NaN; expected a number for one state at least (outputs that overflow, "
-                     "labels that are no class of the network?)")
-
 # %% ../nbs/14_energy.ipynb #checked-logits
 def _logits(z):
     "`z` if these are outputs [states, examples, classes] or [examples, classes], in single precision at least."
@@ -173,6 +178,7 @@ def _logits(z):
                          "[states, examples, classes] or [examples, classes], none of these 0")
     return z.float() if z.dtype in (torch.half, torch.bfloat16) else z
 
+# %% ../nbs/14_energy.ipynb #own-output
 def _own(z, yb, soft=''):
     "Where the label's class stands, bool [B, C], and its output [..., B]; NaN for a label that is no class."
     b, c = z.shape[-2:]
@@ -195,6 +201,7 @@ def margin(logits:torch.Tensor, # outputs [S, B, C] or [B, C]
     hit, own = _own(z, yb, "; soft or mixed labels go with 'ce'")
     return (z.masked_fill(hit, -math.inf).amax(-1) - own).mean(-1)
 
+# %% ../nbs/14_energy.ipynb #ce
 @public
 def ce(logits:torch.Tensor, # outputs [S, B, C] or [B, C]
        yb:torch.Tensor      # integer classes [B], or a share of each class [B, C]
@@ -318,6 +325,7 @@ def _scorer(self:Search, score, seen):
         return _no_nan(e)
     return scored
 
+# %% ../nbs/14_energy.ipynb #next-states
 @patch
 def _next(self:Search, score):
     "(states, energies, bool [S]: which came in, has a child beaten all parents?) after one more generation."
@@ -328,6 +336,7 @@ def _next(self:Search, score):
     old, young = rescored(self.states, self.energies, kids, score, self.rescore)
     return *_selected(self.states, old, kids, young), young.min() < old.min()
 
+# %% ../nbs/14_energy.ipynb #figures-of
 @patch
 def _figures(self:Search, states, e, came, improved, nan):
     "Name -> number of what is about to be put in place: one piece to the host, floats and then counts."
@@ -366,6 +375,7 @@ def state_dict(self:Search)->dict:
     return dict(states=self.states.clone(), energies=self.energies.clone(), rng=self.rng.get_state(), rows=rows,
                 settings=own, **{k:getattr(self, k) for k in _COUNTS})
 
+# %% ../nbs/14_energy.ipynb #load-state-dict
 @patch
 @public
 def load_state_dict(self:Search, state:dict # from `state_dict` of a search with the same settings
@@ -395,6 +405,7 @@ def locked(self:Search, epoch:int=0, # epochs done
     last = self.rows[-1]['diversity'] if self.rows else 1.
     return lock_reason(self.no_improve, self.generation, last, epoch, **kw)
 
+# %% ../nbs/14_energy.ipynb #curve
 @patch
 def curve(self:Search)->list:
     "A dict of plain numbers for each generation: its figures, and the changes of the best state so far."
@@ -402,6 +413,7 @@ def curve(self:Search)->list:
     for g,r in enumerate(self.rows): n += r['changed']; res.append(dict(generation=g, **r, best_changes=n))
     return res
 
+# %% ../nbs/14_energy.ipynb #plot
 @patch
 def plot(self:Search):
     "Energies, density and diversity, and what came in, over the generations; returns the figure."

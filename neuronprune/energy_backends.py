@@ -127,7 +127,8 @@ def admits(self:Scorer, name, xb):
     try: got, why = self.run(name, two, few), None
     except Exception as e: got, why = None, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
     if got is not None:
-        top, tol = want.nan_to_num().abs().max().clamp(min=1e-12), .1 if self.dtype else 1e-2
+        low = self.dtype or torch.is_autocast_enabled(want.device.type)
+        top, tol = want.nan_to_num().abs().max().clamp(min=1e-12), .1 if low else 1e-2
         apart = (got-want).nan_to_num(0.).abs().max()/top
         if not torch.equal(want.isnan(), got.isnan()): why = "it computes NaN where the loop does not"
         elif apart > tol: why = f"its logits differ from the loop's by {apart:.2g} of the largest"

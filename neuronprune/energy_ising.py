@@ -23,6 +23,7 @@ def _gaussians(w, eps=1e-6):
     floor = torch.where(size > 0, size, x.square().mean().clamp(min=torch.finfo(x.dtype).tiny/eps))
     return mu, cov + eps*floor[:, None, None]*torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
 
+# %% ../nbs/14a_energy_ising.ipynb #kernel-kl
 @public
 def kernel_kl(weight:torch.Tensor # of a layer, [filters, inputs, ...]; rows of a linear layer are filters of size 1
              )->torch.Tensor:
@@ -31,6 +32,7 @@ def kernel_kl(weight:torch.Tensor # of a layer, [filters, inputs, ...]; rows of 
         raise ValueError(f"weight: shape {tuple(weight.shape)}; expected [filters, inputs, ...]")
     return _kl(check_finite('weight', weight))
 
+# %% ../nbs/14a_energy_ising.ipynb #kl
 def _kl(w):
     "`kernel_kl` that asks the device nothing."
     mu, cov = _gaussians(w)
@@ -50,6 +52,7 @@ def dissimilarity(weight:torch.Tensor, # of a layer, [filters, inputs, ...]
     check_choice('compat', compat, (None, 'released'))
     return _scaled(kernel_kl(weight), compat)
 
+# %% ../nbs/14a_energy_ising.ipynb #scaled
 def _scaled(kl, compat):
     "Divergences divided by the largest, and symmetric."
     k = _share(kl.triu() if compat else kl)
@@ -71,6 +74,7 @@ def entropies(maps:torch.Tensor, # feature maps of a layer [B, filters, ...]
         raise ValueError(f"maps: shape {tuple(maps.shape)}; expected [examples, filters, ...], none of these 0")
     return _entropies(check_finite('maps', maps), compat)
 
+# %% ../nbs/14a_energy_ising.ipynb #entropies-code
 def _entropies(maps, compat):
     "`entropies` that asks the device nothing: NaN of a map with NaN."
     x = maps.detach().double().mean(0).flatten().view(maps.shape[1], -1); lo, hi = x.min(), x.max()
@@ -88,6 +92,7 @@ def _part(x, block, name):
             raise ValueError(f"{name}: {k} of shape {tuple(v.shape)} for {n} bits; expected {shape}")
     return s
 
+# %% ../nbs/14a_energy_ising.ipynb #ising-energy-code
 @public
 def ising_energy(states:torch.Tensor, # bool [S, D]
                  blocks,              # of each layer: (columns in the state, K [n, n] or None, H [n] or None)
@@ -140,6 +145,7 @@ def state_dict(self:Ising)->dict:
     "What is needed to go on: the number of updates, and the divergences of each layer that has some."
     return dict(n_updates=self.n_updates, **{f'K{i}':k for i,(_,k,_) in enumerate(self.blocks) if k is not None})
 
+# %% ../nbs/14a_energy_ising.ipynb #load-ising
 @patch
 @public
 def load_state_dict(self:Ising, state:dict # from `state_dict` of an energy with the same columns

@@ -21,6 +21,7 @@ def _scored(task, bits, values, ties, name):
                 for k,z in task.candidates.items()}
     return Scores(put(values), 'channel', graph=task.graph, method=name, tiebreak=put(ties))
 
+# %% ../nbs/14e_energy_methods.ipynb #counted-bits
 def _counted(task, bits):
     "(channels of each bit, bits that have not gone in an earlier pruning)."
     n, alive, gone = torch.zeros(bits.D), torch.zeros(bits.D, dtype=torch.bool), task.candidates.gone or {}
@@ -30,6 +31,7 @@ def _counted(task, bits):
         alive[c[~gone[k]] if k in gone else c] = True
     return n, alive
 
+# %% ../nbs/14e_energy_methods.ipynb #target
 def _target(task, bits, n, alive, seed):
     "The share of the channels that the size asked for removes, of those still there; None if none was."
     if task.sparsity is None: return

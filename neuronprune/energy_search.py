@@ -147,11 +147,14 @@ def _check_scoring(backend, bn, frac, ising):
     for k in ising: check_choice('ising', k, ('kl_every', 'floor', 'compat'))
     Ising([], **ising)
 
+# %% ../nbs/14d_energy_search.ipynb #search-known
 def _known_search(args):
     "`args`, which `Search` must know and find right."
     for k in args: check_choice('argument of Search', k, 'n_pop sparsity p0 op base flip cr p_min rescore seed'.split())
     Search(8, **args)
     return args
+
+# %% ../nbs/14d_energy_search.ipynb #callback-repr
 @patch
 def __repr__(self:EnergyCallback):
     how = 'not begun' if self.search is None else repr(self.search)
@@ -172,6 +175,7 @@ def begin(self:EnergyCallback, model, xb=None):
     self.search = Search(self.bits.D, cost=cost, lam=lam, **self.search_args)
     if self.pending: self.take_up(self.pending)
 
+# %% ../nbs/14d_energy_search.ipynb #best
 @patch(as_prop=True)
 def best(self:EnergyCallback):
     "The best state so far, bool [D]; None before the first batch."
@@ -190,6 +194,7 @@ def inputs(self:EnergyCallback):
     xb = _plain(self.xb)
     return xb[0] if len(xb) == 1 else xb
 
+# %% ../nbs/14d_energy_search.ipynb #look
 @patch
 def look(self:EnergyCallback, xb):
     "Bring the Ising energy up to date: the kernels of all layers with bits, and their feature maps."
@@ -219,6 +224,7 @@ def score(self:EnergyCallback, states, xb):
     else: e = self.ising(states.to(next(self.scorer.model.parameters()).device))
     return e if self.empty else torch.where(_emptied(self.bits, states, self.alive).to(e.device), torch.inf, e)
 
+# %% ../nbs/14d_energy_search.ipynb #due
 @patch
 def due(self:EnergyCallback):
     "Why the search is to be closed now, or None."
@@ -241,6 +247,16 @@ def R(self:EnergyCallback):
     "Percentage of the parameters in rows that the best state keeps, as the papers count."
     return 100*float(self.best.double() @ self.bits.cost/self.bits.cost.sum())
 
+# %% ../nbs/14d_energy_search.ipynb #casts
+@contextmanager
+def _casts_closed(learn):
+    "What mixed precision has opened for this batch is closed if the block is left by an exception."
+    try: yield
+    except BaseException:
+        for o in learn.cbs:
+            if (cast := getattr(o, 'autocast', None)) is not None: cast.__exit__(None, None, None)
+        raise
+
 # %% ../nbs/14d_energy_search.ipynb #batch
 @patch
 def __call__(self:EnergyCallback, event_name):
@@ -248,12 +264,15 @@ def __call__(self:EnergyCallback, event_name):
     if event_name == 'before_batch': return self.before_batch() if self.run else None
     return Callback.__call__(self, event_name)
 
+# %% ../nbs/14d_energy_search.ipynb #before-batch
 @patch
 def before_batch(self:EnergyCallback):
     "A generation, and the step (or validation) of the best sub-network."
     if not self.training and (self.search is None or not self.search.generation or self.held): return
-    xb = self.inputs(); self.begin(self.model, xb)
-    if self.training: self.advance(xb)
+    xb = self.inputs()
+    with _casts_closed(self.learn):
+        self.begin(self.model, xb)
+        if self.training: self.advance(xb)
     best = self.best
     if self.last is None or not torch.equal(best, self.last):
         self.inside, self.resting, self.last = self.scorer.under(best, xb), _resting(self.model, self.bits, best), best
@@ -262,6 +281,7 @@ def before_batch(self:EnergyCallback):
     finally: self.after_step()
     raise CancelBatchException
 
+# %% ../nbs/14d_energy_search.ipynb #before-step
 @patch
 def before_step(self:EnergyCallback):
     if not self.held: self.aside = _put_aside(self.resting)
@@ -286,6 +306,7 @@ def close(self:EnergyCallback, why):
     if held(learn): learn.pruned.before_fit()
     self.stale = True
 
+# %% ../nbs/14d_energy_search.ipynb #settle
 @patch
 def settle(self:EnergyCallback):
     "Statistics of batch norms for the network as it is, where the lock has left those of others."
@@ -299,6 +320,7 @@ def before_fit(self:EnergyCallback):
     self.cancelled = self.run and self.reason is not None and self.stop
     if self.lock_at is None and self.run: self.lock_at = self.epochs + max(1, self.n_epoch//2)
 
+# %% ../nbs/14d_energy_search.ipynb #after-train
 @patch
 def after_train(self:EnergyCallback): self.epochs += 1
 
@@ -327,6 +349,7 @@ def state_dict(self:EnergyCallback)->dict:
     return {**{f'{p}/{k}':v for p,o in parts.items() for k,v in o.state_dict().items()},
             **{k:getattr(self, k) for k in _OWN}, 'kept': torch.tensor(self.kept, dtype=torch.float64)}
 
+# %% ../nbs/14d_energy_search.ipynb #load-state-dict
 @patch
 @public
 def load_state_dict(self:EnergyCallback, state:dict # from `state_dict` of a callback with the same settings
@@ -337,6 +360,7 @@ def load_state_dict(self:EnergyCallback, state:dict # from `state_dict` of a cal
     self.pending = dict(state)
     if self.search is not None: self.take_up(self.pending)
 
+# %% ../nbs/14d_energy_search.ipynb #take-up
 @patch
 def take_up(self:EnergyCallback, state):
     "Put search, energy and counters where `state` says."

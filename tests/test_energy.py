@@ -235,11 +235,11 @@ def test_energies_fall_on_a_fixed_batch(seed, op, base, rescore, sparsity):
     for _ in range(15): s.step(e)
     for a,b in zip(s.rows, s.rows[1:]): assert b['best'] <= a['best']+1e-4 and b['mean'] <= a['mean']+1e-4
 
-@pytest.mark.parametrize('kw', [dict(flip=.3), dict(base='best', flip=.2)])
-def test_it_finds_the_best_of_all_states(kw):
+def test_it_finds_the_best_of_all_states():
+    "With more flips than published; the chapter has three more ways."
     found, states = 0, everything(10)
     for seed in range(40):
-        e = quadratic(10, seed); exact, s = e(states).min() + 1e-5, Search(10, seed=seed, **kw)
+        e = quadratic(10, seed); exact, s = e(states).min() + 1e-5, Search(10, seed=seed, flip=.3)
         while s.generation < 200 and s.energies.min() > exact: s.step(e)
         found += bool(s.energies.min() <= exact)
     assert found >= 36

@@ -1,8 +1,10 @@
 """The energy search while training: what rests, the lock, interruptions, resuming, and the methods made of it."""
-import copy, io, pickle, pytest, torch
+import copy, io, math, pickle, pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.schedule import lr_find
 from fastai.learner import Learner
@@ -11,6 +13,7 @@ from fastai.vision.learner import vision_learner
 from neuronprune import core, energy_search as S
 from neuronprune.core import generator, methods
 from neuronprune.data import get_dls
+from neuronprune.energy import ce
 from neuronprune.energy_search import EnergyCallback, recalibrate
 from neuronprune.evaluation import evaluate
 from neuronprune.masks import Mask
@@ -250,10 +253,57 @@ def test_statistics_are_anew_between_the_lock_and_the_next_validation(monkeypatc
     learn = start(); fit(learn, 3, cbs=EnergyCallback(lock_epoch=1))
     assert len(seen) == 1 and seen[0][0] == 'epoch' and seen[0][1] <= 1
 
+# other callbacks of fastai
+
+class Bf16(MixedPrecision):
+    "fastai's, which has the GPU in mind, on the CPU."
+    def before_fit(self): super().before_fit(); self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+
+@pytest.mark.filterwarnings('ignore:CUDA is not available')
+def test_mixed_precision():
+    learn, watch, cb, seen = start(wd=.1), Watch(), EnergyCallback(lock_epoch=2, seed=1), []
+    cb.energy = lambda z, y: seen.append((z.dtype, torch.is_autocast_enabled('cpu'))) or ce(z, y)
+    fit(learn, 3, cbs=[cb, watch, Bf16('bf16')])
+    assert set(seen) == {(torch.float32, True)}, 'scored as the network is trained, energies of single precision'
+    assert cb.search.energies.dtype == torch.float32 and cb.reason == 'epoch'
+    assert all(all(r) for r in watch.rows[:6]) and not torch.is_autocast_enabled('cpu') and clean(learn.model)
+
+@pytest.mark.filterwarnings('ignore:CUDA is not available')
+@pytest.mark.parametrize('why', ['patience', 'error'])
+def test_mixed_precision_ends_with_the_fit(why):
+    learn, cb = start(), EnergyCallback(lambda z, y: z.mean((1, 2))*0, stop=True, patience=1, min_steps=0)
+    if why == 'error': cb.energy = lambda z, y: z.mean((1, 2))*math.nan
+    try: fit(learn, 2, cbs=[cb, Bf16('bf16')])
+    except ValueError as e: assert why == 'error' and 'all 8 are NaN' in str(e)
+    assert cb.reason == (None if why == 'error' else why) and not torch.is_autocast_enabled('cpu')
+
+@pytest.mark.parametrize('mix,energy', [(MixUp, 'margin'), (CutMix, 'ce')])
+def test_mixed_images(mix, energy):
+    "Images are mixed before states see them; the label is that of the larger share."
+    learn, watch, cb, seen = start(wd=.1), Watch(), EnergyCallback(energy, lock_epoch=2, seed=1), []
+    learn.loss_func = CrossEntropyLossFlat()
+    class See(Callback):
+        order = 100
+        def after_pred(self):
+            if self.training: seen.append((self.xb[0], self.yb[0]))
+    score = cb.score; cb.score = lambda states, xb: seen.append(xb) or score(states, xb)
+    fit(learn, 3, cbs=[cb, watch, mix(1.), See()])
+    assert torch.equal(seen[0], seen[1][0]) and not seen[1][1].is_floating_point()
+    assert all(all(r) for r in watch.rows[:6]) and isinstance(learn.loss_func, CrossEntropyLossFlat)
+    assert cb.reason == 'epoch' and clean(learn.model)
+
+def test_soft_labels():
+    "Shares of the classes go with 'ce'; what the margin says to them is further below."
+    x, y = data(); hot = torch.eye(10)[y]*.9 + .01
+    dls = [DataLoader(TensorDataset(x, hot), batch_size=32)]*2
+    learn = as_learner(net(), *dls, opt='sgd', lr=.05); learn.loss_func, learn.metrics = nn.CrossEntropyLoss(), []
+    cb = EnergyCallback('ce', lock_epoch=1); learn.fit(2, cbs=cb)
+    assert cb.reason == 'epoch' and clean(learn.model)
+
 # other learners
 
 def test_a_learner_of_fastai_and_its_vision_learner(tmp_path):
-    dls = get_dls('digits', bs=256)
+    dls = get_dls('digits', bs=128, n_train=300)
     def arch(pretrained=False):
         return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *net(4)[1:8], nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                              nn.Linear(8, 10))
@@ -305,25 +355,25 @@ def test_the_weights_of_the_search_are_kept():
 
 class Stop(Exception): pass
 
-@pytest.mark.parametrize('name,epoch', [('edropout', 0), ('edropout', 2), ('ising', 1), ('edropout', 'end')])
-def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epoch, monkeypatch):
+@pytest.mark.parametrize('name,epochs', [('edropout', [0, 'end']), ('ising', [1])])
+def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epochs, monkeypatch):
     import neuronprune.energy_methods as E, neuronprune.search_training as M
     def run(folder):
         return prune(start('adam', lr=.01), name, .5, epochs=3, fine_tune_epochs=1, latency=False,
-                     folder=tmp_path/folder)
-    whole = run('a'); real = M.fit
-    def broken(learn, *a, **kw):
-        if kw['cbs'][0].epochs == epoch:
-            kw['cbs'] = [*kw['cbs'], Break('after_step', KeyboardInterrupt, 2)]
-        return real(learn, *a, **kw)
-    with monkeypatch.context() as m:
-        if epoch == 'end': m.setattr(E, 'recalibrate', lambda learn: (_ for _ in ()).throw(KeyboardInterrupt()))
-        else: m.setattr(M, 'fit', broken)
-        with pytest.raises(KeyboardInterrupt): run('b')
-    again = run('b')
-    assert same(state(whole.model), state(again.model)) and whole.found.curve == again.found.curve
-    assert all(torch.equal(v, again.mask[k]) for k,v in whole.mask.items())
-    assert [{k:v for k,v in r.items() if k != 'secs'} for r in whole.history] == again.history
+                     folder=tmp_path/str(folder))
+    whole = run('whole'); real = M.fit
+    for epoch in epochs:
+        def broken(learn, *a, **kw):
+            if kw['cbs'][0].epochs == epoch: kw['cbs'] = [*kw['cbs'], Break('after_step', KeyboardInterrupt, 2)]
+            return real(learn, *a, **kw)
+        with monkeypatch.context() as m:
+            if epoch == 'end': m.setattr(E, 'recalibrate', lambda learn: (_ for _ in ()).throw(KeyboardInterrupt()))
+            else: m.setattr(M, 'fit', broken)
+            with pytest.raises(KeyboardInterrupt): run(epoch)
+        again = run(epoch)
+        assert same(state(whole.model), state(again.model)) and whole.found.curve == again.found.curve
+        assert all(torch.equal(v, again.mask[k]) for k,v in whole.mask.items())
+        assert [{k:v for k,v in r.items() if k != 'secs'} for r in whole.history] == again.history
 
 def test_an_interruption_without_a_folder_keeps_the_best(monkeypatch):
     import neuronprune.search_training as M
