@@ -400,7 +400,8 @@ def _general(scores, sparsity, threshold, scope, of, tied, reduce, normalize, ca
     return units, float(cost[removed].sum()/cost.sum()), shares, (int(safe.sum()), n), short, scales
 
 # %% ../nbs/04_allocate.ipynb #decided
-def _decided(scores, sparsity, threshold, pattern, scope, of, tied, reduce, normalize, caps, round_to, spared, min_keep):
+def _decided(scores, sparsity, threshold, pattern, scope, of, tied, reduce, normalize, caps, round_to, spared,
+             min_keep):
     "What `_general` returns, by the shortest way: pattern, rows, plain weights, or everything else."
     plain = of == 'units' or of == 'params' and not scores.cost
     if pattern is not None: return *removed_by(scores, pattern, spared), {}

@@ -355,13 +355,11 @@ def check_room(what:str, # argument and value, for the message
 
 # %% ../nbs/00_core.ipynb #modules-dict-random-baselines
 UNITS = ('weight', 'channel', 'group', 'rank')
-_modules = dict(random='baselines', magnitude='baselines', snip='baselines', lth='baselines', magsign='baselines',
-                taylor='baselines', slimming='baselines', fpgm='baselines', mip='mip', mint='mint',
-                sipp='provable', pfp='provable', svd='lowrank', alds='lowrank', pca='lowrank', uniform='sampling',
-                sampling='sampling', thinet='criteria', grasp='criteria', synflow='criteria',
-                mag_increase='criteria', movement='criteria', earlybird='earlybird', bestof='search',
-                wanda='posttraining', lamp='posttraining', obd='posttraining', sparsegpt='posttraining',
-                edropout='energy_methods', ising='energy_methods', anneal='anneal_methods')
+_modules = {k:m for m,names in dict(
+    baselines='random magnitude snip lth magsign taylor slimming fpgm', mip='mip', mint='mint', provable='sipp pfp',
+    lowrank='svd alds pca', sampling='uniform sampling', criteria='thinet grasp synflow mag_increase movement',
+    earlybird='earlybird', search='bestof', posttraining='wanda lamp obd sparsegpt',
+    energy_methods='edropout ising', anneal_methods='anneal').items() for k in names.split()}
 _registry = {}
 
 # %% ../nbs/00_core.ipynb #method

@@ -145,12 +145,12 @@ def obd(model:nn.Module, # trained model; left as found
 
 # %% ../nbs/17b_posttraining.ipynb #obs
 def _factor(H, damp):
-    "Upper Cholesky factor [d, d] of the inverse of `H`, its diagonal raised by `damp` of the mean; silent inputs alone."
+    "Upper Cholesky factor [d, d] of the inverse of `H`, its diagonal raised by `damp` of the mean."
     H = H.clone(); d = H.diagonal(); d[d == 0] = 1.; d += damp*d.mean()
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 def _going(price, gone, n_out, pattern):
-    "Bool [rows, columns] of what goes of a block: of every M columns M - N, or the `n_out` lowest; what has gone first."
+    "Bool [rows, columns] of what goes of a block: M - N of every M columns, or the `n_out` lowest."
     price = price.masked_fill(gone, -torch.inf)
     if pattern: return ~best_of(price, *pattern, gone)
     return torch.zeros(price.numel(), dtype=torch.bool).index_fill_(0, price.flatten().argsort(stable=True)[:n_out],
@@ -188,7 +188,8 @@ def _repaired(m, H, n_out, pattern, gone, block, damp):
     "(new weight, bool kept), each like the weight of layer `m`; groups of channels are matrices of their own."
     w = m.weight.detach().cpu().double(); G, n_in = len(H), w.shape[1]
     if pattern and n_in % pattern[1]: return w, ~gone
-    cols = torch.arange(w[0].numel()).view(n_in, -1).T.flatten() # channels side by side, so that a run of a pattern is one
+    # channels side by side, so that a run of a pattern is one
+    cols = torch.arange(w[0].numel()).view(n_in, -1).T.flatten()
     ws, gs = (o.flatten(1)[:, cols].chunk(G) for o in (w, gone))
     res = [obs_prune(a, h[cols][:, cols], n_out*(i+1)//G - n_out*i//G, pattern=pattern, gone=b, block=block, damp=damp)
            for i,(a,h,b) in enumerate(zip(ws, H, gs))]
@@ -222,7 +223,8 @@ def sparsegpt(task:Task,     # what is asked for
                                   was.get(k, torch.zeros(v.shape, dtype=torch.bool)), block, damp)
         scale[k] = _factors(new, m.weight.detach().cpu().double(), units[k])
         m.weight.data.copy_(new)
-    mask = Mask(units, 'weight', graph=task.graph, scale={k:v.float() for k,v in scale.items()}, meta=dict(method='sparsegpt'))
+    mask = Mask(units, 'weight', graph=task.graph, scale={k:v.float() for k,v in scale.items()},
+                meta=dict(method='sparsegpt'))
     score, loss = task.test(mask)
     found = Found(mask, [dict(evaluations=1, score=score, best=score, best_loss=loss)], 1, {})
     if keep: keep(found)
