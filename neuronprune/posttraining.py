@@ -81,26 +81,30 @@ def wanda(model:nn.Module, # trained model; left as found
           dls=None,        # where the calibration inputs come from
           *, n:int=128,    # calibration inputs, from the training part
           layers=None,     # paths to score, None = all that can be
-          seed:int=0       # of the choice
+          graph=None,      # `Graph` of the model, for the record
+          seed:int=0,      # of the choice
+          progress:bool=False # has no effect: nothing takes long
          )->Scores:
     "|w| times the l2 norm of the input it multiplies, over a batch, like w; to be compared within an output."
     start = time.perf_counter()
     mods, got, skipped = _measured(model, dls, 'wanda', n, layers, seed, diagonal=True)
     norms = {k:_per_weight(m, got[k][1].sqrt()) for k,m in mods.items()}
     return scored('wanda', {k:(m.weight.detach().cpu().double().abs()*norms[k]).float() for k,m in mods.items()},
-                  'weight', start, None, skipped, n=n, seed=seed)
+                  'weight', start, graph, skipped, n=n, seed=seed)
 
 # %% ../nbs/17b_posttraining.ipynb #lamp
 @method('lamp', unit='weight', allocate=dict(normalize=None), paper='Lee 2021')
 def lamp(model:nn.Module, # trained model
-         dls=None         # has no effect: no data are needed
+         dls=None,        # has no effect: no data are needed
+         *, graph=None,   # `Graph` of the model, for the record
+         seed:int=0, progress:bool=False # have no effect: nothing is drawn, nothing takes long
         )->Scores:
     "w² over the sum of squares of the layer's weights that are as large or larger, in (0, 1], like w; float64."
     start = time.perf_counter()
-    mods, graph, skipped = scorable(model, 'weight')
+    mods, _, skipped = scorable(model, 'weight')
     res = {}
     for k,m in mods.items():
-        sq, at = m.weight.detach().cpu().double().square().flatten().sort(stable=True)
+        sq, at = check_finite(f'{k}.weight', m.weight).detach().cpu().double().square().flatten().sort(stable=True)
         left = sq.flip(0).cumsum(0).flip(0)[torch.searchsorted(sq, sq)] # equals share the sum from the first of them on
         res[k] = torch.empty_like(sq).scatter_(0, at, sq/left.clamp(min=1e-300)).view(m.weight.shape)
     return scored('lamp', res, 'weight', start, graph, skipped)
@@ -132,13 +136,15 @@ def obd(model:nn.Module, # trained model; left as found
         dls=None,        # where the calibration batch comes from
         *, n:int=256,    # examples, from the training part
         loss_func=None,  # (outputs, labels) -> mean loss, None = cross-entropy
-        seed:int=0       # of the choice
+        graph=None,      # `Graph` of the model, for the record
+        seed:int=0,      # of the choice
+        progress:bool=False # has no effect: nothing takes long
        )->Scores:
     "Half the squared weight times the mean squared gradient of single examples, like w: the loss its removal costs."
     start = time.perf_counter()
     xb, yb = batch_for(model, dls, 'obd', n=n, split='train', seed=seed, classes=loss_func is None)
     if not isinstance(xb, torch.Tensor): raise UnsupportedLayerError("obd: inputs of several tensors; expected one")
-    mods, graph, skipped = scorable(model, 'weight')
+    mods, _, skipped = scorable(model, 'weight')
     h = fisher_diagonal(model, xb, yb, list(mods), loss_func)
     return scored('obd', {k:.5*h[k]*m.weight.detach().cpu().double().square() for k,m in mods.items()},
                   'weight', start, graph, skipped, n=n, seed=seed)
