@@ -29,7 +29,7 @@ def test_every_method(dls, few, name):
     r = res.report
     assert r.method == name and r.before.n == r.tuned.n == 359 and r.seed == 0 and r.secs > 0
     assert learn.model is res.model and not any(m._forward_hooks for m in learn.model.modules())
-    whole = res.mask.meta['of'] == 'units' and name != 'earlybird' # it keeps the channels without a norm, and lists them
+    whole = res.mask.meta['of'] == 'units' and name != 'earlybird' # it lists the channels without a norm as kept
     got = res.mask.sparsity if whole else res.mask.meta['achieved']
     per_part = max(1, len(res.mask)) if res.mask.meta.get('scope') == 'layer' else 1
     total = sum(v.numel() for v in res.mask.values())
