@@ -9,13 +9,13 @@ __all__ = ['input_moments', 'wanda', 'lamp', 'fisher_diagonal', 'obd', 'obs_prun
 import time, torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from .core import *
 from .inputs import batch_for, slices
 from .masks import Mask, Scores
 from .patterns import best_of, pattern_of
-from .saliency import scorable, scored
+from .saliency import output_at, scorable, scored
 
 # %% ../nbs/17b_posttraining.ipynb #columns
 def _columns(m, x):
@@ -59,7 +59,7 @@ def input_moments(model:nn.Module, # left as found
 
 # %% ../nbs/17b_posttraining.ipynb #per-weight
 def _measured(model, dls, who, n, names, seed, **kw):
-    "(path -> layer, what `input_moments` found, path -> why a layer is left out), over `n` training inputs."
+    "(path -> layer, what `input_moments` found, path -> why a layer is left out, number of training inputs)."
     xb, _ = batch_for(model, dls, who, n=n, split='train', seed=seed, classes=False)
     mods, _, skipped = scorable(model, 'weight')
     for k in names or (): check_choice('layers', k, mods)
@@ -69,7 +69,7 @@ def _measured(model, dls, who, n, names, seed, **kw):
     got = input_moments(model, xb, list(mods), seed=seed, **kw)
     skipped |= {k:'the inputs never reach it' for k in mods if k not in got}
     if not got: raise UnsupportedLayerError(f"model={type(model).__name__}: no layer to score ({skipped})")
-    return {k:mods[k] for k in mods if k in got}, got, skipped
+    return {k:mods[k] for k in mods if k in got}, got, skipped, len(tensors(xb)[0])
 
 def _per_weight(m, d):
     "Numbers per group and column [groups, d] in the shape of the layer's weight, the same for every output."
@@ -87,10 +87,10 @@ def wanda(model:nn.Module, # trained model; left as found
          )->Scores:
     "|w| times the l2 norm of the input it multiplies, over a batch, like w; to be compared within an output."
     start = time.perf_counter()
-    mods, got, skipped = _measured(model, dls, 'wanda', n, layers, seed, diagonal=True)
+    mods, got, skipped, n = _measured(model, dls, 'wanda', n, layers, seed, diagonal=True)
     norms = {k:_per_weight(m, got[k][1].sqrt()) for k,m in mods.items()}
     return scored('wanda', {k:(m.weight.detach().cpu().double().abs()*norms[k]).float() for k,m in mods.items()},
-                  'weight', start, graph, skipped, n=n, seed=seed)
+                  'weight', start, graph, skipped, n=n, split='train', seed=seed)
 
 # %% ../nbs/17b_posttraining.ipynb #lamp
 @method('lamp', unit='weight', allocate=dict(normalize=None), paper='Lee 2021')
@@ -112,7 +112,7 @@ def lamp(model:nn.Module, # trained model
 # %% ../nbs/17b_posttraining.ipynb #fisher
 @public
 def fisher_diagonal(model:nn.Module, # left as found; evaluation mode, batch norms on their running statistics
-                    xb, yb,          # a batch of one tensor of inputs, and its labels
+                    xb, yb,          # a batch of inputs, in any form, and its labels
                     names,           # paths of layers
                     loss_func=None,  # (outputs, labels) -> mean loss, None = cross-entropy
                     bs:int=32        # examples at a time; each needs a copy of the gradients
@@ -121,14 +121,14 @@ def fisher_diagonal(model:nn.Module, # left as found; evaluation mode, batch nor
     loss = loss_func or F.cross_entropy
     fixed = {k:v.detach() for k,v in (*model.named_parameters(), *model.named_buffers())}
     ws = {f'{k}.weight':fixed[f'{k}.weight'] for k in names}
-    one = lambda p, x, y: loss(functional_call(model, {**fixed, **p}, (x[None],)), y[None])
+    one = lambda p, x, y: loss(output_at(model, {**fixed, **p}, mapped(lambda o: o[None], x)), y[None])
     total = dict.fromkeys(ws, 0.)
     with as_found(model, train=False), sdpa_kernel(SDPBackend.MATH): # the other kernels know no vmap
-        for i in range(0, len(xb), bs):
-            with digesting(xb):
-                g = vmap(grad(one), in_dims=(None, 0, 0), randomness='different')(ws, xb[i:i+bs], yb[i:i+bs])
+        for x,y in zip(slices(xb, bs), yb.split(bs)):
+            with digesting(x):
+                g = vmap(grad(one), in_dims=(None, 0, 0), randomness='different')(ws, x, y)
             total = {k:v + g[k].double().square().sum(0).cpu() for k,v in total.items()}
-    return {k.removesuffix('.weight'):v/len(xb) for k,v in total.items()}
+    return {k.removesuffix('.weight'):v/len(yb) for k,v in total.items()}
 
 # %% ../nbs/17b_posttraining.ipynb #obd
 @method('obd', unit='weight', needs=('data', 'labels', 'gradients'), allocate=dict(normalize=None), paper='LeCun 1990')
@@ -143,11 +143,10 @@ def obd(model:nn.Module, # trained model; left as found
     "Half the squared weight times the mean squared gradient of single examples, like w: the loss its removal costs."
     start = time.perf_counter()
     xb, yb = batch_for(model, dls, 'obd', n=n, split='train', seed=seed, classes=loss_func is None)
-    if not isinstance(xb, torch.Tensor): raise UnsupportedLayerError("obd: inputs of several tensors; expected one")
     mods, _, skipped = scorable(model, 'weight')
-    h = fisher_diagonal(model, xb, yb, list(mods), loss_func)
+    h, n = fisher_diagonal(model, xb, yb, list(mods), loss_func), len(yb)
     return scored('obd', {k:.5*h[k]*m.weight.detach().cpu().double().square() for k,m in mods.items()},
-                  'weight', start, graph, skipped, n=n, seed=seed)
+                  'weight', start, graph, skipped, n=n, split='train', seed=seed)
 
 # %% ../nbs/17b_posttraining.ipynb #obs
 def _factor(H, damp):
