@@ -9,13 +9,13 @@ __all__ = ['input_moments', 'wanda', 'lamp', 'fisher_diagonal', 'obd', 'obs_prun
 import time, torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from .core import *
 from .inputs import batch_for, slices
 from .masks import Mask, Scores
 from .patterns import best_of, pattern_of
-from .saliency import output_at, scorable, scored
+from .saliency import _Fed, scorable, scored
 
 # %% ../nbs/17b_posttraining.ipynb #columns
 def _columns(m, x):
@@ -118,17 +118,17 @@ def fisher_diagonal(model:nn.Module, # left as found; evaluation mode, batch nor
                     bs:int=32        # examples at a time; each needs a copy of the gradients
                    )->dict:
     "Path -> mean over the examples of the squared gradient of the weight, float64 like it."
-    loss = loss_func or F.cross_entropy
-    fixed = {k:v.detach() for k,v in (*model.named_parameters(), *model.named_buffers())}
-    ws = {f'{k}.weight':fixed[f'{k}.weight'] for k in names}
-    one = lambda p, x, y: loss(output_at(model, {**fixed, **p}, mapped(lambda o: o[None], x)), y[None])
+    loss, fed = loss_func or F.cross_entropy, _Fed(model)
+    fixed = {k:v.detach() for k,v in (*fed.named_parameters(), *fed.named_buffers())}
+    ws = {f'model.{k}.weight':fixed[f'model.{k}.weight'] for k in names}
+    one = lambda p, x, y: loss(functional_call(fed, {**fixed, **p}, (mapped(lambda o: o[None], x),)), y[None])
     total = dict.fromkeys(ws, 0.)
     with as_found(model, train=False), sdpa_kernel(SDPBackend.MATH): # the other kernels know no vmap
         for x,y in zip(slices(xb, bs), yb.split(bs)):
             with digesting(x):
                 g = vmap(grad(one), in_dims=(None, 0, 0), randomness='different')(ws, x, y)
             total = {k:v + g[k].double().square().sum(0).cpu() for k,v in total.items()}
-    return {k.removesuffix('.weight'):v/len(yb) for k,v in total.items()}
+    return {k.removeprefix('model.').removesuffix('.weight'):v/len(yb) for k,v in total.items()}
 
 # %% ../nbs/17b_posttraining.ipynb #obd
 @method('obd', unit='weight', needs=('data', 'labels', 'gradients'), allocate=dict(normalize=None), paper='LeCun 1990')
