@@ -1,6 +1,6 @@
 """Masks of a network scored one after the other: as published, by a dense pass, and step by step.
 
-python benchmarks/anneal_step.py                  MLP 784-300-100-10, 90 %, 2,000 images; then filters, if they are there
+python benchmarks/anneal_step.py                  MLP 784-300-100-10, 90 %, 2,000 images; then filters
 python benchmarks/anneal_step.py --quick          fewer repeats, short anneals
 python benchmarks/anneal_step.py --budget 20000   moves of the whole anneals
 python benchmarks/anneal_step.py --device cuda    also many masks in one call, on a graphics card (wall seconds)

@@ -12,13 +12,13 @@ from fnmatch import fnmatch
 from fractions import Fraction
 import numpy as np, torch
 from torch import nn
-from .core import (as_found, check_choice, check_finite, check_int, check_type, digesting, feed, generator,
-                              layers, method, tensors, public)
+from .core import (check_choice, check_finite, check_int, check_type, generator, layers, method, tensors,
+                              public)
 from .masks import Mask, Scores
 from .allocate import _setup
 from .kinds import slots
 from .graph import _twins
-from .inputs import batch_for, slices
+from .inputs import batch_for, pass_through
 
 # %% ../nbs/16_lowrank.ipynb #folded
 @public
@@ -209,11 +209,7 @@ def output_moments(model:nn.Module, # left as found
             got[n] = _moments(y, pick, got.get(n, (0, 0., 0.)))
         return m.register_forward_hook(hook)
     hooks = [watch(n, m) for n,m in mods.items()]
-    try:
-        with as_found(model, train=False):
-            for x in slices(xb, bs):
-                with digesting(x): feed(model, x)
-    finally: [h.remove() for h in hooks]
+    pass_through(model, xb, hooks, bs)
     return got
 
 # %% ../nbs/16_lowrank.ipynb #principal

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from .core import *
-from .inputs import batch_for, slices
+from .inputs import batch_for, pass_through, slices
 from .masks import Mask, Scores
 from .patterns import best_of, pattern_of
 from .saliency import _Fed, scorable, scored
@@ -50,11 +50,7 @@ def input_moments(model:nn.Module, # left as found
             k, old = got.get(n, (0, 0.)); got[n] = k + X.shape[1], old + H.cpu()
         return m.register_forward_pre_hook(hook)
     hooks = [watch(n, model.get_submodule(n)) for n in names]
-    try:
-        with as_found(model, train=False):
-            for x in slices(xb, bs):
-                with digesting(x): feed(model, x)
-    finally: [h.remove() for h in hooks]
+    pass_through(model, xb, hooks, bs)
     return got
 
 # %% ../nbs/17b_posttraining.ipynb #per-weight

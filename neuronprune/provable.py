@@ -9,11 +9,11 @@ __all__ = ['CACHE', 'FEW', 'SUPPORTED', 'EPS', 'sensitivity', 'sensitivities', '
 import math, time
 import torch, torch.nn.functional as F
 from torch import nn
-from .core import (UnsupportedLayerError, as_found, check_batch, check_choice, check_finite, check_fraction,
-                              check_int, check_type, digesting, feed, layers, mapped, method, twins, public)
+from .core import (UnsupportedLayerError, check_batch, check_choice, check_finite, check_fraction,
+                              check_int, check_type, layers, method, twins, public)
 from .masks import Scores
 from .allocate import allocate
-from .inputs import batch_for, slices, traced
+from .inputs import batch_for, pass_through, traced
 from .provable_allocate import check_scores, equalise, sample_rows
 
 # %% ../nbs/12_provable.ipynb #halves
@@ -143,10 +143,7 @@ def sensitivities(model:nn.Module,   # left as found
     mods = {k:m for k,m in layers(model).items() if isinstance(m, SUPPORTED)}
     for k,m in mods.items(): check_finite(f'{k}.weight', m.weight)
     hooks = [m.register_forward_pre_hook(_catcher(res, k, reduce)) for k,m in mods.items()]
-    try:
-        with as_found(model, train=False), torch.no_grad(), digesting(xb):
-            for x in slices(mapped(lambda o: o.to(next(model.parameters()).device), xb), bs): feed(model, x)
-    finally: [h.remove() for h in hooks]
+    pass_through(model, xb, hooks, bs)
     for k,o in twins(model).items():
         if k in res and o in res: res[k] = res[o] = {r:torch.maximum(v, res[o][r]) for r,v in res[k].items()}
     return {o:{k:check_finite(f'activations into {k!r}', res[k][o]).cpu() for k in mods if k in res} for o in reduce}

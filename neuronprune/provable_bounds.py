@@ -15,7 +15,7 @@ from .core import (as_found, check_batch, check_choice, check_int, check_type, d
 from .masks import Mask, Scores
 from .data import calib_batch
 from .draws import expected_unique
-from .inputs import column_groups, slices
+from .inputs import column_groups, pass_through
 from .provable import EPS, _check_constants, _columns, _halves, sensitivities
 
 # %% ../nbs/12b_provable_bounds.ipynb #bernstein-error
@@ -191,10 +191,7 @@ def certificate(model:nn.Module, # the unpruned network, left as found
     hat, keep = _pruned_weights(model, mask), _pattern(model, mask)
     hooks = [own[k].register_forward_pre_hook(_measure(own[k], hat[k], e, tallies.setdefault(k, {})))
              for k,(e,_,_) in eps.items()]
-    try:
-        with as_found(model, train=False), torch.no_grad(), digesting(xb):
-            for x in slices(mapped(lambda o: o.to(next(model.parameters()).device), xb), bs): feed(model, x)
-    finally: [h.remove() for h in hooks]
+    pass_through(model, xb, hooks, bs)
     for k,t in tallies.items():
         n, kept = (_by_sign(o, own[k].weight).T for o in (torch.ones_like(own[k].weight).cpu(), keep[k][0]))
         for j,sign in enumerate('+-'):
