@@ -15,7 +15,7 @@ import numpy as np, torch
 from .core import *
 from .masks import *
 from .graph import _components, _depthwise
-from .patterns import pattern_sparsity, removed_by, removed_per_output
+from .patterns import indivisible, pattern_sparsity, removed_by, removed_per_output
 
 # %% ../nbs/04_allocate.ipynb #slot_ids
 def _slot_ids(scores, tied):
@@ -447,6 +447,7 @@ def allocate(scores:Scores,       # what to rank
                       f"achieved; min_keep, caps and keep protect {safe[0]} of {safe[1]} units")
     meta = dict(method=scores.method, requested=sparsity, threshold=threshold, achieved=got, of=of, scope=scope,
                 tied=tied, layers=shares, **{k:v for k,v in dict(scales=scales, pattern=pattern).items() if v})
+    if pattern: meta['skipped'] = indivisible(scores, pattern)
     return Mask(units, scores.unit, graph=scores.graph, labels=scores.labels, meta=meta)
 
 # %% ../nbs/04_allocate.ipynb #ratios

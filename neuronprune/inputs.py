@@ -60,7 +60,6 @@ def slices(xb,   # a batch of inputs: a tensor, or a tuple or dictionary of tens
     for i in range(0, len(tensors(xb)[0]), bs): yield take(xb, slice(i, i+bs))
 
 # %% ../nbs/09a_inputs.ipynb #pass-through
-@public
 def pass_through(model:nn.Module, # left as found
                  xb,              # a batch of inputs, in any form
                  hooks:list,      # handles of hooks, which are removed in the end

@@ -8,6 +8,7 @@ __all__ = ['input_moments', 'wanda', 'lamp', 'fisher_diagonal', 'obd', 'obs_prun
 # %% ../nbs/17b_posttraining.ipynb #imports
 import time, torch
 import torch.nn.functional as F
+from itertools import accumulate
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,12 +29,22 @@ def _columns(m, x):
         return p.unflatten(1, (m.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     return None
 
+# %% ../nbs/17b_posttraining.ipynb #summed
+def _summing(got, n, diagonal, most, g):
+    "A hook that adds the inputs of layer `n` to `got` = (rows, sum of products), of `most` rows at most."
+    def hook(m, inp):
+        X = _columns(m, check_finite(f'input of {n!r}', inp[0])).double()
+        if X.shape[1] > most: X = X[:, torch.randperm(X.shape[1], generator=g)[:most].to(X.device)]
+        k, old = got.get(n, (0, 0.))
+        got[n] = k + X.shape[1], old + (X.square().sum(1) if diagonal else X.mT @ X).cpu()
+    return hook
+
 # %% ../nbs/17b_posttraining.ipynb #moments
 @public
 @torch.no_grad()
 def input_moments(model:nn.Module, # left as found
-                  xb,              # inputs on the model's device
-                  names,           # paths of linear and convolution layers
+                  xb,              # inputs, in any form
+                  names,           # paths of linear layers and 2d convolutions
                   diagonal:bool=False, # only the sums of squares?
                   max_rows:int=20_000, # most rows (input × place) of a layer
                   seed:int=0,      # of the places drawn
@@ -42,31 +53,29 @@ def input_moments(model:nn.Module, # left as found
     """Layer -> (rows n, H = XᵀX float64 [groups, d, d], or its diagonal [groups, d]), d = inputs × taps;
     layers that are never reached are absent."""
     got, g, most = {}, generator(seed), max(1, max_rows*bs//max(bs, len(tensors(xb)[0])))
-    def watch(n, m):
-        def hook(_, inp):
-            X = _columns(m, check_finite(f'input of {n!r}', inp[0])).double()
-            if X.shape[1] > most: X = X[:, torch.randperm(X.shape[1], generator=g)[:most].to(X.device)]
-            H = X.square().sum(1) if diagonal else X.mT @ X
-            k, old = got.get(n, (0, 0.)); got[n] = k + X.shape[1], old + H.cpu()
-        return m.register_forward_pre_hook(hook)
-    hooks = [watch(n, model.get_submodule(n)) for n in names]
-    pass_through(model, xb, hooks, bs)
+    pass_through(model, xb, [model.get_submodule(n).register_forward_pre_hook(_summing(got, n, diagonal, most, g))
+                             for n in names], bs)
     return got
 
-# %% ../nbs/17b_posttraining.ipynb #per-weight
-def _measured(model, dls, who, n, names, seed, **kw):
-    "(path -> layer, what `input_moments` found, path -> why a layer is left out, number of training inputs)."
-    xb, _ = batch_for(model, dls, who, n=n, split='train', seed=seed, classes=False)
+# %% ../nbs/17b_posttraining.ipynb #measured
+def _why_not(m):
+    "Why the inputs of a layer cannot be summed up, or None."
+    if isinstance(m, (nn.Linear, nn.Conv2d)): return None
+    return f"{type(m).__name__}: expected a linear layer or a 2d convolution"
+
+def _measured(model, dls, n, names, seed):
+    "(path -> layer, path -> sums of squares [groups, d], path -> why a layer is left out, number of inputs)."
+    xb, _ = batch_for(model, dls, 'wanda', n=n, split='train', seed=seed, classes=False)
     mods, _, skipped = scorable(model, 'weight')
     for k in names or (): check_choice('layers', k, mods)
-    skipped |= {k:f"{type(m).__name__}: expected a linear layer or a 2d convolution" for k,m in mods.items()
-                if not isinstance(m, (nn.Linear, nn.Conv2d))}
+    skipped |= {k:_why_not(m) for k,m in mods.items() if _why_not(m)}
     mods = {k:m for k,m in mods.items() if k not in skipped and (names is None or k in names)}
-    got = input_moments(model, xb, list(mods), seed=seed, **kw)
+    got = input_moments(model, xb, list(mods), diagonal=True, seed=seed)
     skipped |= {k:'the inputs never reach it' for k in mods if k not in got}
     if not got: raise UnsupportedLayerError(f"model={type(model).__name__}: no layer to score ({skipped})")
-    return {k:mods[k] for k in mods if k in got}, got, skipped, len(tensors(xb)[0])
+    return {k:mods[k] for k in mods if k in got}, {k:v for k,(_,v) in got.items()}, skipped, len(tensors(xb)[0])
 
+# %% ../nbs/17b_posttraining.ipynb #per-weight
 def _per_weight(m, d):
     "Numbers per group and column [groups, d] in the shape of the layer's weight, the same for every output."
     return d.repeat_interleave(len(m.weight)//len(d), 0).view(m.weight.shape)
@@ -83,8 +92,8 @@ def wanda(model:nn.Module, # trained model; left as found
          )->Scores:
     "|w| times the l2 norm of the input it multiplies, over a batch, like w; to be compared within an output."
     start = time.perf_counter()
-    mods, got, skipped, n = _measured(model, dls, 'wanda', n, layers, seed, diagonal=True)
-    norms = {k:_per_weight(m, got[k][1].sqrt()) for k,m in mods.items()}
+    mods, got, skipped, n = _measured(model, dls, n, layers, seed)
+    norms = {k:_per_weight(m, got[k].sqrt()) for k,m in mods.items()}
     return scored('wanda', {k:(m.weight.detach().cpu().double().abs()*norms[k]).float() for k,m in mods.items()},
                   'weight', start, graph, skipped, n=n, split='train', seed=seed)
 
@@ -144,25 +153,41 @@ def obd(model:nn.Module, # trained model; left as found
     return scored('obd', {k:.5*h[k]*m.weight.detach().cpu().double().square() for k,m in mods.items()},
                   'weight', start, graph, skipped, n=n, split='train', seed=seed)
 
-# %% ../nbs/17b_posttraining.ipynb #obs
+# %% ../nbs/17b_posttraining.ipynb #factor
 def _factor(H, damp):
     "Upper Cholesky factor [d, d] of the inverse of `H`, its diagonal raised by `damp` of the mean."
     H = H.clone(); d = H.diagonal(); d[d == 0] = 1.; d += damp*d.mean()
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
-def _going(price, gone, n_out, pattern):
-    "Bool [rows, columns] of what goes of a block: M - N of every M columns, or the `n_out` lowest."
+# %% ../nbs/17b_posttraining.ipynb #going
+def _going(price, gone, n, pattern):
+    "Bool [rows, columns] of what goes of a block: what has gone, and the `n` lowest, or M - N of every M columns."
     price = price.masked_fill(gone, -torch.inf)
     if pattern: return ~best_of(price, *pattern, gone)
-    return torch.zeros(price.numel(), dtype=torch.bool).index_fill_(0, price.flatten().argsort(stable=True)[:n_out],
-                                                                     True).view(price.shape) | gone
+    res = torch.zeros(price.numel(), dtype=torch.bool)
+    res[price.flatten().argsort(stable=True)[:n+int(gone.sum())]] = True
+    return res.view(price.shape)
+
+def _spread(n, sizes):
+    "`n` as whole numbers in proportion to `sizes`, none above its size."
+    total, at = max(1, sum(sizes)), [0, *accumulate(sizes)]
+    return [n*b//total - n*a//total for a,b in zip(at, at[1:])]
 
 # %% ../nbs/17b_posttraining.ipynb #obs-2
+def _sweep(w, U, go, a):
+    "Column by column from `a` on what is to `go` [rows, block] goes, and the columns ahead make up for it; in place."
+    b = a + go.shape[1]; err = torch.zeros_like(w[:, a:b])
+    for j in range(a, b):
+        err[:, j-a] = torch.where(go[:, j-a], w[:, j], 0.)/U[j, j]
+        w[:, j:b] -= err[:, j-a, None]*U[j, j:b]
+    w[:, b:] -= err @ U[a:b, b:]
+    w[:, a:b] = w[:, a:b].masked_fill(go, 0.)
+
 @public
 @torch.no_grad()
 def obs_prune(w:torch.Tensor,   # weight [rows, d]
               H:torch.Tensor,   # XᵀX of its inputs [d, d]
-              n_out:int=0,      # weights that go
+              n_out:int=0,      # weights that go, beside those gone before
               *, pattern=None,  # instead: (N, M)
               gone=None,        # bool like `w`: went before
               block:int=128,    # columns decided on together
@@ -171,17 +196,12 @@ def obs_prune(w:torch.Tensor,   # weight [rows, d]
     "(new weight float64 [rows, d], bool kept) by optimal brain surgery, column by column."
     w, U = w.detach().cpu().double().clone(), _factor(H.double(), damp)
     gone = torch.zeros(w.shape, dtype=torch.bool) if gone is None else gone
-    kept, d = torch.ones_like(gone), w.shape[1]
-    block = max(1, block//(m := pattern[1] if pattern else 1))*m
-    for a in range(0, d, block):
-        at = slice(a, b := min(a+block, d))
-        go = _going((w[:, at]/U.diagonal()[at]).square(), gone[:, at], n_out*b//d - n_out*a//d, pattern)
-        kept[:, at], err = ~go, torch.zeros_like(w[:, at])
-        for j in range(a, b):
-            err[:, j-a] = torch.where(go[:, j-a], w[:, j], 0.)/U[j, j]
-            w[:, j:b] -= err[:, j-a, None]*U[j, j:b]
-        w[:, b:] -= err @ U[at, b:]
-        w[:, at] = w[:, at].masked_fill(go, 0.)
+    kept, m = torch.ones_like(gone), pattern[1] if pattern else 1
+    width = max(1, block//m)*m; starts = range(0, w.shape[1], width)
+    for a,n in zip(starts, _spread(n_out, [int((~gone[:, a:a+width]).sum()) for a in starts])):
+        at = slice(a, a+width)
+        go = _going((w[:, at]/U.diagonal()[at]).square(), gone[:, at], n, pattern)
+        kept[:, at] = ~go; _sweep(w, U, go, a)
     return w, kept
 
 # %% ../nbs/17b_posttraining.ipynb #gpt-layer
@@ -192,15 +212,35 @@ def _repaired(m, H, n_out, pattern, gone, block, damp):
     # channels side by side, so that a run of a pattern is one
     cols = torch.arange(w[0].numel()).view(n_in, -1).T.flatten()
     ws, gs = (o.flatten(1)[:, cols].chunk(G) for o in (w, gone))
-    res = [obs_prune(a, h[cols][:, cols], n_out*(i+1)//G - n_out*i//G, pattern=pattern, gone=b, block=block, damp=damp)
-           for i,(a,h,b) in enumerate(zip(ws, H, gs))]
+    shares = _spread(n_out, [int((~o).sum()) for o in gs])
+    res = [obs_prune(a, h[cols][:, cols], n, pattern=pattern, gone=b, block=block, damp=damp)
+           for a,h,b,n in zip(ws, H, gs, shares)]
     return [torch.cat(o)[:, cols.argsort()].view(w.shape) for o in zip(*res)]
 
+# %% ../nbs/17b_posttraining.ipynb #factors
 def _share(masks): return 1 - sum(int(v.sum()) for v in masks)/sum(v.numel() for v in masks)
 
 def _factors(new, old, kept):
-    "What the kept weights are multiplied by, float64; 1 where there is nothing to multiply."
-    return torch.where(kept & (old != 0), new/torch.where(old == 0, 1., old), 1.)
+    "What the kept weights are multiplied by, float32; 1 where there is nothing to multiply."
+    return torch.where(kept & (old != 0), new/torch.where(old == 0, 1., old), 1.).float()
+
+# %% ../nbs/17b_posttraining.ipynb #taken
+def _in_turn(model, xb, candidates, goal, pattern, block, damp, seed):
+    "(path -> bool kept, path -> factors, path -> why it is spared), each on what the pruned layers before it send."
+    gone = {k:candidates.gone.get(k, torch.zeros(v.shape, dtype=torch.bool)) for k,v in candidates.items()}
+    units, scale, mods = {k:~o for k,o in gone.items()}, {}, {k:model.get_submodule(k) for k in candidates}
+    skipped = {k:_why_not(m) for k,m in mods.items() if _why_not(m)}
+    reached = input_moments(model, xb, [k for k in mods if k not in skipped], diagonal=True, seed=seed)
+    skipped |= {k:'the inputs never reach it' for k in mods if k not in reached and k not in skipped}
+    free = [k for k in mods if k not in skipped]
+    fresh, live = goal - sum(int(o.sum()) for o in gone.values()), [int(units[k].sum()) for k in free]
+    if fresh > sum(live):
+        raise ValueError(f"sparsity: {goal} weights are to go; expected at most the {sum(live)} of {', '.join(free)}")
+    for k,n in zip(free, _spread(max(0, fresh), live)):
+        m, H = mods[k], input_moments(model, xb, [k], seed=seed)[k][1]
+        new, units[k] = _repaired(m, H, n, pattern, gone[k], block, damp)
+        scale[k] = _factors(new, m.weight.detach().cpu().double(), units[k]); m.weight.data.copy_(new)
+    return units, scale, skipped
 
 # %% ../nbs/17b_posttraining.ipynb #gpt
 @method('sparsegpt', unit='weight', needs=('data',), kind='search', allocate=dict(normalize=None), paper='Frantar 2023')
@@ -214,22 +254,14 @@ def sparsegpt(task:Task,     # what is asked for
              )->Found:
     """The same share of every layer (or the `pattern` asked of `allocate`), one layer after the other,
     with the weights that stay repaired."""
-    asked, model = task.allocate(task.candidates).meta, copied(task.learn.model)
-    pattern = asked.get('pattern')
-    total, done, units, scale, was = sum(v.numel() for v in task.candidates.values()), 0, {}, {}, task.candidates.gone
-    goal, xb = total - kappa(total, task.sparsity), batch_for(model, task.learn.dls, 'sparsegpt', n=n, split='train',
-                                                              seed=seed, classes=False)[0]
-    for i,(k,v) in enumerate(task.candidates.items()):
-        m, before = model.get_submodule(k), sum(o.numel() for o in list(task.candidates.values())[:i])
-        n_out = goal*(before+v.numel())//total - goal*before//total
-        H = input_moments(model, xb, [k], seed=seed)[k][1]
-        new, units[k] = _repaired(m, H, n_out, pattern and pattern_of(pattern),
-                                  was.get(k, torch.zeros(v.shape, dtype=torch.bool)), block, damp)
-        scale[k] = _factors(new, m.weight.detach().cpu().double(), units[k])
-        m.weight.data.copy_(new)
-    mask = Mask(units, 'weight', graph=task.graph, scale={k:v.float() for k,v in scale.items()},
-                meta=dict(asked, method='sparsegpt', scope='layer', achieved=_share(units.values()),
-                          layers={k:_share([v]) for k,v in units.items()}))
+    asked, model, units = task.allocate(task.candidates).meta, copied(task.learn.model), task.candidates
+    pattern = asked.get('pattern') and pattern_of(asked['pattern'])
+    xb, _ = batch_for(model, task.learn.dls, 'sparsegpt', n=n, split='train', seed=seed, classes=False)
+    total = sum(v.numel() for v in units.values())
+    units, scale, skipped = _in_turn(model, xb, units, total-kappa(total, task.sparsity), pattern, block, damp, seed)
+    meta = dict(asked, method='sparsegpt', scope='layer', achieved=_share(units.values()), skipped=skipped,
+                layers={k:_share([v]) for k,v in units.items()})
+    mask = Mask(units, 'weight', graph=task.graph, scale=scale, meta=meta)
     score, loss = task.test(mask)
     found = Found(mask, [dict(evaluations=1, score=score, best=score, best_loss=loss)], 1, {})
     if keep: keep(found)

@@ -41,6 +41,7 @@ def test_allocate_exact_on_all_that_divides():
     assert (mask['conv'].movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
     assert (mask['fc'].unflatten(-1, (-1, 4)).sum(-1) == 2).all() and mask['odd'].all()
     assert mask.meta['layers'] == dict(conv=.5, fc=.5, odd=0.) and mask.meta['pattern'] == '2:4'
+    assert mask.meta['skipped'] == {'odd': '6 inputs are no multiple of 4'}
     n = sum(o.numel() for o in mask.values())
     assert mask.meta['achieved'] == pytest.approx((144+30)/n)
     same = allocate(sc, .5, pattern='2:4')
