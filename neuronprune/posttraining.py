@@ -63,6 +63,7 @@ def _why_not(m):
     if isinstance(m, (nn.Linear, nn.Conv2d)): return None
     return f"{type(m).__name__}: expected a linear layer or a 2d convolution"
 
+# %% ../nbs/17b_posttraining.ipynb #measured-2
 def _measured(model, dls, n, names, seed):
     "(path -> layer, path -> sums of squares [groups, d], path -> why a layer is left out, number of inputs)."
     xb, _ = batch_for(model, dls, 'wanda', n=n, split='train', seed=seed, classes=False)
@@ -183,6 +184,7 @@ def _sweep(w, U, go, a):
     w[:, b:] -= err @ U[a:b, b:]
     w[:, a:b] = w[:, a:b].masked_fill(go, 0.)
 
+# %% ../nbs/17b_posttraining.ipynb #obs-prune
 @public
 @torch.no_grad()
 def obs_prune(w:torch.Tensor,   # weight [rows, d]
