@@ -270,7 +270,7 @@ def _checked(ev, kappa, schedule, proposal, budget, seconds, groups, ladder, com
     if seconds is not None and not 0 <= seconds < math.inf: raise ValueError(f"seconds={seconds}: expected at least 0")
     for k in ('save_every', 'refresh_every', 'restart'): rest[k] is None or check_int(k, rest[k], 1)
     for k in ('tournament', 'look_every'): check_int(k, rest[k], 1)
-    ladder = (1.,) if ladder is None else tuple(float(o) for o in ladder)
+    ladder = (1.,) if ladder is None else tuple(map(float, check_type('ladder', ladder, (list, tuple), 'of factors')))
     if not ladder or min(ladder) <= 0 or list(ladder) != sorted(ladder):
         raise ValueError(f"ladder={ladder}: expected factors of the temperature above 0, the coldest first")
     if compat and len(ladder) > 1:
@@ -361,6 +361,8 @@ def anneal(evaluator,      # what scores masks
     cfg = _checked(evaluator, kappa, schedule, proposal, budget, seconds, groups, ladder, compat, init=init,
                    min_keep=min_keep, tournament=tournament, look_every=look_every, refresh_every=refresh_every,
                    restart=restart, save_every=save_every)
+    if keep is not None and not callable(keep):
+        raise TypeError(f"keep: expected a function of an Annealed, got {type(keep).__name__}")
     seeds = np.random.SeedSequence(check_int('seed', seed, 0)).spawn(check_int('chains', chains, 1))
     return _all_chains(evaluator, cfg, seeds, n_jobs, state, keep, progress)
 

@@ -169,6 +169,7 @@ def evaluator(model:nn.Module, # any network that classifies; not changed
     "The fastest evaluator that knows this network."
     check_type('model', model, nn.Module)
     if candidates is None: candidates = _candidates(model, graph)
+    check_type('candidates', candidates, Scores)
     same = dict(objective=objective, chunk=chunk, n_valid=n_valid, held=held)
     try:
         if candidates.unit == 'weight' and isinstance(xb, torch.Tensor) and _chain(model):

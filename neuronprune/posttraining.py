@@ -197,7 +197,7 @@ def obs_prune(w:torch.Tensor,   # weight [rows, d]
              )->tuple:
     "(new weight float64 [rows, d], bool kept) by optimal brain surgery, column by column."
     w, U = w.detach().cpu().double().clone(), _factor(H.double(), damp)
-    gone = torch.zeros(w.shape, dtype=torch.bool) if gone is None else gone
+    gone = torch.zeros(w.shape, dtype=torch.bool) if gone is None else check_type('gone', gone, torch.Tensor)
     kept, m = torch.ones_like(gone), pattern[1] if pattern else 1
     width = max(1, block//m)*m; starts = range(0, w.shape[1], width)
     for a,n in zip(starts, _spread(n_out, [int((~gone[:, a:a+width]).sum()) for a in starts])):
