@@ -40,8 +40,8 @@ def _cell(o): return html.escape(' '.join(str(o).split()), quote=False).replace(
 def _rows(head, rows):
     "Lines of a Markdown table; what a first column repeats is said once."
     line = lambda cells: f"| {' | '.join(map(_cell, cells))} |"
-    firsts = [None, *(r[0] for r in rows)]
-    return [line(head), '|'+'---|'*len(head), *(line(['' if r[0] == old else r[0], *r[1:]]) for old,r in zip(firsts, rows))]
+    said = [line(['' if r[0] == old else r[0], *r[1:]]) for old,r in zip([None, *(r[0] for r in rows)], rows)]
+    return [line(head), '|'+'---|'*len(head), *said]
 
 # %% ../nbs/07a_card.ipynb #done
 def _done(r):

@@ -154,7 +154,8 @@ def test_a_network_of_a_library_is_made_without_memory():
 
 # ---- in a fresh process, with the card
 
-SOURCES = ['lenet5', 'torchvision/mobilenet_v3_small', *(['timm/test_resnet'] if importlib.util.find_spec('timm') else [])]
+TIMM = ['timm/test_resnet'] if importlib.util.find_spec('timm') else []
+SOURCES = ['lenet5', 'torchvision/mobilenet_v3_small', *TIMM]
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
