@@ -12,7 +12,7 @@ from neuronprune.handover import from_history, importance_scores, pruning_histor
 from neuronprune.masks import Mask, Scores
 from neuronprune.models import build
 from neuronprune.surgery import Factored, GroupedLinear, apply, difference, plan, shrink
-from test_graph import KINDS, X, found, nets
+from test_graph import C, KINDS, Net, X, found, nets
 from test_surgery import ZOO, quiet, random_scores, randomise, thin, zoo
 
 def halved(model, xb, s=.5): return quiet(random_scores(model, trace(model, xb), 'channel'), s)
@@ -241,6 +241,14 @@ def test_a_history_is_the_plan_on_random_networks(model, unit, s, seed):
     for k,v in back.items():
         out = kept.get(k, (None, None))[0]
         assert v.nonzero()[:,0].tolist() == (list(range(len(v))) if out is None else out.tolist())
+
+def test_channels_are_counted_after_those_that_have_gone():
+    "The first two channels of `b` are tied to `a`, whose entry takes one of them along; the others to `d`."
+    m = Net(lambda s, x: s.c(torch.cat([s.a(x), s.d(x)], 1)+s.b(x)), a=C(2, 2, 1), b=C(2, 4, 1), d=C(2, 2, 1), c=C(4, 2, 1))
+    g = trace(m, X); keep = {k:torch.tensor(v).bool() for k,v in dict(a=[0, 1], b=[0, 1, 1, 0], d=[1, 0]).items()}
+    history = pruning_history(m, Mask(keep, 'channel', graph=g), X)
+    assert history == [['a', True, [0]], ['b', True, [2]]]
+    assert all(torch.equal(from_history(history, g)[k], v) for k,v in keep.items())
 
 @pytest.mark.parametrize('history,said', [([['conv9', True, [0]]], 'layer'), ([['conv1', True, [6]]], r"history\['conv1'\]=6"),
     ([['conv1', True, [5]], ['conv1', True, [5]]], r"history\['conv1'\]=5"), ([['fc3', True, [0]]], "'fc3', which cannot"),
