@@ -42,7 +42,7 @@ def reading(path,    # file whose contents are used in the block
     """Inside the block whatever is wrong with `path` becomes one `DamagedFileError`;
     a file that is not there stays a `FileNotFoundError`."""
     try: yield
-    except (FileNotFoundError, DamagedFileError): raise
+    except (FileNotFoundError, DamagedFileError, ImportError): raise # a missing package is no fault of the file
     except Exception as e: # the contents may be anything, and so may the errors
         why = e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'
         raise DamagedFileError(f"path={os.fspath(path)!r}: {why}; {cure}") from e

@@ -405,11 +405,15 @@ def load(cls:Units, path # file written by `save`
 @public
 def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get torch's pruning reparametrisation
                   )->nn.Module:
-    "Hand the mask to `torch.nn.utils.prune`; returns `model`."
-    params = dict(model.named_parameters(remove_duplicate=False))
+    "Hand the mask to `torch.nn.utils.prune`; returns `model`. `ValueError` for a mask with a scale."
+    if self.scale:
+        raise ValueError("mask: has a scale, for which torch's pruning has no place; expected surgery.apply(model, mask) "
+                         "first, then the mask without its scale")
+    params, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
     for n,m in self.expand(model).items():
         mod, p = n.rpartition('.')[::2]
         if n in params: torch_prune.custom_from_mask(model.get_submodule(mod), p, m)
+        else: buffers[n].masked_fill_(~m, 0)
     return model
 
 # %% ../nbs/03a_masks.ipynb #from_torch_prune

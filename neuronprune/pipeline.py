@@ -27,8 +27,9 @@ from fastai.learner import Learner
 from .train import as_learner, fit, learner, schedule_lr
 from .retrain import _state, _slice, held, hold, rebind
 from .costs import count_macs, nonzero_params
+from .card import write_card
 from .report import Report
-
+from .saving import recipe
 
 # %% ../nbs/20_pipeline.ipynb #result
 @dataclass(repr=False)
@@ -54,10 +55,11 @@ class Result:
 @public
 def save(self:Result, folder # made if missing
         ):
-    "Write model, mask and scores (safetensors) and the record (JSON) into `folder`, the record last."
+    "Write model, mask and scores (safetensors), the model card (README.md) and, last, the record (JSON) into `folder`."
     d = Path(folder)
     surgery.save(self.model, d/'model.safetensors'); self.mask.save(d/'mask.safetensors')
     if self.scores is not None: self.scores.save(d/'scores.safetensors')
+    write_card(self.report, d, named=recipe(self.model) is not None)
     self.report.save(d/'record.json')
 
 # %% ../nbs/20_pipeline.ipynb #check_moment

@@ -6,7 +6,7 @@
 __all__ = ['dead_channels', 'plan', 'SurgeryError', 'difference', 'GroupedLinear', 'factorise', 'merge', 'shrink', 'save', 'load']
 
 # %% ../nbs/06_surgery.ipynb #import-copy-json-math-import-t
-import json, math
+import math
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -347,93 +347,11 @@ def shrink(model:nn.Module, # dense or masked; not changed
     if p and (why := _rehearsed(model, xb, p)): raise SurgeryError(f"{why}. {_HINT}")
     return small
 
-# %% ../nbs/06_surgery.ipynb #save
-@public
-def save(model:nn.Module, # pruned or not
-         path             # file to write
-        ):
-    "Write the model's tensors and, if it has one that can be written, its `spec` to `path` (safetensors, JSON header)."
-    spec = getattr(model, 'spec', None)
-    try: json.dumps(spec)
-    except TypeError: spec = None
-    factored = {n:getattr(m[0], 'groups', 1) for n,m in model.named_modules() if isinstance(m, Factored)}
-    save_tensors(path, model.state_dict(),
-                 dict(kind='model', spec=spec, factored=factored, widths=getattr(model, 'cut_widths', {})))
+# %% ../nbs/06_surgery.ipynb #save-load
+_all_ = ['save', 'load']
 
-# %% ../nbs/06_surgery.ipynb #rebuild
-def _rebuild(spec, state):
-    """An unpruned network of the zoo from its spec, without memory;
-    raises for a spec that is none, or is larger than `state` can be."""
-    from neuronprune.models import build, own_args
-    name = check_type('spec', spec, dict).get('name')
-    for k in spec: check_choice('spec', k, ['name', 'c_in', 'n_out', 'size', *own_args(name)])
-    for k,n in dict(depth=len(state), c_in=sum(v.numel() for v in state.values())).items():
-        if check_int(k, spec.get(k, 0)) > n:
-            raise ValueError(f"{k}={spec[k]}: the file has {len(state)} tensors, too few or too small for that")
-    with torch.device('meta'): return build(**{k:tuple(v) if isinstance(v, list) else v for k,v in spec.items()})
-
-# %% ../nbs/06_surgery.ipynb #refactor
-def _refactor(model, state, factored):
-    "`model` with empty-handed factors of the saved ranks in place of the layers `factored`, name -> groups."
-    for n,k in factored.items():
-        left, right = (state[f'{n}.{i}.weight'].flatten(1) for i in (1, 0))
-        left, right = left.view(len(left), k, -1).movedim(1, 0), right.view(k, len(right)//k, -1)
-        m = model.get_submodule(n); model = _swap(model, m, _factored(m, left, right, state.get(f'{n}.1.bias')))
-    return model
-
-# %% ../nbs/06_surgery.ipynb #check-shapes
-def _check_shapes(model, state):
-    "Raises unless `state` has the names of `model`'s tensors and nowhere more entries."
-    own = model.state_dict()
-    for k in [*own, *state]:
-        if k not in own or k not in state:
-            raise ValueError(f"{k}: {'not in the file' if k in own else 'the network has no such tensor'}")
-        if own[k].ndim != state[k].ndim or any(n > m for n,m in zip(state[k].shape, own[k].shape)):
-            raise ValueError(f"{k}: shape {tuple(state[k].shape)}, but {tuple(own[k].shape)} in the unpruned network")
-
-def _check_runs(model, spec):
-    "Raises unless a network without memory takes what its spec says, and gives as many outputs."
-    x = torch.empty(2, spec['c_in'], spec['size'], spec['size'], device='meta')
-    with as_found(model, train=False), torch.no_grad(): shape = tuple(model(x).shape)
-    if shape != (2, spec['n_out']):
-        raise ValueError(f"spec: says {spec['n_out']} outputs, the tensors make {shape[1:]}")
-
-def _narrowed(model, state):
-    "`model` cut to the widths in `state`, in place."
-    first = lambda n, have: None if n == have else torch.arange(n)
-    for n,m in model.named_modules():
-        k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
-        if k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
-        new, old = state[k].shape, model.get_submodule(n).state_dict()[k.rpartition('.')[2]].shape
-        whole = len(new) > 1 and getattr(m, 'groups', 1) == 1
-        out, inp = first(new[0], old[0]), first(new[1], old[1]) if whole else None
-        if (out, inp) != (None, None): _cut(m, out, inp)
-    return model
-
-def _set_widths(model, widths):
-    "Set the attributes that `shrink` had set; raises unless each is a whole number of the model already."
-    for n,v in check_type('widths', widths, dict).items():
-        m, a = owner(model, n)
-        if type(vars(m).get(a)) is not int: raise ValueError(f"widths: {n!r} is no whole number of the model")
-        setattr(m, a, check_int(f'widths[{n!r}]', v, 1))
-    if widths: model.cut_widths = dict(widths)
-
-# %% ../nbs/06_surgery.ipynb #load
-@public
-def load(path,                # file written by `save`
-         model:nn.Module=None # an unpruned instance, for models that are not of our zoo; it is changed and returned
-        )->nn.Module:
-    "The saved model, rebuilt at its pruned widths. `ValueError` when the file is damaged, no model, or needs `model=`."
-    state, h = load_tensors(path, 'model')
-    if model is None and h.get('spec') is None:
-        raise ValueError(f"path={str(path)!r}: the file holds no recipe of the zoo; "
-                         "expected model=, an unpruned instance")
-    zoo, cure = model is None, 'delete the file, or give the unpruned network that it was saved from as model='
-    with reading(path, cure):
-        model = _refactor(_rebuild(h['spec'], state) if zoo else model, state, h.get('factored', {}))
-        _check_shapes(model, state)
-        model = _narrowed(model, state)
-        if zoo: _check_runs(model, h['spec'])
-        _set_widths(model, h.get('widths', {}))
-        model.load_state_dict({k:v.clone() for k,v in state.items()}, assign=zoo)
-    return model
+def __getattr__(name):
+    "`save` and `load` when they are asked for: they stand on this chapter."
+    if name not in _all_: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from neuronprune import saving
+    return getattr(saving, name)
