@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from .core import *
 from .kinds import _own_forward
-from .rehearsal import _attributes
+from .rehearsal import owner, _attributes
 
 # %% ../nbs/14c_energy_sliced.ipynb #vectors
 def _vectors(bits, states):
@@ -33,6 +33,8 @@ def _spread(model, keep, live):
         if n not in live or n in keep or isinstance(m, PRUNABLE): continue
         names = ('weight', 'bias') if getattr(m, 'bias', None) is not None else ('running_mean',)
         res += [(m, a, live[n], 0) for a in names if getattr(m, a, None) is not None]
+    for k,v in live.items():
+        if isinstance(k, tuple): res.append((*owner(model, k[0]), v, k[1])) # a table and its dimension
     return [o for o in res if not o[2].all()]
 
 # %% ../nbs/14c_energy_sliced.ipynb #to-device

@@ -6,6 +6,7 @@
 __all__ = ['candidates', 'followed', 'axis', 'joined', 'readers', 'standing', 'kept_tables', 'cut_tables']
 
 # %% ../nbs/02c_tables.ipynb #imports
+from contextlib import contextmanager
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -59,22 +60,39 @@ def slopes(self:Probe, leaves, k):
           for i in range(3)]
     return {n:followed(list(g), x.shape[1]) for n,*g in zip(leaves, *gs) if g[0] is not None}
 
+# %% ../nbs/02c_tables.ipynb #leaves
+@contextmanager
+def _leaves(model, tables):
+    "Table -> the variable to be asked: itself, or what is added to the answers of an `Embedding`."
+    res, put = dict(tables), {}
+    for n,t in tables.items():
+        m, a = owner(model, n)
+        if isinstance(m, nn.Embedding) and a == 'weight':
+            res[n] = torch.zeros(t.shape[1:], dtype=t.dtype, device=t.device)
+            put[m] = vars(m).get('forward'), (lambda *x, own=m.forward, v=res[n], **kw: own(*x, **kw)+v)
+    for m,(_,new) in put.items(): m.forward = new
+    for t in res.values(): t.requires_grad_(True)
+    try: yield res
+    finally:
+        for t in res.values(): t.requires_grad_(False)
+        for m,(old,_) in put.items():
+            if old is None: del m.forward
+            else: m.forward = old
+
 # %% ../nbs/02c_tables.ipynb #find
 @patch
 @torch.enable_grad()
 def find_tables(self:Probe):
     "Place -> {table: (slots, entries)}; `dims` holds table -> (dimension, size), `tables` the tensors."
-    leaves, self.dims, self.tables, res = candidates(self.model), {}, {}, {}
-    if not leaves: return res
-    for t in leaves.values(): t.requires_grad_(True)
-    try:
-        self.lifting({}).run(2)
-        found = {k:{n:axis(s) for n,s in self.slopes(leaves, k).items()} for k in self.width}
-    except RuntimeError: return res # it insists on writing into its parameters
-    finally:
-        for t in leaves.values(): t.requires_grad_(False)
-    for n,t in leaves.items():
-        ats = {k:o[n] for k,o in found.items() if o.get(n)}
+    tables, self.dims, self.tables, res = candidates(self.model), {}, {}, {}
+    if not tables: return res
+    with _leaves(self.model, tables) as leaves:
+        try:
+            self.lifting({}).run(2)
+            found = {k:{n:axis(s) for n,s in self.slopes(leaves, k).items()} for k in self.width}
+        except RuntimeError: return res # it insists on writing into its parameters
+    for n,t in tables.items():
+        ats = {k:(t.ndim-leaves[n].ndim+o[n][0], o[n][1]) for k,o in found.items() if o.get(n)}
         if len(dims := {d for d,_ in ats.values()}) != 1: continue
         d = dims.pop(); self.dims[n], self.tables[n] = (d, t.shape[d]), t
         for k,(_,s) in ats.items(): res.setdefault(k, {})[n] = s[s >= 0], (s >= 0).nonzero()[:, 0]
