@@ -313,7 +313,7 @@ def _channel_masks(mask, g, params):
         res[f'{n}.weight'] = res[f'{n}.weight'] & cols if f'{n}.weight' in res else cols.clone()
     for n in g.norm_slots:
         s = g.silent(outs, n)
-        hush = ('weight', 'bias') if f'{n}.bias' in params else ('running_mean',)
+        hush = ('weight', 'bias') if n in g.wide or f'{n}.bias' in params else ('running_mean',)
         if s.any(): res.update({f'{n}.{o}':~s for o in hush if f'{n}.{o}' in params})
     for t,(d,keep) in kept_tables(g, ~standing(g, {p:~v for p,v in outs.items()})[:-1]).items():
         at = [-1 if i == d else 1 for i in range(params[t].ndim)]

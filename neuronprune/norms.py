@@ -75,7 +75,8 @@ def narrow_norm(m:nn.Module, # a norm that is `wide`
                 n            # channels that stay; a list with those of every group for a group norm
                )->CutNorm:
     "A `CutNorm` of that width in place of `m`, still without numbers of its own."
-    w, p = wide(m), m.weight; like = {} if p is None else dict(device=p.device, dtype=p.dtype)
+    if not (w := wide(m)): raise ValueError(f"m: {type(m).__name__}; expected a norm over channels with a scale")
+    p = m.weight; like = {} if p is None else dict(device=p.device, dtype=p.dtype)
     sizes = [check_int('n', o, 0) for o in check_type('n', n, (list, tuple))] if w.kind == 'group' else None
     if sizes is not None and len(sizes) != m.num_groups: raise ValueError(
         f"n: {len(sizes)} numbers; expected one for each of {m.num_groups} groups")

@@ -111,12 +111,20 @@ def tabled(self:Probe, tables, cut):
 
 # %% ../nbs/02b_rehearsal.ipynb #rehearse
 @patch
+def masked(self:Probe, kept, slots, tables):
+    "({place: what it sees}, all that was seen) when zeros are emitted; kept for the next question about the same cut."
+    asked = [(n, v.numpy().tobytes()) for d in (kept, slots, {n:k for n,(_,k) in tables.items()}) for n,v in d.items()]
+    if getattr(self, 'asked', None) != asked:
+        with _attributes(self.tabled(tables, cut=False)): self._emitting(kept, cut=False).run(1, self.both())
+        self.asked, self.told = asked, ({k:self.rows_of(k) for k in slots}, dict(self.seen))
+    return self.told
+
+@patch
 @torch.no_grad()
 def rehearse(self:Probe, kept, slots, widths={}, tables={}):
     """None, or why a network cut to `kept` (layer -> bool [n_out]; place -> bool in `slots`; table -> (dimension, bool)
     in `tables`), with attributes set to `widths`, would not compute what the masked one does."""
-    with _attributes(self.tabled(tables, cut=False)): self._emitting(kept, cut=False).run(1, self.both())
-    want, raw = {k:self.rows_of(k) for k in slots}, dict(self.seen)
+    want, raw = self.masked(kept, slots, tables)
     new = self.resized(kept, slots) + [(*owner(self.model, n), v) for n,v in widths.items()]
     try:
         with _attributes(new + self.tabled(tables, cut=True)):

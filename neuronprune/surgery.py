@@ -14,7 +14,7 @@ from .core import *
 from .files import *
 from .masks import *
 from .rehearsal import owner
-from .kinds import is_norm, norm_width, slots, wide
+from .kinds import is_norm, slots, wide
 from .norms import CutNorm, cut_norm, narrow_norm
 from .tables import candidates, cut_tables, kept_tables
 from .graph import kept_slots, new_widths, probing, spared, trace, _depthwise
@@ -373,8 +373,8 @@ def save(model:nn.Module, # pruned or not
     try: json.dumps(spec)
     except TypeError: spec = None
     factored = {n:getattr(m[0], 'groups', 1) for n,m in model.named_modules() if isinstance(m, Factored)}
-    groups = {n:m.sizes for n,m in model.named_modules() if isinstance(m, CutNorm) and m.sizes}
-    save_tensors(path, model.state_dict(), dict(kind='model', spec=spec, factored=factored, groups=groups,
+    norms = {n:m.sizes or m.normalized_shape[0] for n,m in model.named_modules() if isinstance(m, CutNorm)}
+    save_tensors(path, model.state_dict(), dict(kind='model', spec=spec, factored=factored, norms=norms,
                                                 widths=getattr(model, 'cut_widths', {})))
 
 # %% ../nbs/06_surgery.ipynb #rebuild
@@ -408,11 +408,6 @@ def _check_shapes(model, state):
         if own[k].ndim != state[k].ndim or any(n > m for n,m in zip(state[k].shape, own[k].shape)):
             raise ValueError(f"{k}: shape {tuple(state[k].shape)}, but {tuple(own[k].shape)} in the unpruned network")
 
-def _narrowed_norm(m, n, state, groups):
-    "The wide norm `m` at path `n`, or one as narrow as `state` and `groups` say."
-    have = len(state.get(f'{n}.weight', [0]*norm_width(m)))
-    return m if have == norm_width(m) else narrow_norm(m, groups[n] if wide(m).kind == 'group' else have)
-
 def _check_runs(model, spec):
     "Raises unless a network without memory takes what its spec says, and gives as many outputs."
     x = torch.empty(2, spec['c_in'], spec['size'], spec['size'], device='meta')
@@ -420,14 +415,15 @@ def _check_runs(model, spec):
     if shape != (2, spec['n_out']):
         raise ValueError(f"spec: says {spec['n_out']} outputs, the tensors make {shape[1:]}")
 
-def _narrowed(model, state, groups):
-    "`model` cut to the widths in `state`, in place; `groups`: group norm -> channels left of every group."
+def _narrowed(model, state, norms):
+    "`model` cut to the widths in `state`, in place; `norms`: path of a cut norm -> its width, or that of every group."
     first = lambda n, have: None if n == have else torch.arange(n)
     for k,d in [(k, d) for k,t in candidates(model).items() for d in range(t.ndim)
                 if k in state and t.shape[d] != state[k].shape[d]]:
         cut_tables(model, {k:(d, torch.arange(state[k].shape[d]))})
     for n,m in list(model.named_modules()):
-        if wide(m): _swap(model, m, _narrowed_norm(m, n, state, groups)); continue
+        if n in norms: _swap(model, m, narrow_norm(m, norms[n]))
+        if wide(m): continue
         k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
         if k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
         new, old = state[k].shape, m.state_dict()[k.rpartition('.')[2]].shape
@@ -458,7 +454,7 @@ def load(path,                # file written by `save`
     with reading(path, cure):
         model = _refactor(_rebuild(h['spec'], state) if zoo else model, state, h.get('factored', {}))
         _check_shapes(model, state)
-        model = _narrowed(model, state, check_type('groups', h.get('groups', {}), dict))
+        model = _narrowed(model, state, check_type('norms', h.get('norms', {}), dict))
         if zoo: _check_runs(model, h['spec'])
         _set_widths(model, h.get('widths', {}))
         model.load_state_dict({k:v.clone() for k,v in state.items()}, assign=zoo)
