@@ -179,7 +179,7 @@ def weights_left(graph,    # `Graph` of the model
     (dead, cut), left = _lost(graph, keep), 0
     for n,l in graph.layers.items():
         rows = l['n_out'] - int(dead[n].sum()) if n in dead else l['n_out']
-        gone = (graph.silent(dead, n) if any(p in dead for p in graph.sources.get(n, ()))
+        gone = (graph.silent(dead, n) if n in graph.feeds or any(p in dead for p in graph.sources.get(n, ()))
                 else torch.zeros(l['n_in'], dtype=torch.bool))
         if n in cut: gone = gone | cut[n]
         left += rows*l['weights']//l['n_out'] if l['groups'] > 1 else rows*(l['n_in']-int(gone.sum()))*l['taps']

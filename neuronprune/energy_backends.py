@@ -178,7 +178,7 @@ def _moving(model, live):
     "id of a norm's running mean -> bool [slots]: does anything arrive?"
     at, mods = next(model.parameters()).device, dict(model.named_modules())
     return {id(m.running_mean):v[0].to(at) for n,v in live.items()
-            if (m := mods[n]) is not None and getattr(m, 'running_mean', None) is not None}
+            if (m := mods.get(n)) is not None and getattr(m, 'running_mean', None) is not None}
 
 # %% ../nbs/14c_energy_backends.ipynb #step
 @patch

@@ -31,6 +31,7 @@ def _resting(model, bits, state):
             if n in live and l['groups'] == 1 and n not in both and n not in both.values()]
     norms = [(mods[n], a, live[n], 0) for n in bits.graph.norm_slots for a in ('weight', 'bias')
              if getattr(mods[n], a, None) is not None]
+    norms += [(*owner(model, k[0]), v, k[1]) for k,v in live.items() if isinstance(k, tuple)] # tables
     some = [o for o in (*_spread(model, keep, live), *cols, *norms) if not o[2].all()]
     return [(getattr(m, a), v[0]) for m,a,v in _factors(some, next(model.parameters()).device)
             if isinstance(getattr(m, a), nn.Parameter)]

@@ -14,8 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from .core import *
-from .kinds import _own_forward
-from .rehearsal import _attributes
+from .kinds import wide, _own_forward
+from .rehearsal import owner, _attributes
 
 # %% ../nbs/14c_energy_sliced.ipynb #vectors
 def _vectors(bits, states):
@@ -31,8 +31,10 @@ def _spread(model, keep, live):
         res += [(m, a, v, int(cut)) for a in (('weight',) if cut else ('weight', 'bias')) if getattr(m, a) is not None]
     for n,m in mods.items():
         if n not in live or n in keep or isinstance(m, PRUNABLE): continue
-        names = ('weight', 'bias') if getattr(m, 'bias', None) is not None else ('running_mean',)
+        names = ('weight', 'bias') if wide(m) or getattr(m, 'bias', None) is not None else ('running_mean',)
         res += [(m, a, live[n], 0) for a in names if getattr(m, a, None) is not None]
+    for k,v in live.items():
+        if isinstance(k, tuple): res.append((*owner(model, k[0]), v, k[1])) # a table and its dimension
     return [o for o in res if not o[2].all()]
 
 # %% ../nbs/14c_energy_sliced.ipynb #to-device

@@ -15,6 +15,7 @@ from .core import *
 from .kinds import is_norm, norm_width
 from .masks import *
 from .graph import _depthwise
+from .tables import standing
 
 # %% ../nbs/14b_energy_units.ipynb #bits-class
 @dataclass(repr=False)
@@ -25,7 +26,7 @@ class Bits:
     columns: dict    # layer or 'layer:in' -> column of the state that each of its channels follows [n]
     slices: dict     # name -> slice of the state: a layer, 'layer:in', or the first layer of a tie
     cost: torch.Tensor # reference parameters that each bit carries [D]
-    norms: dict      # norm -> parameters per slot
+    norms: dict      # norm or (table, dimension) -> parameters per slot
     total: int       # parameters of the network
 
     @property
@@ -120,6 +121,8 @@ def bits_of(model:nn.Module, # the network; not kept, not changed
                          + '; '.join(f'{k!r}: {v}' for k,v in graph.fixed.items()))
     D, mods = max(s.stop for s in slices.values()), dict(model.named_modules())
     norms = {n:sum(p is not None and p.ndim == 1 for p in mods[n]._parameters.values()) for n in graph.norm_slots}
+    own = dict(model.named_parameters())
+    norms.update({(t, d):own[t].numel()//len(ids) for t,(d,ids) in graph.tables.items() if t in own})
     cost = _costs(graph, {**columns, **_inherited(graph, columns)}, shortcuts(model), D)
     return Bits(graph, tied, columns, slices, cost, norms, sum(p.numel() for p in model.parameters()))
 
@@ -159,14 +162,16 @@ def keeps(self:Bits, state:torch.Tensor # bool [D] or [S, D]
     return {k:state[..., c] for k,c in self.columns.items()}
 
 # %% ../nbs/14b_energy_units.ipynb #live
-def _live(g, keep, place, like):
-    "Bool [S, slots] of `place`: does anything but dropped channels reach it?"
+def _live(g, keep, place, like, up):
+    "Bool [S, slots] of `place`: does anything but dropped channels reach it? `up` is what is `standing`."
     n = len(g.in_slots[place] if place in g.in_slots else g.norm_slots[place])
     there = torch.ones(n, dtype=torch.bool); res = like.new_zeros(len(like), n)
     for p,(slot,chan) in g.sources.get(place, {}).items():
         there[slot] = False
         if p in keep: res[:, slot] |= keep[p][:, chan]
         else: res[:, slot] = True
+    for t,(slot,entry) in g.feeds.get(place, {}).items():
+        there[slot] = False; res[:, slot] |= up[:, g.tables[t][1][entry]]
     if place in g.mixed: res[:, g.mixed[place]] = True
     return res | there
 
@@ -174,9 +179,11 @@ def _live(g, keep, place, like):
 @public
 def live(self:Bits, states:torch.Tensor # bool [S, D]
         )->dict:
-    "Layer (its inputs) or norm -> bool [S, slots]: does anything arrive? On the CPU."
+    "Layer (its inputs), norm or (table, dimension) -> bool [S, slots]: does anything arrive or stay? On the CPU."
     like, g = torch.atleast_2d(self.check(states)), self.graph; keep = self.full(like)
-    res = {n:_live(g, keep, n, like) for n in (*g.in_slots, *g.norm_slots)}
+    up = standing(g, keep, like.shape[:1])
+    res = {n:_live(g, keep, n, like, up) for n in (*g.in_slots, *g.norm_slots)}
+    res.update({(t, d):up[:, ids] for t,(d,ids) in g.tables.items()})
     return {n:v & keep[f'{n}:in'] if f'{n}:in' in keep else v for n,v in res.items()}
 
 # %% ../nbs/14b_energy_units.ipynb #full
@@ -184,9 +191,11 @@ def live(self:Bits, states:torch.Tensor # bool [S, D]
 def full(self:Bits, states):
     "`keeps` of [S, D] with the depthwise layers that have no bits of their own."
     keep, g = self.keeps(states), self.graph
-    for n,l in g.layers.items():
-        if n in keep or not _depthwise(l) or n not in g.sources or n in g.twins or n in g.outputs: continue
-        keep[n] = _live(g, keep, n, states)
+    follow = [n for n,l in g.layers.items() if n not in keep and _depthwise(l) and n in g.sources and n not in g.twins
+              and n not in g.outputs]
+    up = standing(g, {**keep, **{n:states.new_zeros(len(states), g.layers[n]['n_out']) for n in follow}},
+                  states.shape[:1])
+    for n in follow: keep[n] = _live(g, keep, n, states, up)
     return keep
 
 # %% ../nbs/14b_energy_units.ipynb #mask

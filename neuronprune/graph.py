@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from .core import *
 import neuronprune.rehearsal # gives probes their rehearse
 from .probe import Probe
-from .kinds import channel_dim
+from .kinds import channel_dim, wide
+from .tables import *
 
 # %% ../nbs/03_graph.ipynb #info
 def _info(m, positions):
@@ -39,6 +40,9 @@ class Graph:
     mixed: dict = field(default_factory=dict) # place -> slots fed by channels that were mixed on the way
     twins: dict = field(default_factory=dict) # layer -> another layer that holds the same weight
     widths: dict = field(default_factory=dict) # 'module.attribute' -> place whose number of slots this whole number is
+    tables: dict = field(default_factory=dict) # parameter or buffer -> (dimension, bundle of every entry along it)
+    feeds: dict = field(default_factory=dict)  # place -> {table: (slots, entries)} of what arrives from tables
+    wide: list = field(default_factory=list)   # norms over channels, which count those that are silent
 
     def __repr__(self):
         return f"Graph({len(self.layers)} layers, {len(self.removable)} with removable channels, {len(self.ties)} ties)"
@@ -169,8 +173,9 @@ def _unfed(n, found, heard, n_in):
     return bool((~fed | heard.get(n, False)).any())
 
 # %% ../nbs/03_graph.ipynb #reasons
-def _reasons(probe, found, ends, lost, shared, layers):
-    "Layer -> why its channels cannot be removed, from what `Probe.follow` found and the tensors that are shared."
+def _reasons(probe, found, ends, lost, shared, layers, tied=()):
+    """Layer -> why its channels cannot be removed, from what `Probe.follow` found and the tensors that are shared;
+    those of the layers `tied` are tables, and can lose columns."""
     grouped = {n for n,l in layers.items() if l['groups'] > 1 and not _depthwise(l)}
     bends = {n:b for n,m in probe.layers.items() if n in layers and (b := _bends(m))}
     loud, mixed = {k:v for k,v in probe.loud().items() if v.any()}, _mixed(found)
@@ -188,9 +193,9 @@ def _reasons(probe, found, ends, lost, shared, layers):
         elif not to: res[n] = "no layer reads its channels one by one"
         elif (k := at(heard)) is not None: res[n] = f"its channels are mixed on the way to {k!r}"
         elif again: res[n] = f"{again[0].rstrip('#')!r}, on its way, is used more than once"
-        elif (k := next((k for k in reach if k in shared), None)) is not None:
+        elif (k := next((k for k in reach if k in shared and k not in tied), None)) is not None:
             res[n] = f"{k!r}, which reads it, shares its weight with {shared[k]!r}"
-        elif (k := at({o:loud[o] for o in to if o in loud})) is not None:
+        elif (k := at({o:v for o,v in loud.items() if probe.counts(o)})) is not None:
             res[n] = f"a dropped channel would not be zero at {k!r}"
         elif 'rows' in bends.get(n, ()):
             res[n] = "its forward is not that of a plain layer: an output depends on more than its own weights"
@@ -202,19 +207,21 @@ def _reasons(probe, found, ends, lost, shared, layers):
     return res
 
 # %% ../nbs/03_graph.ipynb #bundles
-def _bundles(probe, sources):
-    "Layer -> bundle number of every output channel."
-    names = list(probe.n_out); start = dict(zip(names, np.cumsum([0]+[probe.n_out[n] for n in names])))
-    edges, total = [np.empty((0, 2), dtype=int)], sum(probe.n_out.values())
+def _bundles(probe, sources, sizes={}):
+    "Layer or table (`sizes`: entries of tables) -> bundle number of every output channel; -1 = no layer's."
+    n_out = {**probe.n_out, **sizes}
+    names = list(n_out); start = dict(zip(names, np.cumsum([0]+[n_out[n] for n in names])))
+    edges, total = [np.empty((0, 2), dtype=int)], sum(n_out.values())
     for k,src in sources.items():
         ids = [(s.numpy(), start[p]+c.numpy()) for p,(s,c) in src.items()]
-        if k in start and getattr(probe.layers[k], 'groups', 1) == (n := probe.n_out[k]) > 1:
+        if k in probe.n_out and getattr(probe.layers[k], 'groups', 1) == (n := probe.n_out[k]) > 1:
             ids.append((np.arange(n), start[k]+np.arange(n)))
         slots, chans = map(np.concatenate, zip(*ids)); order = slots.argsort(kind='stable')
         slots, chans = slots[order], chans[order]; meet = slots[1:] == slots[:-1]
         edges.append(np.stack([chans[1:][meet], chans[:-1][meet]], 1))
     lab = _components(total, np.concatenate(edges))[1]
-    return {n:torch.from_numpy(lab[start[n]:start[n]+probe.n_out[n]]).long() for n in names}
+    lab[~np.isin(lab, lab[:sum(probe.n_out.values())])] = -1
+    return {n:torch.from_numpy(lab[start[n]:start[n]+n_out[n]]).long() for n in names}
 
 # %% ../nbs/03_graph.ipynb #place
 def _place(n, src, out_slots):
@@ -299,7 +306,7 @@ def _faulty(probe, g, unions):
     for part in range(3):
         gone = _gone(g, unions, part)
         outs, ins = kept_slots(g, gone)
-        if outs and (why := probe.rehearse(outs, ins, new_widths(g, outs, ins))): return why
+        if outs and (why := probe.rehearse(outs, ins, new_widths(g, outs, ins), kept_tables(g, gone))): return why
 
 def _culprits(probe, g, unions, why=None):
     "[(union, why)] of those that cannot be cut, by halving; `why` is the fault of all, if it is known."
@@ -387,14 +394,20 @@ def trace(model:nn.Module, # any model; left as it was found
     _check_plain(model); check_batch(xb)
     with digesting(xb), torch.inference_mode(False): probe = probing(model, xb)
     found, ends, lost = probe.follow(); sources = _sources(found)
-    live = {n:_info(probe.layers[n], probe.positions[n]) for n in probe.base}
-    fixed = _reasons(probe, found, ends, lost, _shared(model), live)
-    out_slots = _bundles(probe, sources); fixed = _with_ties(fixed, out_slots)
-    in_slots = {n:_place(l['n_in'], sources.get(n, {}), out_slots) for n,l in live.items()}
-    norm_slots = {n:_place(probe.width[n], sources.get(n, {}), out_slots) for n in probe.norms if n in probe.width}
+    live, feeds = {n:_info(probe.layers[n], probe.positions[n]) for n in probe.base}, probe.find_tables()
+    dims, tied = probe.dims, readers(model, probe.dims)
+    fixed = _reasons(probe, found, ends, lost, _shared(model), live, tied)
+    arrive = joined(sources, feeds)
+    alike = {n:{t:(torch.arange(live[n]['n_in']),)*2} for n,t in tied.items() if n in live}
+    ids = _bundles(probe, joined(arrive, alike),
+                   {t:n for t,(_,n) in dims.items()})
+    out_slots = {n:ids[n] for n in probe.n_out}; fixed = _with_ties(fixed, out_slots)
+    in_slots = {n:_place(l['n_in'], arrive.get(n, {}), ids) for n,l in live.items()}
+    norm_slots = {n:_place(probe.width[n], arrive.get(n, {}), ids) for n in probe.norms if n in probe.width}
     mixed = {k:v.nonzero()[:,0] for k,v in _either(lost, _mixed(found), probe.fed()).items()}
     g = _rehearse(probe, Graph(live, sources, out_slots, in_slots, norm_slots, [n for n,e in ends.items() if '' in e],
-                               fixed, mixed, _twins(model)))
+                               fixed, mixed, _twins(model), {}, {t:(d, ids[t]) for t,(d,_) in dims.items()}, feeds,
+                               [n for n in norm_slots if wide(probe.norms[n])]))
     g.fixed = {n:g.fixed[n] for n in probe.layers if n in g.fixed}
     return g
 
@@ -411,6 +424,9 @@ def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = d
         reached[s] = True
         if p in dropped: alive[s] |= ~dropped[p][c]
         else: alive[s] = True
+    up = standing(self, {p:~v for p,v in dropped.items()}) if place in self.feeds else None
+    for t,(s,c) in self.feeds.get(place, {}).items():
+        reached[s] = True; alive[s] |= up[self.tables[t][1][c]]
     if place in self.mixed: alive[self.mixed[place]] = True
     return reached & ~alive
 
@@ -420,10 +436,10 @@ def silent(self:Graph, dropped:dict, # producer -> bool tensor [n_out], True = d
 def unread(self:Graph, cut:dict # consumer -> bool tensor [n_in], True = input column cut
           )->dict:
     """Producer -> bool [n_out]: channels all of whose readers have cut them.
-    Channels that reach the output are always read."""
+    Channels that reach the output or a norm over channels are always read."""
     res = {p:torch.ones(len(v), dtype=torch.bool) for p,v in self.out_slots.items() if p not in self.fixed}
     for n,src in self.sources.items():
-        if n not in self.layers: continue
+        if n not in self.layers and n not in self.wide: continue
         for p,(s,c) in src.items():
             if p in res: res[p][c[~cut[n][s]] if n in cut else c] = False
     deep = {n:v | cut[n] if n in cut else v for n,v in res.items() if _depthwise(self.layers[n])}
@@ -438,8 +454,10 @@ def to_dict(self:Graph)->dict:
     src = {k:{p:[s.tolist(), c.tolist()] for p,(s,c) in v.items()} for k,v in self.sources.items()}
     slots = {o:{k:v.tolist() for k,v in getattr(self, o).items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
     mixed = {k:v.tolist() for k,v in self.mixed.items()}
+    feeds = {k:{t:[s.tolist(), c.tolist()] for t,(s,c) in v.items()} for k,v in self.feeds.items()}
+    tables = {t:[d, v.tolist()] for t,(d,v) in self.tables.items()}
     return dict(layers=self.layers, sources=src, outputs=self.outputs, fixed=self.fixed, mixed=mixed, twins=self.twins,
-                widths=self.widths, **slots)
+                widths=self.widths, tables=tables, feeds=feeds, wide=self.wide, **slots)
 
 # %% ../nbs/03_graph.ipynb #from-dict
 @patch(cls_method=True)
@@ -448,8 +466,10 @@ def from_dict(cls:Graph, d:dict # what `to_dict` gave
              )->Graph:
     "The graph back from its dictionary."
     t = lambda o: torch.tensor(o, dtype=torch.long)
-    src = {k:{p:(t(s), t(c)) for p,(s,c) in v.items()} for k,v in d['sources'].items()}
+    both = lambda d: {k:{p:(t(s), t(c)) for p,(s,c) in v.items()} for k,v in d.items()}
+    src, tables = both(d['sources']), {k:(i, t(v)) for k,(i,v) in d.get('tables', {}).items()}
     slots = {o:{k:t(v) for k,v in d[o].items()} for o in ('out_slots', 'in_slots', 'norm_slots')}
     mixed = {k:t(v) for k,v in d['mixed'].items()}
     return cls(layers=d['layers'], sources=src, outputs=d['outputs'], fixed=d['fixed'], mixed=mixed,
-               twins=d.get('twins', {}), widths=d.get('widths', {}), **slots)
+               twins=d.get('twins', {}), widths=d.get('widths', {}), tables=tables, feeds=both(d.get('feeds', {})),
+               wide=d.get('wide', []), **slots)

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .core import *
 from .files import *
 from .graph import Graph, _check_plain
+from .tables import kept_tables, standing
 
 # %% ../nbs/03a_masks.ipynb #tensor
 def _tensor(name, value):
@@ -312,8 +313,11 @@ def _channel_masks(mask, g, params):
         res[f'{n}.weight'] = res[f'{n}.weight'] & cols if f'{n}.weight' in res else cols.clone()
     for n in g.norm_slots:
         s = g.silent(outs, n)
-        hush = ('weight', 'bias') if f'{n}.bias' in params else ('running_mean',)
+        hush = ('weight', 'bias') if n in g.wide or f'{n}.bias' in params else ('running_mean',)
         if s.any(): res.update({f'{n}.{o}':~s for o in hush if f'{n}.{o}' in params})
+    for t,(d,keep) in kept_tables(g, ~standing(g, {p:~v for p,v in outs.items()})[:-1]).items():
+        at = [-1 if i == d else 1 for i in range(params[t].ndim)]
+        res[t] = keep.view(at).expand(params[t].shape).clone()
     return res
 
 # %% ../nbs/03a_masks.ipynb #block_mask

@@ -33,7 +33,7 @@ class Table:
 
 # %% ../nbs/02a_probe.ipynb #substitutes
 def _plain(m):
-    return type(m).__module__.startswith('torch.nn') # a norm of torch's own, not one with an activation inside
+    return type(m).__module__.startswith('torch.nn') or wide(m) # a norm that is nothing else, with no activation inside
 def _substitutes(model, table):
     "For `deepcopy`: id of a tensor -> what the copy has in its place."
     mods = dict(model.named_modules()); own = lambda m: [*m._parameters.items(), *m._buffers.items()]
@@ -57,10 +57,10 @@ class Probe:
         if not generic: self.model.to(dtype)
         self.layers, named = layers(self.model), dict(self.model.named_modules())
         self.norms = {n:m for n,m in named.items() if is_norm(m)}
-        self.opaque = {n:m for n,m in named.items() if isinstance(m, OPAQUE)}
+        self.opaque = {n:m for n,m in named.items() if is_opaque(m)}
         self.inputs = mapped(
             lambda o: o[:1].detach().to(self.table.values.device, dtype if o.is_floating_point() else o.dtype), xb)
-        self.say, self.seen, self.shift = self._first, {}, 0.
+        self.say, self.seen, self.shift, self.tables = self._first, {}, 0., {}
         for n,m in self.layers.items(): self._watch(n, m, lambda n, m, x: self.say(n, m, x))
         for n,m in self.norms.items(): self._watch(n, m, (lambda n, m, x: x.clone()) if _plain(m) else self._norm)
         for n,m in self.opaque.items(): self._watch(n, m, None)
@@ -132,6 +132,11 @@ def _widths(probe):
     return {k:o.shape[channel_dim(m)] for k,o in probe.seen.items() if (m := mods.get(k.rstrip('#'))) is not None}
 
 # %% ../nbs/02a_probe.ipynb #is-end
+@patch
+def counts(self:Probe, k):
+    "A place where a slot that goes must have been zero: a layer, or a norm that would count it."
+    return k in self.layers or bool(k in self.norms and wide(self.norms[k]))
+
 @patch
 def is_end(self:Probe, k):
     "A place where nothing can be followed further: the output, an opaque module, a layer that is used more than once."
@@ -411,12 +416,17 @@ def follow(self:Probe):
 @patch
 @torch.no_grad()
 def hushed(self:Probe, shift=0.):
-    """Place -> what is seen there, [rows, slots, rest], when all layers emit zeros and those who mix say something
-    higher by `shift`."""
+    """Place -> what is seen there, [rows, slots, rest], when all layers emit zeros, `tables` (path -> tensor) hold
+    zeros, and those who mix say something higher by `shift`."""
     self.say = lambda n, m, x: torch.zeros_like(self._first(n, m, x)) if n in self.base else self._first(n, m, x)
     self.shift = shift
-    try: self.run(1, self.both())
-    finally: self.shift = 0.
+    tables = {t:t.clone() for t in self.tables.values()}
+    try:
+        for t in tables: t.zero_()
+        self.run(1, self.both())
+    finally:
+        self.shift = 0.
+        for t,old in tables.items(): t.copy_(old)
     return {k:v for k in self.width if (v := self.rows_of(k)) is not None}
 
 # %% ../nbs/02a_probe.ipynb #loud

@@ -14,7 +14,9 @@ from .core import *
 from .files import *
 from .masks import *
 from .rehearsal import owner
-from .kinds import is_norm, slots
+from .kinds import is_norm, slots, wide
+from .norms import CutNorm, cut_norm, narrow_norm
+from .tables import candidates, cut_tables, kept_tables
 from .graph import kept_slots, new_widths, probing, spared, trace, _depthwise
 from .applying import Factored, _decompose, _truncate, apply
 
@@ -103,8 +105,10 @@ def _constants(w, g, takes):
 
 # %% ../nbs/06_surgery.ipynb #absorbed
 def _absorbed(w, g, dead, const, flat):
-    "Layer -> bool [n_out]: constant channels whose bundle no living row reads, except for constants it can take over."
+    """Layer -> bool [n_out]: constant channels whose bundle no living row reads, except for constants it can take over,
+    and no norm over channels."""
     stays = torch.zeros(1+max(int(o.max()) for o in g.out_slots.values()), dtype=torch.bool)
+    for n in g.wide: stays[g.norm_slots[n][g.norm_slots[n] >= 0]] = True
     for n,s in g.in_slots.items():
         if g.layers[n]['groups'] == 1: stays[s[_read(w[n][~dead[n]]) & ~flat[n] & (s >= 0)]] = True
     return {n:const[n] & ~stays[g.out_slots[n]] & ~dead[n] for n in g.removable}
@@ -115,7 +119,11 @@ def _doomed(model, mask, g, xb):
     w, dead = _pattern(model, mask, g), dead_channels(model, mask, g)
     if xb is None or not any((~w[n].flatten(1).any(1) & ~dead[n]).any() for n in g.removable): return dead, {}
     found = _measured(apply(copied(model), mask), g, xb)
-    const, flat = _constants(w, g, {n:_takes(model.get_submodule(n), *o) for n,o in found.items()})
+    takes = {n:_takes(model.get_submodule(n), *o) for n,o in found.items()}
+    for n,o in g.feeds.items(): # what tables say may differ for words that were not in the batch
+        for s,_ in o.values():
+            if n in takes: takes[n][s] &= found[n][0][s] == 0
+    const, flat = _constants(w, g, takes)
     while True:
         new = _absorbed(w, g, dead, const, flat)
         if not any(v.any() for v in new.values()): return dead, {n:v*flat[n] for n,(v,_) in found.items()}
@@ -129,6 +137,7 @@ class _Plan:
     widths: dict # 'module.attribute' -> its value in the cut network
     outs: dict   # layer -> bool [n_out], what stays
     ins: dict    # layer or norm -> bool [slots], what stays
+    tables: dict # path -> (dimension, bool: what stays along it)
 
 def _plan(model, mask, xb):
     "What goes, as a `_Plan`."
@@ -141,7 +150,8 @@ def _plan(model, mask, xb):
     res = {n:(left(outs.get(n)), left(ins[n])) for n in g.layers}
     res.update({n:(left(ins[n]), None) for n in g.norm_slots})
     cuts = {n:v for n,v in res.items() if v != (None, None)}
-    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, new_widths(g, outs, ins), outs, ins)
+    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, new_widths(g, outs, ins), outs, ins,
+                 kept_tables(g, gone))
 
 # %% ../nbs/06_surgery.ipynb #plan-2
 def _at(model, xb): "`xb` on the device of `model`."; return mapped(lambda o: o.to(next(model.parameters()).device), xb)
@@ -151,9 +161,10 @@ def plan(model:nn.Module, # the dense or masked model
          mask:Mask,       # what to drop
          xb=None          # a batch of inputs; needed when the mask carries no graph, and to find constants
         )->dict:
-    """Module path -> (kept output indices, kept input indices), LongTensors; None where nothing changes.
-    `ValueError` without graph and batch."""
-    return _plan(model, mask, None if xb is None else _at(model, xb)).cuts
+    """Module path -> (kept output indices, kept input indices), LongTensors; None where nothing changes. Tables have
+    their own paths, and indices for every dimension. `ValueError` without graph and batch."""
+    p = _plan(model, mask, None if xb is None else _at(model, xb))
+    return {**p.cuts, **{t:(*[None]*d, keep.nonzero()[:,0]) for t,(d,keep) in p.tables.items()}}
 
 # %% ../nbs/06_surgery.ipynb #surgeryerror
 class SurgeryError(RuntimeError):
@@ -177,12 +188,24 @@ def _cut(m, out, inp):
             if hasattr(m, k): setattr(m, k, len(out))
     elif getattr(m, 'groups', 1) > 1: m.in_channels = m.out_channels = m.groups = len(out)
     else:
-        if inp is not None: _select(m, ('weight',), inp, 1); setattr(m, names[0], len(inp))
+        if inp is not None and m.weight.shape[1] > len(inp): # else its weight is a table, and was cut
+            _select(m, ('weight',), inp, 1); setattr(m, names[0], len(inp))
         if out is not None: setattr(m, names[1], len(out))
 
 # %% ../nbs/06_surgery.ipynb #cut-all
-def _cut_all(model, cuts, widths):
-    for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
+def _swap(model, old, new):
+    "`model` with `new` wherever the module `old` was registered."
+    for m in list(model.modules()):
+        for n,c in m._modules.items():
+            if c is old: m._modules[n] = new
+    return model
+
+def _cut_all(model, cuts, widths, tables={}):
+    cut_tables(model, {t:(d, keep.nonzero()[:,0]) for t,(d,keep) in tables.items()})
+    for n,(out,inp) in cuts.items():
+        m = model.get_submodule(n)
+        if wide(m): _swap(model, m, cut_norm(m, out))
+        else: _cut(m, out, inp)
     for n,v in widths.items(): setattr(*owner(model, n), v)
     if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model
@@ -244,13 +267,6 @@ def _factored(m, left, right, bias):
     return Factored(first, last).train(m.training)
 
 # %% ../nbs/06_surgery.ipynb #swap
-def _swap(model, old, new):
-    "`model` with `new` wherever the module `old` was registered."
-    for m in list(model.modules()):
-        for n,c in m._modules.items():
-            if c is old: m._modules[n] = new
-    return model
-
 def _replace(model, factors):
     """`model` with the factors in place of the layers, or the truncated product where they have as many weights;
     in place."""
@@ -299,7 +315,7 @@ def _masked_and_small(model, mask, xb):
         factors = _decompose(model, mask)
         return _truncate(copied(model), factors), _replace(copied(model), factors), None
     masked, p = apply(copied(model), mask), _plan(model, mask, xb)
-    small = _cut_all(_fold(copied(masked), p.worth), p.cuts, p.widths)
+    small = _cut_all(_fold(copied(masked), p.worth), p.cuts, p.widths, p.tables)
     for n,o in model.named_parameters(remove_duplicate=False): small.get_parameter(n).requires_grad_(o.requires_grad)
     return masked, small, p
 
@@ -307,7 +323,7 @@ def _rehearsed(model, xb, p):
     "None, or why a network cut by the plan `p` computes something else, found with generic numbers in every layer."
     if not p.outs: return None
     probe = probing(model, xb)
-    return probe.rehearse(p.outs, {k:v for k,v in p.ins.items() if k in probe.width}, p.widths)
+    return probe.rehearse(p.outs, {k:v for k,v in p.ins.items() if k in probe.width}, p.widths, p.tables)
 
 # %% ../nbs/06_surgery.ipynb #verify
 _HINT = "Does its forward rely on the original layers or widths (a hard-coded view, split or attribute)?"

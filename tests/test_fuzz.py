@@ -17,10 +17,20 @@ class Frozen(nn.Module):
         s = (self.weight*(self.running_var+1e-5).rsqrt()); shape = (1, -1, *[1]*(x.ndim-2))
         return x*s.view(shape) + (self.bias-self.running_mean*s).view(shape)
 
+class First(nn.LayerNorm):
+    "A layer norm over the channels of an image."
+    def forward(self, x): return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+class Root(nn.Module):
+    "An RMS norm of nobody's library."
+    def __init__(self, n, eps=1e-5): super().__init__(); self.weight, self.e = nn.Parameter(torch.ones(n)), eps
+    def forward(self, x): return x*(x.square().mean(-1, keepdim=True)+self.e).rsqrt()*self.weight
+
 NORMS = dict(none=lambda c: nn.Identity(), bn=nn.BatchNorm2d, bn0=lambda c: nn.BatchNorm2d(c, affine=False),
              sync=nn.SyncBatchNorm, frozen=Frozen,
              inst=lambda c: nn.InstanceNorm2d(c, affine=True), inst0=nn.InstanceNorm2d,
-             group=lambda c: nn.GroupNorm(1, c), prelu=nn.PReLU)
+             group=lambda c: nn.GroupNorm(1, c), first=First, bare=lambda c: nn.GroupNorm(1, c, affine=False),
+             groups=lambda c: nn.GroupNorm(next(k for k in (3, 2, 1) if c % k == 0), c), prelu=nn.PReLU)
 ACTS = dict(relu=F.relu, leaky=lambda x: F.leaky_relu(x, .2), silu=F.silu, tanh=torch.tanh, sigmoid=torch.sigmoid,
             hardswish=F.hardswish, gelu=F.gelu, square=lambda x: x*x)
 
@@ -65,6 +75,10 @@ class Block(nn.Module):
             self.a, self.sizes, self.b, self.d, self.c = conv(c, 2*w+1), [w, w+1], conv(w, 3), conv(w+1, 2), 5
         if kind == 'pixels': self.a, self.c = conv(c, 4*w), w
         if kind == 'layer_norm': self.a, self.c = conv(c, w), w
+        if kind == 'position': self.a, self.p, self.c = conv(c, w, 3), nn.Parameter(torch.randn(1, w, 1, 1)), w
+        if kind == 'next':
+            self.a, self.n, self.p, self.q = conv(c, c, 3, groups=c), nn.LayerNorm(c), nn.Linear(c, w), nn.Linear(w, c)
+            self.gamma = nn.Parameter(torch.rand(c, 1, 1))
         if kind == 'siamese': self.a, self.c = conv(c, w), 2*w
         if kind == 'mixed_weight': self.a, self.m, self.c = conv(c, w), nn.Parameter(torch.eye(w)), w
         if kind == 'every_other': self.c = 2*((w+1)//2)
@@ -123,6 +137,9 @@ class Block(nn.Module):
         elif k == 'pieces': a, b = torch.split(self.a(x), self.sizes, 1); x = torch.cat([self.b(a), self.d(b)], 1)
         elif k == 'pixels': x = F.avg_pool2d(F.pixel_shuffle(self.a(x), 2), 2)
         elif k == 'layer_norm': x = F.layer_norm(self.a(x).movedim(1, -1), (self.c,)).movedim(-1, 1)
+        elif k == 'position': x = self.a(x)+self.p
+        elif k == 'next':
+            x = x+self.gamma*self.q(self.act(self.p(self.n(self.a(x).movedim(1, -1))))).movedim(-1, 1)
         elif k == 'siamese': x = torch.cat([self.a(x), self.a(x.flip(3))], 1)
         elif k == 'mixed_weight': x = torch.einsum('nchw,dc->ndhw', self.a(x), self.m)
         elif k == 'up': x = F.max_pool2d(F.interpolate(self.a(x), scale_factor=2), 2)
@@ -133,7 +150,8 @@ KINDS = ['seq', 'minus_mean', 'scale', 'shift', 'table', 'slice', 'drop_first', 
          'fixup', 'split', 'split_attr', 'glu', 'glu_dw', 'dw', 'sep', 'grouped', 'multiplier', 'pad', 'pad_end', 'cat',
          'se', 'gate', 'max', 'transpose', 'shuffle', 'twin',
          'permuted', 'written_to', 'detached', 'straight_through', 'sorted', 'fourier', 'interleaved', 'every_other',
-         'padded_copy', 'einsum', 'stacked', 'direct', 'pieces', 'pixels', 'layer_norm', 'siamese', 'mixed_weight']
+         'padded_copy', 'einsum', 'stacked', 'direct', 'pieces', 'pixels', 'layer_norm', 'siamese', 'mixed_weight',
+         'position', 'next']
 
 class Conv(nn.Module):
     """Blocks on an image; flattened, pooled, reshaped by an attribute,
@@ -156,14 +174,18 @@ class Tokens(nn.Module):
     "Words through transformer layers or linear ones; the output layer may share the embedding's tensor."
     def __init__(self, kind, d, w, tied):
         super().__init__(); self.emb, self.kind = nn.Embedding(11, d), kind
+        norm = random.choice([nn.LayerNorm, Root, nn.RMSNorm, lambda d: nn.LayerNorm(d, bias=False)])
+        self.pos = random.choice([None, nn.Parameter(torch.randn(5, d)), nn.Parameter(torch.randn(1, 1, d))])
+        self.first, self.gamma = norm(d), random.choice([1., nn.Parameter(torch.rand(d))])
         if kind == 'encoder':
             self.t = nn.TransformerEncoderLayer(d, 2, w, batch_first=True, dropout=0., norm_first=random.random() < .5)
-        else: self.a, self.b, self.n = nn.Linear(d, w), nn.Linear(w, d), nn.LayerNorm(d)
+        else: self.a, self.b, self.n = nn.Linear(d, w), nn.Linear(w, d), norm(d)
         if kind == 'lstm': self.r = nn.LSTM(d, d, batch_first=True)
         self.out = nn.Linear(d, 11, bias=False)
         if tied: self.out.weight = self.emb.weight
     def forward(self, x):
-        x = self.emb(x)
+        x = self.emb(x) if self.pos is None else self.emb(x)+self.pos
+        if self.kind == 'pre': return self.out(self.n(x+self.gamma*self.b(F.gelu(self.a(self.first(x))))))
         if self.kind == 'encoder': return self.out(self.t(x))
         if self.kind == 'lstm': x = self.r(x)[0]
         return self.out(self.n(x+self.b(F.gelu(self.a(x)))) if self.kind != 'plain' else self.b(F.relu(self.a(x))))
@@ -173,7 +195,8 @@ def network(seed):
     random.seed(seed); torch.manual_seed(seed)
     if random.random() < .15:
         d = random.choice([4, 6, 8])
-        m = Tokens(random.choice(['encoder', 'plain', 'norm', 'lstm']), d, random.randint(2, 9), random.random() < .5)
+        m = Tokens(random.choice(['encoder', 'plain', 'norm', 'lstm', 'pre', 'pre']), d, random.randint(2, 9),
+                   random.random() < .5)
         x = torch.randint(0, 11, (random.choice([1, 4]), 5))
     else:
         block = lambda: (random.choice(KINDS), random.randint(2, 7), random.choice(list(NORMS)) if random.random() < .6

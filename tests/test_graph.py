@@ -163,7 +163,8 @@ def test_a_layer_whose_channels_meet_each_other_holds_its_ties(model):
     assert set(g.fixed) == must_stay(g, brute(model, X))
 
 def test_what_is_added_to_a_mixed_layer_stays():
-    m = Net(lambda s, x: s.c(s.bn(s.ln(s.a(x)) + s.b(x))), a=L(3, 4), b=L(3, 4), ln=nn.LayerNorm(4),
+    bare = nn.LayerNorm(4, elementwise_affine=False)
+    m = Net(lambda s, x: s.c(s.bn(s.ln(s.a(x)) + s.b(x))), a=L(3, 4), b=L(3, 4), ln=bare,
             bn=nn.BatchNorm1d(4), c=L(4, 2))
     g = trace(m, x3); assert {'a', 'b'} <= set(g.fixed)
 
@@ -211,8 +212,8 @@ x3 = torch.rand(2, 3, generator=generator(1))
 two = dict(a=L(3, 4), c=L(4, 2))
 
 @pytest.mark.parametrize('make,x,layer,said', [
-    (lambda: mid(nn.LayerNorm(4)), x3, '0', "mixed by '1' (LayerNorm)"),
-    (lambda: cmid(nn.GroupNorm(2, 4)), X, '0', "mixed by '1' (GroupNorm)"),
+    (lambda: mid(nn.LayerNorm(4, elementwise_affine=False)), x3, '0', "mixed by '1' (LayerNorm)"),
+    (lambda: cmid(nn.GroupNorm(2, 4, affine=False)), X, '0', "mixed by '1' (GroupNorm)"),
     (lambda: mid(nn.Softmax(-1)), x3, '0', "mixed on the way to '2'"),
     (lambda: mid(nn.Sigmoid()), x3, '0', "not be zero at '2'"),
     (lambda: mid(nn.Softplus()), x3, '0', "not be zero at '2'"),
@@ -466,11 +467,12 @@ def test_attention_in_evaluation_is_heard():
     assert (trace(nn.Sequential(layer, L(4, 2)), torch.rand(2, 5, 4)).removable == ['0.linear1']
             and torch.backends.mha.get_fastpath_enabled())
 
-def test_an_embedding_that_shares_its_tensor_is_not_parted():
+def test_an_embedding_that_shares_its_tensor_is_cut_with_its_sharer():
     m = nn.Sequential(nn.Embedding(7, 4), L(4, 6), nn.ReLU(), L(6, 4), nn.ReLU(), L(4, 7, bias=False))
     m[5].weight = m[0].weight
     g = trace(m, torch.tensor([[1, 2, 3]]))
-    assert g.removable == ['1'] and "shares its weight with '0'" in g.fixed['3']
+    assert g.removable == ['1', '3'] and torch.equal(g.in_slots['1'], g.out_slots['3'])
+    assert torch.equal(g.tables['0.weight'][1], g.out_slots['3']) and g.tables['0.weight'][0] == 1
 
 class Standardised(nn.Conv2d):
     "Weights of mean zero in every row."
@@ -501,7 +503,7 @@ def test_places_that_insist_on_single_precision_are_heard():
     assert g.removable == ['a'] and g.in_slots['c'].tolist() == g.out_slots['a'].tolist()
 
 def test_what_an_opaque_module_feeds_is_mixed_and_not_the_networks_own():
-    g = trace(nn.Sequential(L(3, 4), nn.LayerNorm(4), L(4, 5), nn.ReLU(), L(5, 2)), x3)
+    g = trace(nn.Sequential(L(3, 4), nn.LayerNorm(4, elementwise_affine=False), L(4, 5), nn.ReLU(), L(5, 2)), x3)
     assert g.mixed['2'].tolist() == [0, 1, 2, 3] and set(g.mixed) == {'2'} and g.in_slots['2'].tolist() == [-1]*4
     shared = L(4, 4); g = trace(nn.Sequential(L(3, 4), shared, nn.ReLU(), shared, L(4, 2)), x3)
     assert g.mixed['4'].tolist() == [0, 1, 2, 3]

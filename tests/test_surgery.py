@@ -355,7 +355,7 @@ def test_a_difference_is_an_error_that_says_how_much(monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(0); model = nn.Sequential(L(3, 4), nn.LeakyReLU(), L(4, 2)); x = torch.randn(5, 3)
     m, cut = mask_of(model, x, **{'0': [True, False, True, True]}), surgery._cut_all
-    monkeypatch.setattr(surgery, '_cut_all', lambda mod, cuts, widths: cut(
+    monkeypatch.setattr(surgery, '_cut_all', lambda mod, cuts, widths, tables: cut(
         mod, {n:(torch.tensor([0, 1, 2]) if n == '0' else o, i) for n,(o,i) in cuts.items()}, widths))
     with pytest.raises(SurgeryError, match=r'differ by .* allowed are tol=1e-05'): shrink(model, m, x)
     shrink(model, m, x, tol=float('inf'))
