@@ -15,7 +15,9 @@ from .files import *
 from .masks import *
 from .rehearsal import owner
 from .kinds import is_norm, slots
-from .graph import kept_slots, new_widths, probing, spared, trace, _depthwise
+from .groups import held
+from .widths import new_widths
+from .graph import kept_slots, probing, spared, trace, _depthwise
 from .applying import Factored, _decompose, _truncate, apply
 
 # %% ../nbs/06_surgery.ipynb #pattern
@@ -168,6 +170,12 @@ def _select(m, names, idx, dim=0):
         if k in m._parameters: m._parameters[k] = nn.Parameter(new, requires_grad=t.requires_grad)
         else: m._buffers[k] = new
 
+def _cut_grouped(m, out, inp):
+    "Set groups and channels of a grouped convolution, whose rows are cut, and cut its columns, in place."
+    groups, cols = held(m.groups, m.in_channels, inp)
+    if cols is not None: _select(m, ('weight',), cols, 1)
+    m.groups, m.in_channels, m.out_channels = groups, groups*m.weight.shape[1], len(m.weight)
+
 def _cut(m, out, inp):
     "Keep only the given outputs and inputs of module `m`, in place."
     names = ('in_features', 'out_features') if isinstance(m, nn.Linear) else ('in_channels', 'out_channels')
@@ -175,14 +183,16 @@ def _cut(m, out, inp):
     if is_norm(m):
         for k in ('num_features', 'num_parameters'):
             if hasattr(m, k): setattr(m, k, len(out))
-    elif getattr(m, 'groups', 1) > 1: m.in_channels = m.out_channels = m.groups = len(out)
+    elif getattr(m, 'groups', 1) > 1: _cut_grouped(m, out, inp)
     else:
         if inp is not None: _select(m, ('weight',), inp, 1); setattr(m, names[0], len(inp))
         if out is not None: setattr(m, names[1], len(out))
 
 # %% ../nbs/06_surgery.ipynb #cut-all
 def _cut_all(model, cuts, widths):
-    for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
+    for n,(out,inp) in cuts.items():
+        m = model.get_submodule(n); groups = getattr(m, 'groups', 1); _cut(m, out, inp)
+        if groups > 1: widths = {**widths, f'{n}.groups': m.groups}
     for n,v in widths.items(): setattr(*owner(model, n), v)
     if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model
@@ -398,15 +408,18 @@ def _check_runs(model, spec):
     if shape != (2, spec['n_out']):
         raise ValueError(f"spec: says {spec['n_out']} outputs, the tensors make {shape[1:]}")
 
-def _narrowed(model, state):
+def _narrowed(model, state, widths={}):
     "`model` cut to the widths in `state`, in place."
     first = lambda n, have: None if n == have else torch.arange(n)
     for n,m in model.named_modules():
         k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
         if k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
         new, old = state[k].shape, model.get_submodule(n).state_dict()[k.rpartition('.')[2]].shape
-        whole = len(new) > 1 and getattr(m, 'groups', 1) == 1
-        out, inp = first(new[0], old[0]), first(new[1], old[1]) if whole else None
+        groups = getattr(m, 'groups', 1); left = widths.get(f'{n}.groups', new[0] if groups == old[0] else groups)
+        out, inp = first(new[0], old[0]), first(new[1], old[1]) if len(new) > 1 else None
+        if groups > 1: # the first columns of the first groups
+            inp = (torch.arange(left)[:, None]*old[1]+torch.arange(new[1])).flatten()
+            inp = None if len(inp) == m.in_channels else inp
         if (out, inp) != (None, None): _cut(m, out, inp)
     return model
 
@@ -432,7 +445,7 @@ def load(path,                # file written by `save`
     with reading(path, cure):
         model = _refactor(_rebuild(h['spec'], state) if zoo else model, state, h.get('factored', {}))
         _check_shapes(model, state)
-        model = _narrowed(model, state)
+        model = _narrowed(model, state, check_type('widths', h.get('widths', {}), dict))
         if zoo: _check_runs(model, h['spec'])
         _set_widths(model, h.get('widths', {}))
         model.load_state_dict({k:v.clone() for k,v in state.items()}, assign=zoo)
