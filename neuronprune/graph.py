@@ -16,6 +16,7 @@ import neuronprune.rehearsal # gives probes their rehearse
 from .probe import Probe
 from .kinds import channel_dim
 from .mixing import unmixed
+from .forms import _form
 from .groups import GROUPS, evenly, met
 from .widths import attempts, counted, exact, guessed, new_widths, whole_numbers
 
@@ -166,7 +167,9 @@ def _mixer(probe, ends):
     "Why channels that arrive at these ends are mixed there, or None."
     for k in ends:
         n = k.rstrip('#')
-        if n in probe.opaque: return f"its channels are mixed by {n!r} ({type(probe.opaque[n]).__name__})"
+        if n in probe.opaque:
+            return (f"its channels are mixed by {n!r} ({type(probe.opaque[n]).__name__})"
+                    + ("; forms.unpacked(model) makes plain layers of it" if _form(probe.opaque[n]) else ''))
         if n: return f"its channels are mixed by {n!r}, which is used {probe.calls[n]} times"
 
 def _unfed(n, found, heard, n_in):

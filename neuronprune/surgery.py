@@ -14,7 +14,8 @@ from .core import *
 from .files import *
 from .masks import *
 from .rehearsal import owner
-from .kinds import is_norm, slots
+from .kinds import is_norm, slots, _own_forward
+from .forms import is_unpacked, unpacked
 from .groups import held
 from .widths import new_widths
 from .graph import kept_slots, probing, spared, trace, _depthwise
@@ -87,6 +88,7 @@ def _measured(masked, g, xb):
 # %% ../nbs/06_surgery.ipynb #takes
 def _takes(m, value, still):
     "Bool per input: a constant that the layer can take over exactly?"
+    if not (isinstance(m, nn.Linear) or _own_forward(m)): return still & (value == 0) # it may pad, or weigh its places
     padded = (not isinstance(m, nn.Linear) and m.padding_mode == 'zeros'
               and (m.padding == 'same' or m.padding != 'valid' and any(m.padding)))
     return still & (value == 0) if padded or (m.bias is None and getattr(m, 'groups', 1) == 1) else still
@@ -368,7 +370,8 @@ def save(model:nn.Module, # pruned or not
     except TypeError: spec = None
     factored = {n:getattr(m[0], 'groups', 1) for n,m in model.named_modules() if isinstance(m, Factored)}
     save_tensors(path, model.state_dict(),
-                 dict(kind='model', spec=spec, factored=factored, widths=getattr(model, 'cut_widths', {})))
+                 dict(kind='model', spec=spec, factored=factored, widths=getattr(model, 'cut_widths', {}),
+                      unpacked=is_unpacked(model)))
 
 # %% ../nbs/06_surgery.ipynb #rebuild
 def _rebuild(spec, state):
@@ -443,6 +446,7 @@ def load(path,                # file written by `save`
                          "expected model=, an unpruned instance")
     zoo, cure = model is None, 'delete the file, or give the unpruned network that it was saved from as model='
     with reading(path, cure):
+        if not zoo and h.get('unpacked') and not is_unpacked(model): model = unpacked(model)
         model = _refactor(_rebuild(h['spec'], state) if zoo else model, state, h.get('factored', {}))
         _check_shapes(model, state)
         model = _narrowed(model, state, check_type('widths', h.get('widths', {}), dict))
