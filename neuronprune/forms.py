@@ -36,7 +36,7 @@ class Attention(nn.Module):
         flag = lambda t, like: None if t is None else t.detach().requires_grad_(like.requires_grad)
         like = m.in_proj_weight if self.packed else m.q_proj_weight
         self.q_proj, self.k_proj, self.v_proj = (_linear(flag(w, like), flag(b, m.in_proj_bias)) for w,b in zip(ws, bs))
-        self.out_proj = _linear(m.out_proj.weight, m.out_proj.bias)
+        self.out_proj = _linear(m.out_proj.weight, m.out_proj.bias); self.train(m.training)
     @property
     def embed_dim(self): return self.q_proj.in_features
     @property

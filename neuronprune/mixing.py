@@ -6,6 +6,7 @@
 __all__ = ['unmixed']
 
 # %% ../nbs/02d_mixing.ipynb #imports
+import itertools
 import torch
 from fastcore.basics import patch
 from .core import *
@@ -42,7 +43,7 @@ def moves(self:Probe, lift, places, rows, sign=None):
     return {k:moved(self.rows_of(k)) for k in places}
 
 # %% ../nbs/02d_mixing.ipynb #grown
-_ROWS, _SIGNS = 16, (None, 1) # two experiments, lest a product be zero by chance
+_ROWS = 16
 
 def _any(parts):
     "The union of dictionaries of bool tensors."
@@ -53,10 +54,11 @@ def _any(parts):
 
 def _grow(probe, slots, rows):
     "(layer -> bool [rows, channels], place -> bool [rows, slots]): all that hangs together with `slots`, row by row."
-    while True:
-        lift = _any(probe.depends(slots, rows, s) for s in _SIGNS)
-        more = _any([slots, *(probe.moves(lift, list(slots), rows, s) for s in _SIGNS)])
-        if all(torch.equal(more[k], slots[k]) for k in slots): return lift, slots
+    lift = {}
+    for i in itertools.count(): # other signs every time, lest a product be zero by chance
+        lift = _any([lift, probe.depends(slots, rows, i or None)])
+        more = _any([slots, probe.moves(lift, list(slots), rows, i or None)])
+        if i and all(torch.equal(more[k], slots[k]) for k in slots): return lift, slots
         slots = more
 
 def _joined(sets):

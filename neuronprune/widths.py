@@ -59,13 +59,17 @@ def _says_heads(a):
     a = a.rpartition('.')[2].lower()
     return 'head' in a and not any(o in a for o in ('size', 'dim', 'width', 'channels', 'groups', 'per_'))
 
+def _says_trunk(a):
+    "Does the name of an attribute promise the width of the trunk, which heads do not change?"
+    return any(o in a.rpartition('.')[2].lower() for o in ('embed', 'hidden', 'model'))
+
 def guessed(same:list,  # what `exact` found
             parts:list  # what `counted` found
            )->dict:
     "The likely attributes: numbers of heads, and widths in the same modules."
     heads = {a:p for a,p in reversed(parts) if _says_heads(a)}
     near = _around(k for k,_ in map(at_place, (p for _,p in parts)))
-    return {**{a:p for a,p in reversed(same) if a.rpartition('.')[0] in near}, **heads}
+    return {**{a:p for a,p in reversed(same) if a.rpartition('.')[0] in near and not _says_trunk(a)}, **heads}
 
 def attempts(same, parts, limit=24):
     "Sets of attributes, the likely ones first: dictionaries for `Graph.widths`."
