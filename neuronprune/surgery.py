@@ -111,6 +111,7 @@ def _absorbed(w, g, dead, const, flat):
     stays = torch.zeros(1+max(int(o.max()) for o in g.out_slots.values()), dtype=torch.bool)
     for n,s in g.in_slots.items():
         if g.layers[n]['groups'] == 1: stays[s[_read(w[n][~dead[n]]) & ~flat[n] & (s >= 0)]] = True
+        elif not _depthwise(g.layers[n]): stays[s[s >= 0]] = True
     return {n:const[n] & ~stays[g.out_slots[n]] & ~dead[n] for n in g.removable}
 
 # %% ../nbs/06_surgery.ipynb #doomed
