@@ -49,7 +49,7 @@ def _added(mask, dtype):
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)
 
 def _merged(pairs, keys, shape, dtype):
-    "The sum of the masks of pairs [L, S] or [B·heads, L, S] and of keys [B, S], for scores of `shape` [B, heads, L, S]."
+    "The sum of the masks of pairs [L, S] or [B·heads, L, S] and of keys [B, S], for scores [B, heads, L, S]."
     pairs, keys = _added(pairs, dtype), _added(keys, dtype)
     if pairs is not None and pairs.ndim == 3: pairs = pairs.view(shape[0], -1, *pairs.shape[1:])
     if keys is not None: keys = keys.view(-1, 1, 1, keys.shape[-1])
@@ -119,7 +119,8 @@ def _is_turned(m):
 def _form(m):
     "What makes the plain form of module `m`, or None."
     if type(m) is nn.MultiheadAttention: return Attention if m.bias_k is None and not m.add_zero_attn else None
-    if type(m) in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d): return _transposed if m.groups == 1 else None
+    if type(m) in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        return _transposed if m.groups == 1 else None
     return (lambda m: _linear(m.weight.T, m.bias, Turned)) if _is_turned(m) else None
 
 FORMS = (Attention, Turned, _Transposed)

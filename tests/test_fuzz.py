@@ -137,7 +137,8 @@ class Block(nn.Module):
         elif k == 'up': x = F.max_pool2d(F.interpolate(self.a(x), scale_factor=2), 2)
         return self.act(self.norm(x))
 
-KINDS = ['resnext', 'group_shuffle', 'seq', 'minus_mean', 'scale', 'shift', 'table', 'slice', 'drop_first', 'reshape_attr', 'view_written', 'twice',
+KINDS = ['resnext', 'group_shuffle', 'seq', 'minus_mean', 'scale', 'shift', 'table', 'slice', 'drop_first',
+    'reshape_attr', 'view_written', 'twice',
          'up', 'dropout', 'res', 'rezero', 'rezero_table',
          'fixup', 'split', 'split_attr', 'glu', 'glu_dw', 'dw', 'sep', 'grouped', 'multiplier', 'pad', 'pad_end', 'cat',
          'se', 'gate', 'max', 'transpose', 'shuffle', 'twin',
@@ -204,7 +205,8 @@ def network(seed):
     random.seed(seed); torch.manual_seed(seed)
     if random.random() < .3:
         d = random.choice([4, 6, 8])
-        m = Tokens(random.choice(['encoder', 'plain', 'norm', 'lstm', 'separate', 'fused', 'shared', 'swiglu']), d, random.randint(2, 9), random.random() < .5)
+        m = Tokens(random.choice(['encoder', 'plain', 'norm', 'lstm', 'separate', 'fused', 'shared', 'swiglu']), d,
+            random.randint(2, 9), random.random() < .5)
         x = torch.randint(0, 11, (random.choice([1, 4]), 5))
         if random.random() < .7: m = unpacked(m)
     else:

@@ -1,4 +1,4 @@
-"Grouped convolutions: whole groups and even cuts, by hand, at random, behind shuffles and gates, twice and from a file."
+"Grouped convolutions cut whole or evenly: by hand, behind shuffles and gates, twice, and from a file."
 import copy, pytest, torch
 from torch import nn
 from neuronprune.allocate import allocate, weights_left
@@ -29,22 +29,27 @@ def checked(m, mask, xb=None):
 
 class Shuffle(nn.Module):
     def __init__(self, g): super().__init__(); self.g = g
-    def forward(self, x): n, c, h, w = x.shape; return x.view(n, self.g, c//self.g, h, w).transpose(1, 2).reshape(n, c, h, w)
+    def forward(self, x): n, c, h, w = x.shape; return x.view(n, self.g, c//self.g, h, w).transpose(1, 2).reshape(n, c,
+            h, w)
 class Gate(nn.Module):
     "Squeeze and excite."
     def __init__(self, c=12): super().__init__(); self.a, self.b = C(c, 4, 1), C(4, c, 1)
     def forward(self, x): return x*self.b(self.a(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 NETS = dict(
-    resnext=lambda: line(C(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), C(12, 12, 3, groups=3), nn.BatchNorm2d(12), nn.ReLU(), C(12, 5, 1)),
+    resnext=lambda: line(C(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), C(12, 12, 3, groups=3), nn.BatchNorm2d(12),
+        nn.ReLU(), C(12, 5, 1)),
     wider=lambda: line(C(3, 8, 1), nn.ReLU(), C(8, 24, 3, groups=4), nn.ReLU(), C(24, 5, 1)),
     gated=lambda: line(C(3, 12, 1), nn.ReLU(), C(12, 12, 3, groups=4), nn.ReLU(), Gate(), C(12, 5, 1)),
-    two=lambda: line(C(3, 12, 1), nn.ReLU(), C(12, 12, 1, groups=2), nn.ReLU(), C(12, 12, 1, groups=3), nn.ReLU(), C(12, 5, 1)),
-    shuffled=lambda: line(C(3, 12, 1), nn.ReLU(), C(12, 12, 1, groups=2), Shuffle(2), nn.ReLU(), C(12, 12, 3, groups=2), nn.ReLU(), C(12, 5, 1)),
+    two=lambda: line(C(3, 12, 1), nn.ReLU(), C(12, 12, 1, groups=2), nn.ReLU(), C(12, 12, 1, groups=3), nn.ReLU(), C(12,
+        5, 1)),
+    shuffled=lambda: line(C(3, 12, 1), nn.ReLU(), C(12, 12, 1, groups=2), Shuffle(2), nn.ReLU(), C(12, 12, 3, groups=2),
+        nn.ReLU(), C(12, 5, 1)),
     multiplier=lambda: line(C(3, 6, 1), nn.ReLU(), C(6, 12, 3, groups=6), nn.ReLU(), C(12, 5, 1)),
     narrowing=lambda: line(C(3, 12, 1), nn.ReLU(), C(12, 4, 3, groups=4), nn.ReLU(), C(4, 5, 1)),
     depthwise=lambda: line(C(3, 6, 1), nn.ReLU(), C(6, 6, 3, groups=6), nn.ReLU(), C(6, 5, 1)),
-    sequence=lambda: nn.Sequential(nn.Flatten(2), line(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv1d(8, 2, 1))))
+    sequence=lambda: nn.Sequential(nn.Flatten(2), line(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2),
+        nn.ReLU(), nn.Conv1d(8, 2, 1))))
 
 @pytest.mark.parametrize('how', ['even', 'whole'])
 @pytest.mark.parametrize('name', NETS)
@@ -80,10 +85,12 @@ def test_whole_groups_by_hand():
     assert torch.equal(small(x(2)), hand(x(2))) and small[2].groups == 3
 
 def test_an_even_cut_by_hand():
-    m = NETS['wider'](); g = trace(m, x()); ins, outs = torch.tensor([1, 0]*4).bool(), torch.tensor([1, 0, 0, 1, 1, 0]*4).bool()
+    m = NETS['wider'](); g = trace(m, x())
+    ins, outs = torch.tensor([1, 0]*4).bool(), torch.tensor([1, 0, 0, 1, 1, 0]*4).bool()
     small = shrink(m, Mask({'0': ins, '2': outs}, 'channel', graph=g), x())
     hand = line(C(3, 4, 1), nn.ReLU(), C(4, 12, 3, groups=4), nn.ReLU(), C(12, 5, 1)); s = m.state_dict()
-    hand.load_state_dict({'0.weight': s['0.weight'][ins], '0.bias': s['0.bias'][ins], '2.weight': s['2.weight'][outs][:, [0]],
+    hand.load_state_dict({'0.weight': s['0.weight'][ins], '0.bias': s['0.bias'][ins], '2.weight': s['2.weight'][outs][:,
+        [0]],
                           '2.bias': s['2.bias'][outs], '4.weight': s['4.weight'][:, outs], '4.bias': s['4.bias']})
     assert torch.equal(small(x(2)), hand(x(2))) and (small[2].groups, small[2].in_channels) == (4, 4)
 
@@ -94,7 +101,8 @@ def test_numbers_that_meet(groups, i, o):
     if evenly(l, 'even'): assert even[0].bincount().tolist() == [groups]*i and even[1].bincount().tolist() == [groups]*o
     else: assert [v.tolist() for v in even] == [v.tolist() for v in whole] and min(i, o) == 1
     for keep in torch.cartesian_prod(*[torch.tensor([0, 1])]*groups).bool() if groups > 1 else ():
-        if keep.any(): assert held(groups, groups*i, keep.repeat_interleave(i).nonzero()[:,0]) == (int(keep.sum()), None)
+        if keep.any(): assert held(groups, groups*i, keep.repeat_interleave(i).nonzero()[:,0]) == (int(keep.sum()),
+                None)
 
 @pytest.mark.parametrize('how', ['even', 'whole'])
 @pytest.mark.parametrize('name', ['resnext', 'wider', 'two', 'multiplier', 'narrowing', 'depthwise'])
@@ -109,7 +117,8 @@ def test_the_argument_is_checked():
 
 def test_own_forwards_in_groups():
     class Centred(C):
-        def forward(self, x): return self._conv_forward(x, self.weight-self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+        def forward(self, x): return self._conv_forward(x, self.weight-self.weight.mean((1, 2, 3), keepdim=True),
+                self.bias)
     m = line(C(3, 12, 1), nn.ReLU(), Centred(12, 12, 3, groups=3), nn.ReLU(), C(12, 5, 1))
     g = trace(m, x()); assert g.removable == ['2'] and 'no input can be cut' in g.fixed['0']
     checked(m, allocate(scored(m, g), .5))
