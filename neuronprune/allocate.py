@@ -182,7 +182,8 @@ def weights_left(graph,    # `Graph` of the model
         gone = (graph.silent(dead, n) if n in graph.feeds or any(p in dead for p in graph.sources.get(n, ()))
                 else torch.zeros(l['n_in'], dtype=torch.bool))
         if n in cut: gone = gone | cut[n]
-        left += rows*l['weights']//l['n_out'] if l['groups'] > 1 else rows*(l['n_in']-int(gone.sum()))*l['taps']
+        # of a grouped convolution, the columns of the widest group
+        left += rows*int((~gone).view(l['groups'], -1).sum(1).max())*l['taps']
     return left
 
 # %% ../nbs/04_allocate.ipynb #parts

@@ -129,3 +129,35 @@ def _out_shape(m, x, n):
         size.append((s+pad-m.dilation[i]*(m.kernel_size[i]-1)-1)//m.stride[i]+1)
     if min(size) < 1: raise RuntimeError(f"{n!r}: the kernel is larger than its input of shape {tuple(x.shape)}")
     return (len(x), n_out, *size)
+
+# %% ../nbs/02a_kinds.ipynb #odd-layers
+def _halved(m, rows, columns):
+    "A copy of layer `m` without the first half of its outputs (or groups) and of each group's inputs, as asked."
+    res, lin, groups = copy.copy(m), isinstance(m, nn.Linear), getattr(m, 'groups', 1)
+    res._parameters = dict(m._parameters)
+    n_out, n_in = (len(m.weight)+1)//2 if rows else 0, (m.weight.shape[1]+1)//2 if columns else 0
+    if groups > 1 and rows: n_out, res.groups = (groups+1)//2*len(m.weight)//groups, groups//2
+    res.weight = nn.Parameter(m.weight[n_out:, n_in:])
+    if m.bias is not None: res.bias = nn.Parameter(m.bias[n_out:])
+    names = ('out_features', 'in_features') if lin else ('out_channels', 'in_channels')
+    setattr(res, names[0], len(res.weight)); setattr(res, names[1], res.weight.shape[1]*getattr(res, 'groups', 1))
+    return res
+
+@torch.no_grad()
+def _bends(m):
+    "Which of 'rows' and 'columns' of layer `m` cannot be cut, because of a `forward` of its own."
+    if type(m).forward in [o.forward for o in PRUNABLE]: return set()
+    groups, lin, n = getattr(m, 'groups', 1), isinstance(m, nn.Linear), m.weight.shape[1]
+    m = copy.deepcopy(m).eval().float().cpu(); vars(m).pop('forward', None) # the probe's answer
+    for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=generator(0))+.5)
+    size = () if lin or channel_dim(m) == -1 else tuple(d*(k-1)+3 for k,d in zip(m.kernel_size, m.dilation))
+    x, i = torch.randn(2, n*groups, *size, generator=generator(1)), torch.arange(n*groups)
+    bad = set()
+    for what in ('rows', 'columns') if n > 1 or groups == 1 else ('rows',):
+        rows = what == 'rows'; stay = (i >= (groups+1)//2*n if groups > 1 else i >= 0) if rows else i % n >= (n+1)//2
+        x0 = x if rows else x*stay.view(1, -1, *[1]*len(size))
+        try: y, z = m(x0), _halved(m, rows, not rows)(x0[:, stay])
+        except Exception: bad.add(what); continue
+        y = y[:, y.shape[1]-z.shape[1]:] if rows else y
+        if y.shape != z.shape or not torch.allclose(y, z, rtol=1e-3, atol=1e-4): bad.add(what)
+    return bad

@@ -14,10 +14,13 @@ from .core import *
 from .files import *
 from .masks import *
 from .rehearsal import owner
-from .kinds import is_norm, slots, wide
+from .kinds import is_norm, slots, wide, _own_forward
 from .norms import CutNorm, cut_norm, narrow_norm
 from .tables import candidates, cut_tables, kept_tables
-from .graph import kept_slots, new_widths, probing, spared, trace, _depthwise
+from .forms import is_unpacked, unpacked
+from .groups import held
+from .widths import new_widths
+from .graph import kept_slots, probing, spared, trace, _depthwise
 from .applying import Factored, _decompose, _truncate, apply
 
 # %% ../nbs/06_surgery.ipynb #pattern
@@ -87,6 +90,7 @@ def _measured(masked, g, xb):
 # %% ../nbs/06_surgery.ipynb #takes
 def _takes(m, value, still):
     "Bool per input: a constant that the layer can take over exactly?"
+    if not (isinstance(m, nn.Linear) or _own_forward(m)): return still & (value == 0) # it may pad, or weigh its places
     padded = (not isinstance(m, nn.Linear) and m.padding_mode == 'zeros'
               and (m.padding == 'same' or m.padding != 'valid' and any(m.padding)))
     return still & (value == 0) if padded or (m.bias is None and getattr(m, 'groups', 1) == 1) else still
@@ -111,6 +115,7 @@ def _absorbed(w, g, dead, const, flat):
     for n in g.wide: stays[g.norm_slots[n][g.norm_slots[n] >= 0]] = True
     for n,s in g.in_slots.items():
         if g.layers[n]['groups'] == 1: stays[s[_read(w[n][~dead[n]]) & ~flat[n] & (s >= 0)]] = True
+        elif not _depthwise(g.layers[n]): stays[s[s >= 0]] = True
     return {n:const[n] & ~stays[g.out_slots[n]] & ~dead[n] for n in g.removable}
 
 # %% ../nbs/06_surgery.ipynb #doomed
@@ -179,6 +184,12 @@ def _select(m, names, idx, dim=0):
         if k in m._parameters: m._parameters[k] = nn.Parameter(new, requires_grad=t.requires_grad)
         else: m._buffers[k] = new
 
+def _cut_grouped(m, out, inp):
+    "Set groups and channels of a grouped convolution, whose rows are cut, and cut its columns, in place."
+    groups, cols = held(m.groups, m.in_channels, inp)
+    if cols is not None: _select(m, ('weight',), cols, 1)
+    m.groups, m.in_channels, m.out_channels = groups, groups*m.weight.shape[1], len(m.weight)
+
 def _cut(m, out, inp):
     "Keep only the given outputs and inputs of module `m`, in place."
     names = ('in_features', 'out_features') if isinstance(m, nn.Linear) else ('in_channels', 'out_channels')
@@ -186,7 +197,7 @@ def _cut(m, out, inp):
     if is_norm(m):
         for k in ('num_features', 'num_parameters'):
             if hasattr(m, k): setattr(m, k, len(out))
-    elif getattr(m, 'groups', 1) > 1: m.in_channels = m.out_channels = m.groups = len(out)
+    elif getattr(m, 'groups', 1) > 1: _cut_grouped(m, out, inp)
     else:
         if inp is not None and m.weight.shape[1] > len(inp): # else its weight is a table, and was cut
             _select(m, ('weight',), inp, 1); setattr(m, names[0], len(inp))
@@ -203,9 +214,10 @@ def _swap(model, old, new):
 def _cut_all(model, cuts, widths, tables={}):
     cut_tables(model, {t:(d, keep.nonzero()[:,0]) for t,(d,keep) in tables.items()})
     for n,(out,inp) in cuts.items():
-        m = model.get_submodule(n)
+        m = model.get_submodule(n); groups = getattr(m, 'groups', 1)
         if wide(m): _swap(model, m, cut_norm(m, out))
         else: _cut(m, out, inp)
+        if groups > 1: widths = {**widths, f'{n}.groups': m.groups}
     for n,v in widths.items(): setattr(*owner(model, n), v)
     if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model

@@ -4,6 +4,7 @@ import copy, random, warnings, pytest, torch, torch.nn.functional as F
 from torch import nn
 from neuronprune.allocate import allocate
 from neuronprune.core import feed, generator, layers, tensors
+from neuronprune.forms import unpacked
 from neuronprune.masks import Scores
 from neuronprune.graph import trace
 from neuronprune.surgery import apply, load, save, shrink
@@ -56,6 +57,10 @@ class Block(nn.Module):
         if kind == 'dw': self.a = conv(c, c, 3, groups=c)
         if kind == 'sep': self.a, self.p, self.c = conv(c, c, 3, groups=c), conv(c, w), w
         if kind == 'grouped': self.a, self.p, self.c = conv(c, 4), conv(4, 4, groups=2), 4
+        if kind in ('resnext', 'group_shuffle'):
+            g = random.choice([2, 3]); self.g, i, o = g, random.randint(1, 3), random.randint(1, 3)
+            self.a, self.b, self.p, self.c = conv(c, g*i), conv(g*i, g*o, 3, groups=g), conv(g*o, w), w
+            if kind == 'group_shuffle': self.d = conv(g*o, g*o, groups=g)
         if kind == 'multiplier': self.a, self.c = conv(c, 2*c, 3, groups=c), 2*c
         if kind == 'pad': self.a, self.c = conv(c, c+2), c+2
         if kind == 'pad_end': self.a, self.c = conv(c, c+3), c+3
@@ -104,6 +109,10 @@ class Block(nn.Module):
         elif k == 'glu_dw': x = self.p(self.act(self.d(F.glu(self.a(x), 1))))
         elif k == 'sep': x = self.p(self.act(self.a(x)))
         elif k == 'grouped': x = self.p(self.act(self.a(x)))
+        elif k == 'resnext': x = self.p(self.act(self.b(self.act(self.a(x)))))
+        elif k == 'group_shuffle':
+            x = self.act(self.b(self.a(x))); n, c, h, w = x.shape
+            x = self.p(self.d(x.view(n, self.g, c//self.g, h, w).transpose(1, 2).reshape(n, c, h, w)))
         elif k == 'pad': x = self.a(x)+F.pad(x, (0, 0, 0, 0, 1, 1))
         elif k == 'pad_end': y = self.a(x); x = y+F.pad(x, (0, 0, 0, 0, 0, y.shape[1]-x.shape[1]))
         elif k == 'cat': x = torch.cat([x, self.a(x)], 1)
@@ -145,7 +154,8 @@ class Block(nn.Module):
         elif k == 'up': x = F.max_pool2d(F.interpolate(self.a(x), scale_factor=2), 2)
         return self.act(self.norm(x))
 
-KINDS = ['seq', 'minus_mean', 'scale', 'shift', 'table', 'slice', 'drop_first', 'reshape_attr', 'view_written', 'twice',
+KINDS = ['resnext', 'group_shuffle', 'seq', 'minus_mean', 'scale', 'shift', 'table', 'slice', 'drop_first',
+    'reshape_attr', 'view_written', 'twice',
          'up', 'dropout', 'res', 'rezero', 'rezero_table',
          'fixup', 'split', 'split_attr', 'glu', 'glu_dw', 'dw', 'sep', 'grouped', 'multiplier', 'pad', 'pad_end', 'cat',
          'se', 'gate', 'max', 'transpose', 'shuffle', 'twin',
@@ -170,6 +180,25 @@ class Conv(nn.Module):
         if self.end == 'two': return self.fc(h*torch.sigmoid(self.side(z))), h.mean(1)
         return dict(logits=self.fc(h), hidden=None) if self.end == 'dict' else self.fc(h)
 
+class Heads(nn.Module):
+    "Attention of `n` heads of size `s`: one layer for all, or three, or keys and values that several heads share."
+    def __init__(self, kind, d, n, s):
+        super().__init__(); self.kind, self.n_heads, self.kv, self.head_size = kind, n, 2 if kind == 'shared' else n, s
+        self.first, self.causal = random.random() < .5, random.random() < .5
+        if kind == 'fused': self.qkv = nn.Linear(d, 3*n*s)
+        else: self.q, self.k, self.v = nn.Linear(d, n*s), nn.Linear(d, self.kv*s), nn.Linear(d, self.kv*s)
+        self.o, self.all_heads = nn.Linear(n*s, d), n*s
+    def forward(self, x):
+        if self.kind == 'fused':
+            y = self.qkv(x).unflatten(-1, (3, self.n_heads, -1) if self.first else (self.n_heads, 3, -1))
+            q, k, v = (o.transpose(1, 2) for o in y.unbind(2 if self.first else 3))
+        else:
+            q, k, v = (l(x).view(*x.shape[:2], n, -1).transpose(1, 2) for l,n in (
+                (self.q, self.n_heads), (self.k, self.kv), (self.v, self.kv)))
+            k, v = (o.repeat_interleave(self.n_heads//self.kv, 1) for o in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.o(y.transpose(1, 2).reshape(*x.shape[:2], self.all_heads))
+
 class Tokens(nn.Module):
     "Words through transformer layers or linear ones; the output layer may share the embedding's tensor."
     def __init__(self, kind, d, w, tied):
@@ -179,7 +208,10 @@ class Tokens(nn.Module):
         self.first, self.gamma = norm(d), random.choice([1., nn.Parameter(torch.rand(d))])
         if kind == 'encoder':
             self.t = nn.TransformerEncoderLayer(d, 2, w, batch_first=True, dropout=0., norm_first=random.random() < .5)
-        else: self.a, self.b, self.n = nn.Linear(d, w), nn.Linear(w, d), norm(d)
+        else:
+            self.a, self.b = nn.Linear(d, 2*w if kind == 'swiglu' else w), nn.Linear(w, d)
+            self.n = norm(d)
+        if kind in ('separate', 'fused', 'shared'): self.h = Heads(kind, d, random.choice([2, 4]), random.randint(1, 4))
         if kind == 'lstm': self.r = nn.LSTM(d, d, batch_first=True)
         self.out = nn.Linear(d, 11, bias=False)
         if tied: self.out.weight = self.emb.weight
@@ -188,16 +220,19 @@ class Tokens(nn.Module):
         if self.kind == 'pre': return self.out(self.n(x+self.gamma*self.b(F.gelu(self.a(self.first(x))))))
         if self.kind == 'encoder': return self.out(self.t(x))
         if self.kind == 'lstm': x = self.r(x)[0]
+        if hasattr(self, 'h'): x = self.n(x+self.h(x))
+        if self.kind == 'swiglu': a, b = self.a(x).chunk(2, -1); return self.out(x+self.b(a*F.silu(b)))
         return self.out(self.n(x+self.b(F.gelu(self.a(x)))) if self.kind != 'plain' else self.b(F.relu(self.a(x))))
 
 def network(seed):
     "(random network with random numbers everywhere, a batch of inputs)."
     random.seed(seed); torch.manual_seed(seed)
-    if random.random() < .15:
+    if random.random() < .3:
         d = random.choice([4, 6, 8])
-        m = Tokens(random.choice(['encoder', 'plain', 'norm', 'lstm', 'pre', 'pre']), d, random.randint(2, 9),
-                   random.random() < .5)
+        m = Tokens(random.choice(['encoder', 'plain', 'norm', 'lstm', 'pre', 'pre', 'separate', 'fused', 'shared', 'swiglu']),
+                   d, random.randint(2, 9), random.random() < .5)
         x = torch.randint(0, 11, (random.choice([1, 4]), 5))
+        if random.random() < .7: m = unpacked(m)
     else:
         block = lambda: (random.choice(KINDS), random.randint(2, 7), random.choice(list(NORMS)) if random.random() < .6
                          else 'none', random.choice(list(ACTS)) if random.random() < .5 else 'relu')
