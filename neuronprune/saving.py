@@ -14,7 +14,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .core import *
 from .files import *
 from .rehearsal import owner
-from .kinds import is_norm
+from .kinds import is_norm, wide
+from .forms import is_unpacked, unpacked
+from .norms import CutNorm, narrow_norm
+from .tables import candidates, cut_tables
 from .applying import Factored
 from .surgery import _cut, _factored, _swap
 
@@ -33,8 +36,10 @@ def save(model:nn.Module, # pruned or not
         ):
     "Write the model's tensors and, if it has one that can be written, its `spec` to `path` (safetensors, JSON header)."
     factored = {n:getattr(m[0], 'groups', 1) for n,m in model.named_modules() if isinstance(m, Factored)}
+    norms = {n:m.sizes or m.normalized_shape[0] for n,m in model.named_modules() if isinstance(m, CutNorm)}
     save_tensors(path, model.state_dict(),
-                 dict(kind='model', spec=recipe(model), factored=factored, widths=getattr(model, 'cut_widths', {})))
+                 dict(kind='model', spec=recipe(model), factored=factored, norms=norms,
+                      widths=getattr(model, 'cut_widths', {}), unpacked=is_unpacked(model)))
 
 # %% ../nbs/06e_saving.ipynb #weightless
 @contextmanager
@@ -85,15 +90,24 @@ def _check_runs(model, spec):
     if shape != (2, spec['n_out']):
         raise ValueError(f"spec: says {spec['n_out']} outputs, the tensors make {shape[1:]}")
 
-def _narrowed(model, state):
-    "`model` cut to the widths in `state`, in place."
+# %% ../nbs/06e_saving.ipynb #narrowed
+def _narrowed(model, state, norms, widths):
+    """`model` cut to the widths in `state`, in place; `norms`: path of a cut norm -> its width, or that of every group;
+    `widths`: 'layer.groups' -> groups that are left."""
     first = lambda n, have: None if n == have else torch.arange(n)
-    for n,m in model.named_modules():
+    for k,d in [(k, d) for k,t in candidates(model).items() for d in range(t.ndim)
+                if k in state and t.shape[d] != state[k].shape[d]]:
+        cut_tables(model, {k:(d, torch.arange(state[k].shape[d]))})
+    for n,m in list(model.named_modules()):
+        if n in norms: _swap(model, m, narrow_norm(m, norms[n]))
         k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
-        if k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
-        new, old = state[k].shape, model.get_submodule(n).state_dict()[k.rpartition('.')[2]].shape
-        whole = len(new) > 1 and getattr(m, 'groups', 1) == 1
-        out, inp = first(new[0], old[0]), first(new[1], old[1]) if whole else None
+        if wide(m) or k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
+        new, old = state[k].shape, m.state_dict()[k.rpartition('.')[2]].shape
+        groups = getattr(m, 'groups', 1); left = widths.get(f'{n}.groups', new[0] if groups == old[0] else groups)
+        out, inp = first(new[0], old[0]), first(new[1], old[1]) if len(new) > 1 else None
+        if groups > 1: # the first columns of the first groups
+            inp = (torch.arange(left)[:, None]*old[1]+torch.arange(new[1])).flatten()
+            inp = None if len(inp) == m.in_channels else inp
         if (out, inp) != (None, None): _cut(m, out, inp)
     return model
 
@@ -118,10 +132,13 @@ def load(path,                # file written by `save`
                          "expected model=, an unpruned instance")
     zoo, cure = model is None, 'delete the file, or give the unpruned network that it was saved from as model='
     with reading(path, cure):
-        model = _refactor(_rebuild(h['spec'], state) if zoo else model, state, h.get('factored', {}))
+        model = _rebuild(h['spec'], state) if zoo else model
+        if h.get('unpacked') and not is_unpacked(model): model = unpacked(model)
+        model = _refactor(model, state, h.get('factored', {}))
         _check_shapes(model, state)
-        model = _narrowed(model, state)
+        norms, widths = (check_type(k, h.get(k, {}), dict) for k in ('norms', 'widths'))
+        model = _narrowed(model, state, norms, widths)
         if zoo: _check_runs(model, h['spec'])
-        _set_widths(model, h.get('widths', {}))
+        _set_widths(model, widths)
         model.load_state_dict({k:v.clone() for k,v in state.items()}, assign=zoo)
     return model

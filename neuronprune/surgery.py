@@ -15,9 +15,8 @@ from .files import *
 from .masks import *
 from .rehearsal import owner
 from .kinds import is_norm, slots, wide, _own_forward
-from .norms import CutNorm, cut_norm, narrow_norm
-from .tables import candidates, cut_tables, kept_tables
-from .forms import is_unpacked, unpacked
+from .norms import cut_norm
+from .tables import cut_tables, kept_tables
 from .groups import held
 from .widths import new_widths
 from .graph import kept_slots, probing, spared, trace, _depthwise
