@@ -60,7 +60,8 @@ class _Session(nn.Module):
 # %% ../nbs/06f_handover.ipynb #program
 def _program(model, xb, opset):
     "The network as an ONNX program with a free number of examples; `ValueError` says why there is none."
-    named = mapped(lambda o: o[torch.arange(2) % len(o)], _bound(model, xb)) # a single example would be taken for a rule
+    # of two examples: a single one would be taken for a rule
+    named = mapped(lambda o: o[torch.arange(2) % len(o)], _bound(model, xb))
     shapes = _open(named, torch.export.Dim('batch'))
     try:
         with as_found(model, train=False), torch.no_grad(), warnings.catch_warnings():

@@ -411,8 +411,8 @@ def to_torch_prune(self:Mask, model:nn.Module # changed in place: parameters get
                   )->nn.Module:
     "Hand the mask to `torch.nn.utils.prune`; returns `model`. `ValueError` for a mask with a scale."
     if self.scale:
-        raise ValueError("mask: has a scale, for which torch's pruning has no place; expected surgery.apply(model, mask) "
-                         "first, then the mask without its scale")
+        raise ValueError("mask: has a scale, for which torch's pruning has no place; "
+                         "expected surgery.apply(model, mask) first, then the mask without its scale")
     params, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
     for n,m in self.expand(model).items():
         mod, p = n.rpartition('.')[::2]

@@ -125,7 +125,7 @@ def load(path,                # file written by `save`
          model:nn.Module=None # an unpruned instance, for models that `build` has not made; it is changed and returned
         )->nn.Module:
     """The saved model, rebuilt at its pruned widths.
-    `ValueError` when the file is damaged, no model, or needs `model=`; `ImportError` without the library of its name."""
+    `ValueError` when the file is damaged, no model, or needs `model=`; `ImportError` without its name's library."""
     state, h = load_tensors(path, 'model')
     if model is None and h.get('spec') is None:
         raise ValueError(f"path={str(path)!r}: the file holds no recipe; "

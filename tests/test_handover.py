@@ -67,7 +67,8 @@ def ort():
 
 def answers(ort, path, *xs):
     s = ort.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    return [torch.from_numpy(o) for o in s.run(None, {i.name:x.numpy() for i,x in zip(s.get_inputs(), xs, strict=True)})]
+    named = {i.name:x.numpy() for i,x in zip(s.get_inputs(), xs, strict=True)}
+    return [torch.from_numpy(o) for o in s.run(None, named)]
 
 @made
 def test_onnx_computes_the_same(ort, zoo, tmp_path, name, how):
@@ -85,7 +86,8 @@ def test_onnx_computes_the_same(ort, zoo, tmp_path, name, how):
 class Forms(nn.Module):
     "Called with two inputs, by place or by name; answers with a dictionary."
     def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 4), nn.Embedding(9, 4)
-    def forward(self, words, x, scale=None): s = self.a(x)+self.b(words).sum(1); return dict(s=s, t=[s.relu(), s.argmax(1)])
+    def forward(self, words, x, scale=None):
+        s = self.a(x)+self.b(words).sum(1); return dict(s=s, t=[s.relu(), s.argmax(1)])
 
 class OneDict(Forms):
     def forward(self, batch): return super().forward(**batch)
@@ -156,7 +158,8 @@ def test_torchs_pruning_computes_what_the_masked_network_does(zoo, name, unit):
                                              and k.endswith('.weight')}
 
 def test_factors_of_a_mask_are_no_matter_for_torchs_pruning():
-    m = nn.Sequential(nn.Linear(3, 2)); mask = Mask({'0': torch.ones(2, 3).bool()}, 'weight', scale={'0': torch.rand(2, 3)})
+    m, all_ = nn.Sequential(nn.Linear(3, 2)), torch.ones(2, 3)
+    mask = Mask({'0': all_.bool()}, 'weight', scale={'0': .5*all_})
     with pytest.raises(ValueError, match='^mask: has a scale'): mask.to_torch_prune(m)
     assert not torch_prune.is_pruned(m)
 
@@ -166,7 +169,8 @@ def test_what_torch_has_pruned_can_be_cut(zoo, how):
     for o in lay:
         if how in ('structured', 'both'): torch_prune.ln_structured(o, 'weight', .5, 2, dim=0)
         if how in ('unstructured', 'both'): torch_prune.l1_unstructured(o, 'weight', .3)
-    if how == 'global': torch_prune.global_unstructured([(o, 'weight') for o in lay], torch_prune.L1Unstructured, amount=.6)
+    if how == 'global':
+        torch_prune.global_unstructured([(o, 'weight') for o in lay], torch_prune.L1Unstructured, amount=.6)
     with torch.no_grad(): want = m(xb)
     mask = Mask.from_torch_prune(m)
     for o in lay: torch_prune.remove(o, 'weight')
@@ -180,7 +184,8 @@ TP = ['lenet5', 'vgg7_bn', 'mobilenet_v3_small', 'densenet22', 'resnet50', 'basi
 
 def dependencies(m, xb): return tp.DependencyGraph().build_dependency(m, xb, verbose=False)
 
-@pytest.mark.parametrize('imp', [tp.importance.GroupMagnitudeImportance(), tp.importance.MagnitudeImportance(1, 'first'),
+@pytest.mark.parametrize('imp', [tp.importance.GroupMagnitudeImportance(),
+                                 tp.importance.MagnitudeImportance(1, 'first'),
                                  tp.importance.BNScaleImportance(), lambda group: torch.arange(len(group[0].idxs))])
 def test_scores_are_what_the_importance_says(zoo, imp):
     m, xb, g = zoo('vgg7_bn'); before = found(m); sc = importance_scores(m, imp, xb, graph=g)
@@ -244,14 +249,16 @@ def test_a_history_is_the_plan_on_random_networks(model, unit, s, seed):
 
 def test_channels_are_counted_after_those_that_have_gone():
     "The first two channels of `b` are tied to `a`, whose entry takes one of them along; the others to `d`."
-    m = Net(lambda s, x: s.c(torch.cat([s.a(x), s.d(x)], 1)+s.b(x)), a=C(2, 2, 1), b=C(2, 4, 1), d=C(2, 2, 1), c=C(4, 2, 1))
+    both = lambda a, b, d: torch.cat([a, d], 1)+b
+    m = Net(lambda s, x: s.c(both(s.a(x), s.b(x), s.d(x))), a=C(2, 2, 1), b=C(2, 4, 1), d=C(2, 2, 1), c=C(4, 2, 1))
     g = trace(m, X); keep = {k:torch.tensor(v).bool() for k,v in dict(a=[0, 1], b=[0, 1, 1, 0], d=[1, 0]).items()}
     history = pruning_history(m, Mask(keep, 'channel', graph=g), X)
     assert history == [['a', True, [0]], ['b', True, [2]]]
     assert all(torch.equal(from_history(history, g)[k], v) for k,v in keep.items())
 
-@pytest.mark.parametrize('history,said', [([['conv9', True, [0]]], 'layer'), ([['conv1', True, [6]]], r"history\['conv1'\]=6"),
-    ([['conv1', True, [5]], ['conv1', True, [5]]], r"history\['conv1'\]=5"), ([['fc3', True, [0]]], "'fc3', which cannot"),
-    ([['conv1', False, [0]]], 'inputs of the network itself')])
+@pytest.mark.parametrize('history,said', [
+    ([['conv9', True, [0]]], 'layer'), ([['conv1', True, [6]]], r"history\['conv1'\]=6"),
+    ([['conv1', True, [5]], ['conv1', True, [5]]], r"history\['conv1'\]=5"),
+    ([['fc3', True, [0]]], "'fc3', which cannot"), ([['conv1', False, [0]]], 'inputs of the network itself')])
 def test_histories_of_other_networks(zoo, history, said):
     with pytest.raises(ValueError, match=said): from_history(history, zoo('lenet5')[2])
