@@ -266,7 +266,8 @@ def before_batch(self:EnergyCallback):
         if self.training: self.advance(xb)
     best = self.best
     if self.last is None or not torch.equal(best, self.last):
-        self.inside, self.resting, self.last = self.scorer.under(best, xb), _resting(self.scorer.model, self.bits, best), best
+        self.inside, self.last = self.scorer.under(best, xb), best
+        self.resting = _resting(self.scorer.model, self.bits, best)
     try:
         with _forward(self.scorer.model, self.inside): self.learn._do_one_batch()
     finally: self.after_step()

@@ -237,7 +237,7 @@ def _carry_on(new, old):
 @public
 def rebind(learn:Learner,    # changed in place
            model:nn.Module,  # the network that replaces `learn.model`
-           index:dict=None # module path -> (kept outputs, inputs), or parameter name -> kept per dimension; None = unknown
+           index:dict=None # module path -> (kept outputs, inputs), or parameter -> kept per dimension; None = unknown
           )->Learner:
     """Put `model` into `learn` with a new optimiser, in place;
     optimiser state and snapshots survive where `index` tells how."""

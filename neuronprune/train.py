@@ -85,7 +85,8 @@ class Rewind(Callback):
 @patch
 @public
 def pair(self:Rewind)->tuple:
-    "What the marks are about: this model with these initial weights."; return id(bare(self.model)), id(self.states.get(0))
+    "What the marks are about: this model with these initial weights."
+    return id(bare(self.model)), id(self.states.get(0))
 
 @patch
 @public

@@ -59,18 +59,21 @@ class PruneCallback(Callback):
                  every:int=None,      # steps between two cuts, None = as `per_epoch` says
                  per_epoch:int=1,     # cuts in an epoch
                  unit:str=None,       # 'weight', 'channel', 'group'; None = the method's
-                 shrink:object=False, # False = zeros are held; True = they leave when the fit ends; 'each' = at each cut
+                 shrink:object=False, # False = zeros are held; True = they leave with the fit; 'each' = at each cut
                  seed:int=0,          # of the method's own randomness
                  **args               # arguments of the method and of its allocator
                 ):
         m = _scoring(method); alloc, alloc_args, own = split_args(m, args)
-        if start >= check_fraction('end', end, open_hi=False): raise ValueError(f"start={start}: expected less than end={end}")
-        if 'threshold' in args: raise ValueError(f"threshold={args['threshold']}: the schedule says how much goes; expected none")
+        if start >= check_fraction('end', end, open_hi=False):
+            raise ValueError(f"start={start}: expected less than end={end}")
+        if 'threshold' in args:
+            raise ValueError(f"threshold={args['threshold']}: the schedule says how much goes; expected none")
         if 'split' in arguments(m.fn): own = {'split': 'train', **own}
         sparsities(check_fraction('sparsity', sparsity), 1, schedule, initial)
         self.size,self.span,self.gap = (sparsity, schedule, initial),(start, end),_gap(every, per_epoch)
-        self.ask = Ask(m, alloc, alloc_args, own, [], [], 0, unit=_held_unit(unit or m.unit), seed=check_int('seed', seed),
-                       shrink=check_choice('shrink', shrink, (False, True, 'each')), said=args)
+        check_choice('shrink', shrink, (False, True, 'each'))
+        self.ask = Ask(m, alloc, alloc_args, own, [], [], 0, unit=_held_unit(unit or m.unit), shrink=shrink,
+                       seed=check_int('seed', seed), said=args)
         self.chain,self.todo,self.history,self.over = None,[],[],False
 
 # %% ../nbs/19c_while_training.ipynb #checks
@@ -109,7 +112,7 @@ def mask(self:PruneCallback):
 # %% ../nbs/19c_while_training.ipynb #borrow
 @contextmanager
 def _at_work(learn, seed):
-    "Inside the block the learner's network is bare, without the hooks of fastai's callbacks; all that is drawn is seeded."
+    "Inside the block the learner's network is bare, without hooks of fastai's callbacks; all that is drawn is seeded."
     hooked = [cb for cb in learn.cbs if isinstance(cb, HookCallback) and getattr(cb, 'hooks', None) is not None]
     for cb in hooked: cb._remove()
     try:
@@ -142,7 +145,8 @@ def begin(self:PruneCallback):
     "The chain of this learner, and a rehearsal of its last cut."
     learn, ask = self.learn, self.ask
     if self.chain is not None:
-        if self.chain.learn is not learn: raise ValueError("PruneCallback: belongs to another learner; expected a new one")
+        if self.chain.learn is not learn:
+            raise ValueError("PruneCallback: belongs to another learner; expected a new one")
         return
     if ask.shrink == 'each' and any(isinstance(o, SaveModelCallback) for o in learn.cbs):
         raise ValueError("shrink='each': SaveModelCallback would load weights of other shapes; expected shrink=True")
@@ -193,7 +197,8 @@ def after_fit(self:PruneCallback):
     "Let the zeros leave, or not; say so if the schedule has not come to its end."
     if not self.run: return
     if self.todo:
-        warnings.warn(f"PruneCallback: the fit ended at a sparsity of {self.history[-1][1] if self.history else 0:.3g}, "
+        at = self.history[-1][1] if self.history else 0
+        warnings.warn(f"PruneCallback: the fit ended at a sparsity of {at:.3g}, "
                       f"before sparsity={self.size[0]:g} was reached")
         return
     self.over = True

@@ -23,7 +23,8 @@ from neuronprune.retrain import held
 from neuronprune.train import as_learner, fit, Rewind
 from neuronprune.while_training import PruneCallback
 dist.init_process_group('gloo'); rank, res = dist.get_rank(), {}
-g = generator(0); X = torch.rand(256, 1, 8, 8, generator=g); Y = ((X-.5).flatten(1) @ torch.randn(64, 4, generator=g)).argmax(1)
+g = generator(0); X = torch.rand(256, 1, 8, 8, generator=g)
+Y = ((X-.5).flatten(1) @ torch.randn(64, 4, generator=g)).argmax(1)
 
 def net(norm=True):
     with seed_everything(rank): # the ranks begin with different weights; those of rank 0 count
@@ -76,7 +77,8 @@ def ranks(tmp_path_factory):
     "What the two processes have in the end."
     d = tmp_path_factory.mktemp('ranks'); (d/'script.py').write_text(SCRIPT)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
+           'MASTER_PORT': str(port),
            'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
     ps = [subprocess.Popen([sys.executable, '-W', 'ignore', str(d/'script.py'), str(d)], cwd=ROOT, text=True,
                            env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stderr=subprocess.PIPE) for i in range(2)]

@@ -13,10 +13,12 @@ from test_while_training import conv, loaders, start
 
 def penalty(model, name, graph):
     "The penalty itself, written down once more: sum of |gamma|, or of sqrt(n)·norm over bundles of rows."
-    if name == 'slimming': return sum(m.weight.abs().sum() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    if name == 'slimming':
+        return sum(m.weight.abs().sum() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     rows = {}
     for k in graph.removable:
-        for i,o in enumerate(graph.out_slots[k].tolist()): rows.setdefault(o, []).append(model.get_submodule(k).weight[i])
+        w = model.get_submodule(k).weight
+        for i,o in enumerate(graph.out_slots[k].tolist()): rows.setdefault(o, []).append(w[i])
     flat = [torch.cat([r.flatten() for r in o]) for o in rows.values()]
     return sum(len(o)**.5*o.norm() for o in flat)
 
@@ -30,7 +32,8 @@ class Keep(RegularizeCallback):
 @pytest.mark.parametrize('net', ['resnet20', 'plain'])
 def test_subgradients_are_those_of_autograd(name, net):
     "Residual blocks tie channels: they are one group, and each is counted once."
-    model = (conv() if net == 'plain' else build(net, 1, 10, 8, seed=0)).double(); graph = trace(model, torch.rand(2, 1, 8, 8).double())
+    model = (conv() if net == 'plain' else build(net, 1, 10, 8, seed=0)).double()
+    graph = trace(model, torch.rand(2, 1, 8, 8).double())
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d): nn.init.uniform_(m.weight, -1., 1., generator=generator(m.num_features))
     ps, grads = PENALTIES[name](model, graph)
@@ -78,8 +81,8 @@ def test_channels_go_to_zero_together():
     "Heavier penalties leave fewer channels, and those of both layers of a tie at once."
     class Block(nn.Module):
         def __init__(self):
-            super().__init__(); self.a, self.b, self.out = (nn.Linear(i, o, bias=False) for i,o in
-                                                            ((64, 12), (64, 12), (12, 10)))
+            super().__init__()
+            self.a, self.b, self.out = (nn.Linear(*o, bias=False) for o in ((64, 12), (64, 12), (12, 10)))
         def forward(self, x): x = x.flatten(1); return self.out((self.a(x)+self.b(x)).relu())
     left = []
     for lam in (0., 3e-3, 2e-2):
