@@ -14,7 +14,7 @@ from neuronprune.pipeline import prune
 from neuronprune.scoring import arguments
 from neuronprune.train import fit, learner
 
-SHORT = dict(n_per_class=4, n=64, epochs=1, budget=50, n_pop=4, n_trials=4, min_steps=0) # by the names of arguments
+SHORT = dict(n_per_class=1, n=64, epochs=1, budget=50, n_pop=4, n_trials=4, min_steps=0) # by the names of arguments
 
 def cell(name, device, a, dense):
     "One method on one device: what is measured, and its mask."
@@ -60,7 +60,8 @@ def main():
         first = None
         for device in a.devices:
             try:
-                with warnings.catch_warnings(): warnings.simplefilter('ignore'); row, mask = cell(name, device, a, dense)
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore'); row, mask = cell(name, device, a, dense)
                 row['agrees'] = agreement(mask, first); first = mask if first is None else first
             except Exception as e: row = dict(method=name, device=device, error=f'{type(e).__name__}: {e}'[:90])
             rows.append(row); print(*row.values(), flush=True)

@@ -163,7 +163,7 @@ def begin(self:PruneCallback):
 def before_fit(self:PruneCallback):
     "Lay out the cuts; passes over what is no training, and fits of frozen networks."
     busy = any(o in vars(self.learn) for o in ('lr_finder', 'gather_preds'))
-    self.run = not (busy or self.over or self.opt.frozen_idx)
+    self.run = not (busy or self.over or getattr(self.opt, 'frozen_idx', 0))
     if not self.run: return
     with _at_work(self.learn, self.ask.seed): self.begin()
     n, (start, end), (sparsity, schedule, initial) = len(self.dls.train), self.span, self.size
