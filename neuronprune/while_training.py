@@ -18,6 +18,7 @@ from . import surgery
 from .core import check_choice, check_fraction, check_int, methods, public
 from .allocate import ratios
 from .chain import Ask, Chain
+from .door import check_call
 from .masks import Mask
 from .ranks import bare, unwrapped
 from .report import Report
@@ -64,6 +65,7 @@ class PruneCallback(Callback):
                  **args               # arguments of the method and of its allocator
                 ):
         m = _scoring(method); alloc, alloc_args, own = split_args(m, args)
+        for f,o in ((m.fn, own), (alloc, alloc_args)): check_call(f, (), o)
         if start >= check_fraction('end', end, open_hi=False):
             raise ValueError(f"start={start}: expected less than end={end}")
         if 'threshold' in args:
