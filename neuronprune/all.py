@@ -6,13 +6,13 @@
 __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything', 'get_dls',
            'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate', 'ratios',
            'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback',
-           'PruneCallback', 'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report',
-           'compare', 'plot_compare', 'verdict', 'differs', 'published', 'accounting', 'count_params', 'nonzero_params',
-           'count_macs', 'latency_ms', 'dead_units', 'prune', 'Result', 'one_shot', 'fine_tuned', 'plot_study',
-           'paired', 'robustness', 'plot_robustness', 'calibration', 'ece', 'plot_reliability', 'dense', 'own', 'zoo',
-           'Job', 'job', 'jobs', 'load_jobs', 'study', 'gather', 'commensurate', 'plot_tradeoff', 'plot_budget',
-           'save_results', 'surgery', 'analysis', 'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria',
-           'sampling']
+           'PruneCallback', 'RegularizeCallback', 'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference',
+           'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'published', 'accounting',
+           'count_params', 'nonzero_params', 'count_macs', 'latency_ms', 'dead_units', 'prune', 'Result', 'one_shot',
+           'fine_tuned', 'plot_study', 'paired', 'robustness', 'plot_robustness', 'calibration', 'ece',
+           'plot_reliability', 'dense', 'own', 'zoo', 'Job', 'job', 'jobs', 'load_jobs', 'study', 'gather',
+           'commensurate', 'plot_tradeoff', 'plot_budget', 'save_results', 'surgery', 'analysis', 'baselines', 'mip',
+           'provable', 'mint', 'lowrank', 'criteria', 'sampling']
 
 # %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
 from . import surgery, analysis, baselines, mip, provable, mint, lowrank, criteria, sampling
@@ -25,7 +25,9 @@ from .graph import Graph, trace
 from .allocate import allocate, ratios
 from .train import learner, fit, Rewind
 from .evaluation import evaluate, Evaluation, wilson, curves, plot_curves
-from .retrain import fine_tune, MaskCallback, PruneCallback, rewind_to, rebind
+from .retrain import fine_tune, MaskCallback, rewind_to, rebind
+from .regularize import RegularizeCallback
+from .while_training import PruneCallback
 from .surgery import shrink, difference, SurgeryError
 from .report import Report, compare, plot_compare, verdict, differs, published
 from .costs import accounting, count_params, nonzero_params, count_macs, latency_ms
@@ -44,7 +46,7 @@ _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa'
          'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'Graph', 'trace', 'allocate',
          'ratios',
          'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback',
-         'PruneCallback',
+         'PruneCallback', 'RegularizeCallback',
          'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare',
          'verdict', 'differs',
          'published', 'accounting', 'count_params', 'nonzero_params', 'count_macs', 'latency_ms', 'dead_units', 'prune',

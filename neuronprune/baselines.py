@@ -286,7 +286,7 @@ _all_ = ['SlimmingCallback']
 def __getattr__(name):
     "`SlimmingCallback` when it is asked for: it lives with the training, and these scores need no fastai."
     if name != 'SlimmingCallback': raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from neuronprune.retrain import SlimmingCallback
+    from neuronprune.regularize import SlimmingCallback
     return SlimmingCallback
 
 # %% ../nbs/10_baselines.ipynb #slimming

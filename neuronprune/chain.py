@@ -22,7 +22,7 @@ from .budget import budget, layer_weights
 from .scoring import *
 from .scoring import _as_unit
 from .train import Rewind, fit
-from .retrain import _slice, held, hold, keep_tensors, narrow, rebind, rewind_to, sink
+from .retrain import _slice, both_kept, held, hold, keep_tensors, narrow, rebind, rewind_to, sink
 from .report import Report
 from .costs import Meter, metered
 
@@ -48,6 +48,7 @@ class Ask:
     seed:int=0
     scores:object=None    # `Scores` given by the user, None = the method's
     progress:bool=False
+    teacher:str=None      # what the network learns from besides, in words
     said:dict=field(default_factory=dict) # the user's arguments of method and allocator
     def seed_of(self, i): # draws of one size are independent of those before
         return 1000*self.seed + i if self.sizes[i][0] == 'size' else self.seed + 1000*i
@@ -228,11 +229,6 @@ def rewound(self:Chain, i:int):
     if 'rewind' in learn.__dict__: learn.rewind.vouch()
 
 # %% ../nbs/19a_chain.ipynb #together
-def _together(mask, model, keeps):
-    "Parameter name -> bool tensor, True = kept by `mask` and by `keeps`."
-    new = {k:v.cpu() for k,v in mask.expand(model).items()}
-    return {**keeps, **{k:v & keeps[k] if k in keeps else v for k,v in new.items()}}
-
 def _fitting(model, keeps):
     "Those of `keeps` that have the shape of a parameter of `model`."
     shapes = {k:p.shape for k,p in model.named_parameters()}
@@ -252,7 +248,7 @@ def cut(self:Chain, i:int):
     elif mask.unit == 'channel' and self.ask.shrink == 'each': self.leave(mask)
     else:
         surgery.apply(learn.model, mask)
-        self.pinned = _together(mask, learn.model, self.pinned)
+        self.pinned = both_kept(mask, learn.model, self.pinned)
         hold(learn, self.pinned, self.mask)
         if 'rewind' in learn.__dict__: learn.rewind.note()
 
@@ -261,7 +257,7 @@ def cut(self:Chain, i:int):
 def leave(self:Chain, mask):
     "Take channels out of the tensors, of what is held, and of the snapshots."
     learn, mask = self.learn, self.lowered(mask)
-    keeps = _together(mask, learn.model, self.pinned)
+    keeps = both_kept(mask, learn.model, self.pinned)
     small, cuts = surgery.shrink(learn.model, mask, self.few), surgery.plan(learn.model, mask, self.few)
     old = _positions(learn.model.state_dict()) if self.origin is None else self.origin
     self.origin = {k:_slice(v, k, cuts) for k,v in old.items()}
@@ -319,6 +315,7 @@ def known(self:Chain, i:int, **found):
     extra = dict(rounds=ask.args.get('rounds', len(ask.sizes)), at=ask.at, rewind=ask.rewind,
                  fine_tune_epochs=ask.epochs)
     if 'loss' in meta: extra['loss'] = meta['loss']
+    if ask.teacher: extra['teacher'] = ask.teacher
     if self.found is not None:
         extra['search'] = dict(evaluations=got.evaluations,
                                **{k:v for k,v in meta.items() if isinstance(v, (bool, int, float, str))})

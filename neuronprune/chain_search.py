@@ -17,6 +17,7 @@ from .masks import *
 from .chain import *
 from .scoring import *
 from .evaluation import evaluate
+from .ranks import agreed
 from .retrain import sink
 from .costs import metered
 
@@ -43,7 +44,7 @@ def tried(learn, # a `Learner`; left as it was
     surgery.apply(model, mask)
     try: e = evaluate(learn, learn.dls.valid)
     finally: model.load_state_dict(own)
-    return e.score, e.loss
+    return agreed(e.score), agreed(e.loss)
 
 # %% ../nbs/19b_chain_search.ipynb #task
 @patch

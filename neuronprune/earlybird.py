@@ -12,7 +12,8 @@ from .core import *
 from .masks import *
 from .saliency import by_norm, scaled_by
 from .search_training import *
-from .retrain import SlimmingCallback
+from .ranks import bare
+from .regularize import SlimmingCallback
 
 # %% ../nbs/17a_earlybird.ipynb #distance
 def distance(a, # key -> bool tensor, or a `Mask`
@@ -32,7 +33,7 @@ def settled(distances, # of each mask to the one before, in time order
 # %% ../nbs/17a_earlybird.ipynb #drawn
 def _on_paper(task):
     "(the mask of now, by |gamma|, in which channels without a batch norm are kept; the layers that have one)."
-    model, zeros = task.learn.model, task.candidates
+    model, zeros = bare(task.learn.model), task.candidates
     values = {k:m.weight.detach().abs() for k,m in scaled_by(model, task.graph).items()}
     units = by_norm(model, task.graph, {k:model.get_submodule(k) for k in zeros}, values, 'amax', {})
     mask = task.allocate(Scores(units, 'channel', graph=task.graph, method='earlybird'))

@@ -6,7 +6,6 @@
 __all__ = ['recalibrate', 'EnergyCallback']
 
 # %% ../nbs/14d_energy_search.ipynb #imports
-import random
 from contextlib import contextmanager
 import torch
 from torch import nn
@@ -16,7 +15,9 @@ from .core import *
 from .masks import *
 from .evaluation import split_batch
 from .graph import trace
-from .retrain import held, hold
+from .ranks import agreed, bare
+from .retrain import hold_within
+from .search_training import undisturbed
 from .energy import ENERGIES, Search, energy_of
 from .energy_backends import BACKENDS, Scorer
 from .energy_ising import Ising
@@ -68,29 +69,17 @@ def _forward(model, inside):
         del model.forward
         if own is not None: model.forward = own
 
-# %% ../nbs/14d_energy_search.ipynb #orders
-@contextmanager
-def _orders_kept(dls):
-    "Afterwards the generators of the loaders are where they were."
-    get = lambda g: g.getstate() if isinstance(g, random.Random) else g.get_state()
-    put = lambda g, s: g.setstate(s) if isinstance(g, random.Random) else g.set_state(s)
-    own = [(d, k, g, get(g)) for dl in dls.loaders for d in [getattr(dl, '__dict__', {})]
-           for k,g in list(d.items()) if isinstance(g, (random.Random, torch.Generator))]
-    try: yield
-    finally:
-        for d,k,g,s in own: put(g, s); d[k] = g
-
 # %% ../nbs/14d_energy_search.ipynb #recalibrate
 @public
 def recalibrate(learn:object,    # a `Learner`
                 n_batches:int=50 # training batches to take the mean over, fewer if there are no more
                ):
     "Running statistics of all batch norms from training batches, in place; returns `learn`."
-    check_int('n_batches', n_batches, 1); model = learn.model
+    check_int('n_batches', n_batches, 1); model = bare(learn.model)
     norms = [m for m in model.modules() if isinstance(m, BATCHNORM) and m.running_mean is not None]
     if not norms: return learn
     momenta, dev = [m.momentum for m in norms], next(model.parameters()).device
-    with as_found(model, train=False), torch.no_grad(), seed_everything(0), _orders_kept(learn.dls):
+    with as_found(model, train=False), torch.no_grad(), undisturbed(learn.dls):
         for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
         try:
             for _,b in zip(range(n_batches), learn.dls.train):
@@ -98,6 +87,7 @@ def recalibrate(learn:object,    # a `Learner`
                 if len(tensors(xb)[0]) > 1: feed(model, xb)
         finally:
             for m,o in zip(norms, momenta): m.momentum = o
+        for o in (o for m in norms for o in (m.running_mean, m.running_var)): o.copy_(agreed(o))
     return learn
 
 # %% ../nbs/14d_energy_search.ipynb #callback
@@ -224,6 +214,7 @@ def score(self:EnergyCallback, states, xb):
     if self.alive is not None: states = states & self.alive
     if self.ising is None: e = energy_of(self.scorer(states, xb), self.scorer.part(_plain(self.yb[0])), self.energy)
     else: e = self.ising(states.to(next(self.scorer.model.parameters()).device))
+    e = agreed(e)
     return e if self.empty else torch.where(_emptied(self.bits, states, self.alive).to(e.device), torch.inf, e)
 
 # %% ../nbs/14d_energy_search.ipynb #due
@@ -273,13 +264,14 @@ def before_batch(self:EnergyCallback):
     if not self.training and (self.search is None or not self.search.generation or self.held): return
     xb = self.inputs()
     with _casts_closed(self.learn):
-        self.begin(self.model, xb)
+        self.begin(bare(self.model), xb)
         if self.training: self.advance(xb)
     best = self.best
     if self.last is None or not torch.equal(best, self.last):
-        self.inside, self.resting, self.last = self.scorer.under(best, xb), _resting(self.model, self.bits, best), best
+        self.inside, self.last = self.scorer.under(best, xb), best
+        self.resting = _resting(self.scorer.model, self.bits, best)
     try:
-        with _forward(self.model, self.inside): self.learn._do_one_batch()
+        with _forward(self.scorer.model, self.inside): self.learn._do_one_batch()
     finally: self.after_step()
     raise CancelBatchException
 
@@ -302,10 +294,7 @@ def close(self:EnergyCallback, why):
     "Close the search: hold the mask of the best state, or end the fit."
     self.reason = why
     if self.stop: raise CancelFitException
-    learn, mask = self.learn, self.mask; old = held(learn)
-    new = {k:v.cpu() for k,v in mask.expand(learn.model).items()}
-    hold(learn, {**old, **{k:v & old[k] if k in old else v for k,v in new.items()}}, mask)
-    if held(learn): learn.pruned.before_fit()
+    hold_within(self.learn, self.mask)
     self.stale = True
 
 # %% ../nbs/14d_energy_search.ipynb #settle

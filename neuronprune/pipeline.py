@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 import pandas as pd, torch
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from . import surgery
 from .core import *
@@ -25,7 +26,8 @@ from .chain_search import *
 from .scoring import *
 from fastai.learner import Learner
 from .train import as_learner, fit, learner, schedule_lr
-from .retrain import _state, _slice, held, hold, rebind
+from .distill import TEACH_ARGS, check_teaching, taught
+from .retrain import _state, hold, replaced
 from .costs import count_macs, nonzero_params
 from .card import write_card
 from .report import Report
@@ -85,7 +87,7 @@ def check_fit(name:str,   # what they are called in the message
     return args
 
 # %% ../nbs/20_pipeline.ipynb #tuning
-TUNE_ARGS = ['lr', 'wd', *(o for o in FIT_ARGS if o not in ('cbs', 'seed'))]
+TUNE_ARGS = ['lr', 'wd', *TEACH_ARGS, *(o for o in FIT_ARGS if o not in ('cbs', 'seed'))]
 
 def tuning(lr, fit_args, tune_args):
     "(learning rate, weight decay, arguments of `fit`) of the fine-tuning; wd None = the learner's."
@@ -93,7 +95,8 @@ def tuning(lr, fit_args, tune_args):
     for k in fit_args: check_choice('fit_args', k, FIT_ARGS)
     if lr is not None and 'lr' in tune_args:
         raise ValueError(f"lr={lr}: tune_args has one, too, {tune_args['lr']}; expected one of the two")
-    args = {**fit_args, **tune_args}
+    check_teaching(**{k:v for k,v in tune_args.items() if k in TEACH_ARGS})
+    args = {k:v for k,v in {**fit_args, **tune_args}.items() if k not in TEACH_ARGS}
     lr, wd = args.pop('lr', lr), args.pop('wd', None)
     if wd is not None: check_fraction('wd', wd)
     return lr, wd, args
@@ -155,8 +158,11 @@ def _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, un
     if shrink is None: shrink = 'each' if sizes is not None and unit == 'channel' and m.kind == 'score' else False
     _check_start(learn, m, unit, start, at, rewind, shrink, sizes is not None, alloc, alloc_args)
     trained = _check_run(epochs, learn.lr if lr is None else lr, fit_args, seed, latency, len(todo), fine_tunes)
+    cbs = taught(learn, **{k:v for k,v in (tune_args or {}).items() if k in TEACH_ARGS})
+    if cbs: fit_args = {**fit_args, 'cbs': [*L(fit_args.get('cbs', ())), *cbs]}
     return Ask(m, alloc, alloc_args, own, todo, trained, epochs, unit=unit, at=at, rewind=rewind, start=start,
-               shrink=shrink, lr=lr, wd=wd, fit_args=fit_args, seed=seed, scores=scores, progress=progress, said=args)
+               shrink=shrink, lr=lr, wd=wd, fit_args=fit_args, seed=seed, scores=scores, progress=progress,
+               teacher=cbs[0].said if cbs else None, said=args)
 
 # %% ../nbs/20_pipeline.ipynb #after
 def _after(f, what):
@@ -165,13 +171,6 @@ def _after(f, what):
     except Exception as e:
         warnings.warn(f"prune: {what} failed after the fine-tuning, {type(e).__name__}: {e}; "
                       "the trained network is kept, with zeros")
-
-def _replace(learn, small, cuts):
-    "Put the smaller network into `learn`; zeros inside of it stay held."
-    keeps = {k:_slice(v, k, cuts) for k,v in held(learn).items()}
-    rebind(learn, small, cuts)
-    shapes = {k:p.shape for k,p in small.named_parameters()}
-    hold(learn, {k:v for k,v in keeps.items() if shapes.get(k) == v.shape})
 
 # %% ../nbs/20_pipeline.ipynb #measured
 def _layers_left(chain):
@@ -228,7 +227,7 @@ def _finish(chain, known, latency):
     keep = mask.unit == 'rank' or not must or small is None or chain.origin is not None
     cuts = {} if keep else _after(lambda: surgery.plan(learn.model, mask, chain.few), 'surgery')
     report = _measured(chain, len(chain.ask.sizes)-1, known, latency, small, True)
-    if must and small is not None and cuts is not None: _replace(learn, small, cuts)
+    if must and small is not None and cuts is not None: replaced(learn, small, cuts or None)
     elif mask.unit == 'rank' and not chain.ask.shrink: chain.unfactored()
     return report
 
@@ -376,7 +375,7 @@ def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; ch
           folder=None,        # write every size there and go on from what is there, None = nothing is written
           progress:bool=False, # progress bars
           fit_args:dict=None, # further arguments of `fit` for the fine-tuning
-          tune_args:dict=None, # lr, wd and arguments of `fit` for the fine-tuning, over fit_args
+          tune_args:dict=None, # lr, wd, teacher and arguments of `fit` for the fine-tuning, over fit_args
           dls:object=None,    # beside a model: its loader of (inputs, labels), (train, valid), or (train, valid, test)
           **args              # arguments of the method and of its allocator
          )->Result:

@@ -12,6 +12,7 @@ from .core import *
 from .masks import *
 from .allocate import allocate
 from .costs import Meter, metered
+from .ranks import agreed
 from .retrain import hold, rewind_to
 from .evaluation import evaluate, split_batch
 from .train import _CrossEntropy
@@ -99,6 +100,7 @@ def score_with(learn,      # a `Learner`
     with weights_at(learn, at), metered(next(learn.model.parameters()).device) as meter:
         scores = _finished(m(learn.model, learn.dls, **args))
     scores.method = scores.method or m.name
+    for d in (scores.units, scores.tiebreak or {}): d.update({k:agreed(v) for k,v in d.items()})
     return _as_unit(scores, unit, graph), meter
 
 # %% ../nbs/18a_scoring.ipynb #inputs

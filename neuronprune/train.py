@@ -17,6 +17,7 @@ from .core import (as_found, check_choice, check_int, check_type, digesting, fee
                               tensors, public)
 from .evaluation import *
 from .evaluation import _named, _said, _shown
+from .ranks import agreed, bare
 from fastai.callback.core import Callback, CancelFitException, event
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
@@ -45,12 +46,12 @@ def _check_lr(lr):
 # %% ../nbs/05_train.ipynb #snapshot
 def _snapshot(model):
     "State dict of `model`, copied to the CPU."
-    return {k:v.detach().cpu().clone() for k,v in model.state_dict().items()}
+    return {k:v.detach().cpu().clone() for k,v in bare(model).state_dict().items()}
 
 def _sample(model):
     "Parameter name -> 16 of its entries, evenly spread, on the CPU."
     return {k:p.detach().flatten()[::max(1, p.numel()//16)][:16].float().cpu().clone()
-            for k,p in model.named_parameters()}
+            for k,p in bare(model).named_parameters()}
 
 def _same_origin(now, then):
     "Are the entries `now` those of `then`, zeros and at most half of each parameter aside?"
@@ -84,7 +85,8 @@ class Rewind(Callback):
 @patch
 @public
 def pair(self:Rewind)->tuple:
-    "What the marks are about: this model with these initial weights."; return id(self.model), id(self.states.get(0))
+    "What the marks are about: this model with these initial weights."
+    return id(bare(self.model)), id(self.states.get(0))
 
 @patch
 @public
@@ -325,8 +327,9 @@ class _Finite(Callback):
     "Stop the fit after an epoch whose training loss is not finite."
     order,bad = 65,None
     def after_train(self):
-        if not torch.isfinite(torch.as_tensor(self.smooth_loss)):
-            self.bad = (float(self.smooth_loss), self.epoch+1)
+        loss = float(agreed(self.smooth_loss))
+        if not math.isfinite(loss):
+            self.bad = (loss, self.epoch+1)
             raise CancelFitException()
 
 # %% ../nbs/05_train.ipynb #reseed

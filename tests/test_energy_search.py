@@ -18,7 +18,7 @@ from neuronprune.energy_search import EnergyCallback, recalibrate
 from neuronprune.evaluation import evaluate
 from neuronprune.masks import Mask
 from neuronprune.pipeline import prune
-from neuronprune.retrain import held
+from neuronprune.retrain import held, hold
 from neuronprune.scoring import weights_at
 from neuronprune.surgery import apply
 from neuronprune.train import as_learner, fit, learner
@@ -166,7 +166,7 @@ def test_resumed_is_uninterrupted(kw):
         other, c2 = start('adam', lr=.01), EnergyCallback(lock_epoch=3, seed=5, **kw); c2.load_state_dict(saved)
         other.model.load_state_dict(half.model.state_dict()); other.create_opt()
         other.opt.load_state_dict(copy.deepcopy(half.opt.state_dict()))
-        if held(half): S.hold(other, held(half))
+        if held(half): hold(other, held(half))
         run(other, c2, range(cut, 5))
         assert c2.curve() == cb.curve() and c2.reason == cb.reason == 'epoch'
         assert same(state(whole.model), state(other.model))

@@ -15,7 +15,7 @@ BOOKS = sorted(str(p.relative_to(NBS)) for p in NBS.rglob('*.ipynb')
 PAPERS = [b for b in BOOKS if b.startswith('papers/')]
 MODULES = sorted(p.stem for p in LIB.glob('*.py') if not p.stem.startswith('_'))
 GROUND = {'core', 'door', 'files', 'kinds', 'datasets', 'data', 'probe', 'graph', 'masks', 'allocate', 'evaluation',
-          'train', 'retrain', 'blocks', 'draws', 'inputs', 'saliency'}
+          'train', 'retrain', 'ranks', 'distill', 'regularize', 'blocks', 'draws', 'inputs', 'saliency'}
 METHODS = set('baselines mip provable mint energy anneal lowrank criteria sampling'.split())
 PATHS = re.compile(r'(?<![\w.])/(?:work|root|tmp|home|Users|opt)/[\w.+-]+')
 BARS = re.compile(r'<progress|progress-bar|jupyter-widgets|widget-view|\d%\|[█▏ ]')

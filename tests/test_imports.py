@@ -70,8 +70,8 @@ def test_mip_offers_the_names_of_its_chapters():
     assert (own(relax), own(program), own(solve)) == (set(), {'mip_relax'}, {'mip_relax'})
 
 def test_the_callback_of_slimming_comes_when_asked_for():
-    from neuronprune import baselines, retrain
-    assert baselines.SlimmingCallback is retrain.SlimmingCallback and 'SlimmingCallback' in baselines.__all__
+    from neuronprune import baselines, regularize
+    assert baselines.SlimmingCallback is regularize.SlimmingCallback and 'SlimmingCallback' in baselines.__all__
     with pytest.raises(AttributeError, match="no attribute 'Slimming'"): baselines.Slimming
 
 MODULES = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'neuronprune').glob('*.py'))

@@ -18,7 +18,7 @@ from neuronprune.masks import Mask, Scores
 from neuronprune.graph import trace
 from neuronprune.train import Rewind, fit, learner, schedule_lr
 from neuronprune.evaluation import curves, evaluate, wilson
-from neuronprune.retrain import (MaskCallback, PruneCallback, fine_tune, gradual, held, hold, keep_tensors, sink,
+from neuronprune.retrain import (MaskCallback, fine_tune, held, hold, keep_tensors, sink,
                                  rebind, rewind_to, sign_weights)
 
 EVENTS = [o for o in vars(event) if o.startswith(('before_', 'after_')) and o != 'after_create']
@@ -209,20 +209,6 @@ def test_curves_and_quiet(capsys):
     assert list(df.columns) == ['fit', 'epoch', 'train_loss', 'valid_loss', 'accuracy'] and list(df.epoch) == [1, 2, 3]
     assert capsys.readouterr().out == ''
 
-def test_gradual_pruning_only_tightens():
-    seen = []
-    def score(m): return Scores({k:o.weight.detach().abs() for k,o in layers(m).items()}, 'weight')
-    def allocate(scores, s):
-        m = Mask({k:v > v.flatten().sort().values[max(int(v.numel()*s)-1, 0)] for k,v in scores.items()}, 'weight')
-        seen.append(m); return m
-    learn = learner(net(), data()); cb = PruneCallback(score, allocate, .8, every=2)
-    fit(learn, 4, cbs=[cb])
-    s = [o for _,o in cb.history]
-    assert s == sorted(s) and s[-1] == pytest.approx(.8, abs=.02) and revived(learn.model, cb.mask) == 0
-    for a, b in zip(seen, seen[1:]): assert all((b[k] <= a[k]).all() for k in a)
-    assert gradual(0, .8, .1) == pytest.approx(.1) and gradual(1, .8, .1) == .8
-    with pytest.raises(ValueError, match='did you mean 0.8'): PruneCallback(score, allocate, 80)
-
 @pytest.mark.parametrize('opt,key', [('sgd', 'momentum_buffer'), ('adamw', 'exp_avg_sq')])
 @pytest.mark.parametrize('by_module', [False, True])
 def test_rebind_slices_optimiser_and_snapshots(opt, key, by_module):
@@ -250,21 +236,6 @@ def test_sunk_units_lose_ties():
     assert allocate(s, .25)['a'].tolist() == [[True,False],[True,True]]
 
 # ---- what is pruned stays pruned
-
-def test_gradual_pruning_leaves_its_mask():
-    def score(m): return Scores({k:o.weight.detach().abs() for k,o in layers(m).items()}, 'weight')
-    learn = learner(net(), data()); cb = PruneCallback(score, allocate, .6, every=2)
-    fit(learn, 2, cbs=[cb]); assert cb.mask.sparsity == pytest.approx(.6, abs=.01)
-    learn.fit(1); fit(learn, 1); assert revived(learn.model, cb.mask) == 0
-
-def test_gradual_pruning_of_channels_ends_where_one_cut_would():
-    "Scores that do not change: the scales of the layers must not either."
-    fixed = Scores({'0': torch.tensor([1., 2, 3, 4, 5, 40]), '4': torch.tensor([10., 11, 12, 13, 14, 15, 16, 17])},
-                   'channel')
-    model = net(); graph = trace(model, torch.randn(2, 1, 4, 4)); fixed.graph = graph
-    learn = learner(model, data()); cb = PruneCallback(lambda m: fixed, allocate, .5, every=1)
-    fit(learn, 3, cbs=[cb]); one = allocate(fixed, .5)
-    assert len(cb.history) > 5 and all(torch.equal(cb.mask[k], one[k]) for k in one)
 
 def test_other_weights_under_a_held_mask_are_zeroed_with_a_warning():
     learn = learner(net(), data()); mask = random_mask(learn.model); fine_tune(learn, mask, 1)

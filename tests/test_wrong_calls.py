@@ -27,7 +27,10 @@ from neuronprune.surgery import apply, difference, plan, shrink
 from neuronprune.train import Rewind
 from neuronprune.energy_search import EnergyCallback
 from neuronprune.evaluation import Evaluation
-from neuronprune.retrain import MaskCallback, PruneCallback, rebind, rewind_to
+from neuronprune.retrain import MaskCallback, rebind, rewind_to
+from neuronprune.distill import DistillCallback
+from neuronprune.regularize import RegularizeCallback
+from neuronprune.while_training import PruneCallback
 
 HERE = Path(__file__).parent
 nan, inf = math.nan, math.inf
