@@ -426,7 +426,7 @@ def allocate(scores:Scores,       # what to rank
              keep=(),             # layers to spare, names or patterns
              normalize='auto',    # divide a layer's scores by their 'mean' or 'max'; 'auto' = 'mean' for channels
              sensitivity=None,    # of a budget: from `sensitivity(learn, scores)`; else None
-             table=None           # of a budget in milliseconds: from `latency_table(model, xb)`; else None
+             latencies=None       # of a budget in milliseconds: from `latency_table(model, xb)`; else None
             )->Mask:
     """The mask that removes the lowest scores within the budget; equal scores go by `tiebreak`, then in key order.
     `ValueError` on bad arguments, a warning when the budget is out of reach."""
@@ -434,9 +434,9 @@ def allocate(scores:Scores,       # what to rank
         raise ValueError(f"round_to={round_to}: counts units of a layer; expected 1 with scope='output'")
     check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
     check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
-    if scope == 'budget' or sensitivity is not None or table is not None:
+    if scope == 'budget' or sensitivity is not None or latencies is not None:
         from neuronprune.knapsack import budgeted
-        return budgeted(scores, sparsity, scope, of, sensitivity, table, reduce, normalize, caps, round_to, min_keep,
+        return budgeted(scores, sparsity, scope, of, sensitivity, latencies, reduce, normalize, caps, round_to, min_keep,
                         keep, threshold=threshold, pattern=pattern, tied=tied)
     if pattern is not None:
         sparsity = pattern_sparsity(scores, pattern, sparsity, threshold=threshold is not None, caps=bool(caps),

@@ -385,8 +385,10 @@ _NAMED = {
     'widths': _each(_whole(1), 'a list of widths'), 'at': _moment('trained', 'init'),
     'start': _moment('trained', 'init', 'previous', 'dense'), 'sizes': _plan_of_sizes, 'shrink': _leaving,
     **_alike('rewind to', _moment('none', 'init', 'sign', 'redraw')), 'milestones': _each(_real(0), 'a list of epochs'),
-    'seeds': _each(_WHOLE['seed'], 'a list of seeds', fewest=1), **_alike('densities values', _FRACTIONS),
+    'seeds': _each(_WHOLE['seed'], 'a list of seeds', fewest=1), **_alike('densities shares sparsities values', _FRACTIONS),
     'levels': _each(_real(), 'a list of numbers', one=True), 'n_groups': _pair,
+    'sensitivity': _a('Sensitivity', 'as from sensitivity(learn, scores)'),
+    'latencies': _a('LatencyTable', 'as from latency_table(model, xb)'),
     **_alike('by kind layers', _names), 'ax': _a('Axes', 'of matplotlib'),
     'grid': _varied}
 

@@ -48,7 +48,7 @@ def _curve_of(s, keys):
     return None if k is None else s.curve(k)
 
 # %% ../nbs/21c_knapsack.ipynb #offer
-_PRODUCTS = 6000 # product variables that keep the solver below a second
+_PRODUCTS = 4000 # product variables that keep the solver below a second
 
 def _choice(s, keys, own, live, ks, caps, round_to, min_keep):
     "The `Choice` of these layers, or None where nothing was measured because none of their units goes."
@@ -243,7 +243,7 @@ def _timed(run, mask_of, table, limit, tries=4):
 def _check(scores, sparsity, scope, of, sensitivity, table, threshold=None, pattern=None, tied=True):
     "What is counted; raises for what a budget cannot be made of."
     if scope != 'budget':
-        given = 'sensitivity' if sensitivity is not None else 'table'
+        given = 'sensitivity' if sensitivity is not None else 'latencies'
         raise ValueError(f"{given}: is for scope='budget'; got scope={scope!r}")
     check_choice('of', of, ('params', 'macs', 'latency', None))
     if scores.unit != 'channel' or scores.graph is None or any(k.endswith(':in') for k in scores):
@@ -258,7 +258,7 @@ def _check(scores, sparsity, scope, of, sensitivity, table, threshold=None, patt
         raise ValueError(f"sensitivity={sensitivity!r}: scope='budget' minimises what was measured; "
                          "expected sensitivity(learn, scores)")
     if of == 'latency' and table is None:
-        raise ValueError("table=None: of='latency' needs milliseconds; expected table=latency_table(model, xb)")
+        raise ValueError("latencies=None: of='latency' needs milliseconds; expected latency_table(model, xb)")
     return of or 'params'
 
 # %% ../nbs/21c_knapsack.ipynb #budgeted
