@@ -205,8 +205,21 @@ def _begin(h, bill, first, n, picked):
     sol.col_value = x.tolist()
     _ask(h, 'setSolution', sol)
 
+# %% ../nbs/21c_knapsack.ipynb #widen
+def _widened(bill, offer, picked, limit):
+    "The choice with widths raised, one step at a time, as long as the budget lasts."
+    picked, cost = list(picked), bill.total(picked)
+    while True:
+        steps = []
+        for t,i in enumerate(picked):
+            if i == 0: continue
+            c = bill.total([*picked[:t], i-1, *picked[t+1:]])
+            if c <= limit: steps.append(((offer[t].loss[i]-offer[t].loss[i-1])/max(c-cost, 1e-12), t, c))
+        if not steps: return picked
+        _, t, cost = max(steps); picked[t] -= 1
+
 # %% ../nbs/21c_knapsack.ipynb #solve
-def solve(bill, offer, limit, gap=.005, time_limit=10.):
+def solve(bill, offer, limit, gap=.01, time_limit=10.):
     """(index of a width per choice, dict of loss, cost, status, gap, secs) of the least loss within `limit`;
     the narrowest with status 'infeasible' if nothing is."""
     start, done = time.perf_counter(), [len(o)-1 for o in bill.own]
@@ -221,7 +234,7 @@ def solve(bill, offer, limit, gap=.005, time_limit=10.):
     _begin(h, bill, first, n, _alike(bill, limit))
     with own_threads(): _ask(h, 'run')
     x = np.array(h.getSolution().col_value)
-    picked = [int(x[a:b].argmax()) for a,b in zip(first, first[1:])]
+    picked = _widened(bill, offer, [int(x[a:b].argmax()) for a,b in zip(first, first[1:])], limit)
     optimal = h.getModelStatus() == highspy.HighsModelStatus.kOptimal
     return answer(picked, 'optimal' if optimal else 'time_limit', float(h.getInfo().mip_gap))
 

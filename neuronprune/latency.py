@@ -27,13 +27,14 @@ from .sensitivity import together
 def in_turns(models:list, # networks
              xb,          # the batch to time
              n:int=15,    # passes of each
-             warmup:int=2 # passes of each before
+             warmup:int=2, # passes of each before
+             clock:str='wall' # or 'thread', as of `latency_ms`
             )->list:
     "Median milliseconds of a forward pass of each network, timed in turns; they are left as they were found."
     times = [[] for _ in models]
     for i in range(warmup+n):
         for m,t in zip(models, times):
-            ms = latency_ms(m, xb, 1, 0)
+            ms = latency_ms(m, xb, 1, 0, clock=clock)
             if i >= warmup: t.append(ms)
     return [statistics.median(t) for t in times]
 
@@ -68,9 +69,10 @@ def _grid(graph, n, shares):
     whole = l['groups'] > 1
     return _ends(l['n_out'], shares, n not in graph.fixed), _ends(l['n_in'], shares, bool(reads) and not whole)
 
-def _time_layer(m, shape, outs, ins, n, secs):
+def _time_layer(m, shape, outs, ins, n, secs, clock='wall'):
     "Milliseconds [outs, ins] of the layer alone."
-    return np.array([[latency_ms(*_alone(m, shape, r, c), n, 2, secs) for c in ins.tolist()] for r in outs.tolist()])
+    one = lambda r, c: latency_ms(*_alone(m, shape, r, c), n, 2, secs, clock)
+    return np.array([[one(r, c) for c in ins.tolist()] for r in outs.tolist()])
 
 # %% ../nbs/21b_latency.ipynb #table
 @dataclass(repr=False)
@@ -132,7 +134,8 @@ def measure(self:LatencyTable, mask:Mask, # of channels
            )->float:
     "Milliseconds of the network cut by `mask`, timed beside the whole one."
     few = take(self.xb, slice(0, 8))
-    whole, small = in_turns([self.model, surgery.shrink(self.model, mask, few)], self.xb, n)
+    nets = [self.model, surgery.shrink(self.model, mask, few)]
+    whole, small = in_turns(nets, self.xb, n, clock=self.record['clock'])
     return self.ms*small/whole
 
 # %% ../nbs/21b_latency.ipynb #calibrate
@@ -156,7 +159,7 @@ def _calibrated(table, graph, shares, n, seed):
     from scipy.optimize import nnls
     nets = [table.model, *(surgery.shrink(table.model, m, take(table.xb, slice(0, 8)))
                            for m in _random_masks(graph, shares, seed))]
-    got = np.array(in_turns(nets, table.xb, n)); table.ms = float(got[0])
+    got = np.array(in_turns(nets, table.xb, n, clock=table.record['clock'])); table.ms = float(got[0])
     def row(net):
         sizes = _sizes(net, table.layers)
         times = sum(float(lookup(l, *map(np.array, sizes[k]))) for k,l in table.layers.items())
@@ -185,24 +188,25 @@ def latency_table(model:nn.Module, # dense; left as found
         raise ValueError(f"shares={shares}: expected ascending fractions above 0, the last of them 1")
     graph = trace(model, xb) if graph is None else graph
     shapes, model = _shapes(model, xb, graph), copied(model).eval()
-    layers = _timed_layers(model, graph, shapes, shares, n, secs, progress)
+    clock = 'thread' if dev.type == 'cpu' and torch.get_num_threads() == 1 else 'wall'
+    layers = _timed_layers(model, graph, shapes, shares, n, secs, clock, progress)
     batch = len(tensors(xb)[0])
     positions = {k:graph.layers[k]['positions']*batch for k in layers}
     dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
-    record = dict(batch=batch, shape=list(tensors(xb)[0].shape), dtype=dtype, device=dev.type, shares=shares, **hardware())
+    record = dict(batch=batch, shape=list(tensors(xb)[0].shape), dtype=dtype, device=dev.type, clock=clock, shares=shares, **hardware())
     table = LatencyTable(layers, positions, 0., record=record, model=model, xb=xb)
     _calibrated(table, graph, shares, 3*n, seed)
     record['secs'] = time.perf_counter()-start
     return table
 
 # %% ../nbs/21b_latency.ipynb #timed-layers
-def _timed_layers(model, graph, shapes, shares, n, secs, progress):
+def _timed_layers(model, graph, shapes, shares, n, secs, clock, progress):
     "Layer -> (outs, ins, ms [outs, ins]); layers of the same kind, shape and widths are timed once."
     known, res, todo = {}, {}, list(shapes)
     for k in progress_bar(todo) if progress else todo:
         m, (outs, ins) = model.get_submodule(k), _grid(graph, k, shares)
         key = repr(m), shapes[k], tuple(outs), tuple(ins)
-        if key not in known: known[key] = _time_layer(m, shapes[k], outs, ins, n, secs)
+        if key not in known: known[key] = _time_layer(m, shapes[k], outs, ins, n, secs, clock)
         res[k] = outs, ins, known[key]
     return res
 
