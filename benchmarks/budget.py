@@ -94,8 +94,9 @@ def at_cost(scores, scope, cost, limit, tries=6):
 
 def compare(args):
     import pandas as pd
-    from neuronprune.all import allocate, copied, evaluate
+    from neuronprune.all import allocate, evaluate
     from neuronprune.analysis import paired, summary
+    from neuronprune.core import copied
     from neuronprune.latency import latency_table
     from neuronprune.retrain import fine_tune
     from neuronprune.sensitivity import sensitivity
