@@ -173,7 +173,7 @@ def _scores_here(chain, scores):
 # %% ../nbs/19a_chain.ipynb #informed
 @patch
 def informed(self:Chain, scores):
-    "Arguments of the allocator; for a budget with what is measured for it, of the network as it is, on validation data."
+    "Arguments of the allocator; for a budget with what is measured for it, of the network as it is."
     args = dict(self.ask.alloc_args)
     if args.get('scope') != 'budget' or scores.unit != 'channel': return args
     from neuronprune.latency import latency_table

@@ -133,7 +133,7 @@ def latency_ms(model:nn.Module,  # any network
                n:int=30,         # timed runs
                warmup:int=5,     # runs before
                secs:float=math.inf, # stop after so many seconds, with one run before and one timed at least
-               clock:str='wall'  # or 'thread', which other work on the machine does not lengthen: for one thread of a CPU
+               clock:str='wall'  # or 'thread': of one thread on a CPU, which other work does not lengthen
               )->float:
     "Median milliseconds of a forward pass on `xb`; the model is left as it was found."
     check_int('n', n, 1); check_int('warmup', warmup, 0); check_batch(xb); dev = _device(model)

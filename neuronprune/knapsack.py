@@ -265,8 +265,8 @@ def _check(scores, sparsity, scope, of, sensitivity, table, threshold=None, patt
                          f"unit='channel', with graph=trace(model, xb), got {what}"
                          + ('' if scores.graph is not None else ', no graph'))
     for k,v,default in (('threshold', threshold, None), ('pattern', pattern, None), ('tied', tied, True)):
-        if v is not default: raise ValueError(f"{k}={v!r}: leaves a budget no choice; expected {default}, scope='budget'")
-    if sparsity is None: raise ValueError("sparsity=None: expected the share of the cost to remove, with scope='budget'")
+        if v is not default: raise ValueError(f"{k}={v!r}: leaves a budget no choice; expected {default}")
+    if sparsity is None: raise ValueError("sparsity=None: expected the share of the cost to remove")
     if not hasattr(sensitivity, 'curve'):
         raise ValueError(f"sensitivity={sensitivity!r}: scope='budget' minimises what was measured; "
                          "expected sensitivity(learn, scores)")
@@ -289,11 +289,14 @@ def _mask_of(scores, ids, was, offer, picked):
     return Mask({**units, **_rest_of_ties(scores, units)}, 'channel', graph=scores.graph)
 
 # %% ../nbs/21c_knapsack.ipynb #budgeted-2
-def budgeted(scores, sparsity, scope, of, sensitivity, table, reduce, normalize, caps, round_to, min_keep, keep, **others):
+def budgeted(scores, sparsity, scope, of, sensitivity, table, reduce, normalize, caps, round_to, min_keep, keep,
+             **others # which a budget leaves no room for
+            ):
     """The mask of widths with the least summed loss within (1 - `sparsity`) of the network's parameters, MACs or
     milliseconds; `ValueError` on bad arguments, a warning when the budget is out of reach."""
     of, s = _check(scores, sparsity, scope, of, sensitivity, table, **others), sensitivity
-    normalize, _, caps, keep = _setup(scores, sparsity, None, 'global', 'units', normalize, caps, keep)
+    normalize, _, caps, keep = _setup(scores, sparsity, None, 'global', 'units', normalize, caps, keep, reduce, round_to,
+                                      min_keep)
     ids, order, was, parts, scales = _setting(scores, reduce, normalize)
     shares = table.record['shares'] if of == 'latency' else None
     offer = choices(scores, s, order, was, parts, caps, round_to, min_keep, keep, shares)
@@ -303,8 +306,8 @@ def budgeted(scores, sparsity, scope, of, sensitivity, table, reduce, normalize,
     picked, how = run(limit) if of != 'latency' else _timed(run, mask_of, table, limit)
     mask, got = mask_of(picked), 1-how.get('measured', how['cost'])/total
     if how['status'] == 'infeasible':
-        warnings.warn(f"allocate: sparsity {sparsity} of the {of} (scope='budget') is out of reach, {got:.4g} achieved; "
-                      "the narrowest widths that were measured, and min_keep, caps and keep, protect the rest")
+        warnings.warn(f"allocate: sparsity {sparsity} of the {of} (scope='budget') is out of reach, {got:.4g} "
+                      "achieved; the narrowest widths that were measured, and min_keep, caps and keep, protect the rest")
     mask.meta.update(_meta(scores, sparsity, of, got, mask, how, offer, picked, total, limit, table))
     return mask
 

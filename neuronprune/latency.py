@@ -88,8 +88,8 @@ class LatencyTable:
     xb:object=None     # the batch
     def __repr__(self):
         r = self.record
-        return (f"LatencyTable({len(self.layers)} layers, {self.ms:.3g} ms a batch of {r.get('batch')}, {r.get('dtype')}, "
-                f"{r.get('threads')} threads, residual {100*r.get('residual', 0):.1f} %)")
+        return (f"LatencyTable({len(self.layers)} layers, {self.ms:.3g} ms a batch of {r.get('batch')}, "
+                f"{r.get('dtype')}, {r.get('threads')} threads, residual {100*r.get('residual', 0):.1f} %)")
     def _repr_html_(self): return f"<p>{self!r}</p>{self.frame().to_html(index=False, float_format='{:.4g}'.format)}"
 
 # %% ../nbs/21b_latency.ipynb #lookup
@@ -142,7 +142,8 @@ def measure(self:LatencyTable, mask:Mask, # of channels
 def _random_scores(graph, seed):
     "Random scores of all channels that can be removed."
     draw = generator(seed)
-    return Scores({k:torch.rand(len(graph.out_slots[k]), generator=draw) for k in graph.removable}, 'channel', graph=graph)
+    units = {k:torch.rand(len(graph.out_slots[k]), generator=draw) for k in graph.removable}
+    return Scores(units, 'channel', graph=graph)
 
 def _random_masks(graph, shares, seed):
     "Channel masks: every layer or tie at each third of `shares`, and four in which each has a share of its own."
@@ -193,7 +194,8 @@ def latency_table(model:nn.Module, # dense; left as found
     batch = len(tensors(xb)[0])
     positions = {k:graph.layers[k]['positions']*batch for k in layers}
     dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
-    record = dict(batch=batch, shape=list(tensors(xb)[0].shape), dtype=dtype, device=dev.type, clock=clock, shares=shares, **hardware())
+    record = dict(batch=batch, shape=list(tensors(xb)[0].shape), dtype=dtype, device=dev.type, clock=clock,
+                  shares=shares, **hardware())
     table = LatencyTable(layers, positions, 0., record=record, model=model, xb=xb)
     _calibrated(table, graph, shares, 3*n, seed)
     record['secs'] = time.perf_counter()-start
@@ -215,9 +217,9 @@ def _timed_layers(model, graph, shapes, shares, n, secs, clock, progress):
 @public
 def frame(self:LatencyTable)->pd.DataFrame:
     "One row per layer: its widths, ms alone at full width, at the narrowest, and calibrated at full width."
-    full = {n:float(f(np.array(self.layers[n][0][-1]), np.array(self.layers[n][1][-1]))) for n,f in self.prices().items()}
-    return pd.DataFrame([dict(layer=n, outputs=', '.join(map(str, o)), inputs=', '.join(map(str, i)), ms=float(v[-1, -1]),
-                              narrowest=float(v[0, 0]), calibrated=full[n]) for n,(o,i,v) in self.layers.items()])
+    said, prices = lambda v: ', '.join(map(str, v)), self.prices()
+    return pd.DataFrame([dict(layer=n, outputs=said(o), inputs=said(i), ms=float(v[-1, -1]), narrowest=float(v[0, 0]),
+                              calibrated=float(prices[n](o[-1], i[-1]))) for n,(o,i,v) in self.layers.items()])
 
 # %% ../nbs/21b_latency.ipynb #plot
 @patch

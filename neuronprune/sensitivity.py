@@ -215,11 +215,11 @@ def _setting(model_or_learn, dl, xb):
     "(model, loader or None): what is measured on; `ValueError` unless there is exactly one source of examples."
     model = getattr(model_or_learn, 'model', None)
     learns = isinstance(model, nn.Module) and hasattr(model_or_learn, 'dls')
-    if dl is not None and xb is not None: raise ValueError("dl, xb: each is data to measure on; expected one of the two")
+    if dl is not None and xb is not None: raise ValueError("dl, xb: each is data; expected one of the two")
     if learns: return model, model_or_learn.dls.valid if dl is None and xb is None else dl
     if dl is None and xb is None:
-        raise ValueError("dl=None, xb=None: a model has no data of its own; expected dl=, a loader of (inputs, labels), "
-                         "or xb=, a batch of inputs, or a Learner")
+        raise ValueError("dl=None, xb=None: a model has no data of its own; expected dl=, a loader of (inputs, "
+                         "labels), or xb=, a batch of inputs, or a Learner")
     return model_or_learn, dl
 
 def _plan(scores, sparsities, args):

@@ -66,7 +66,8 @@ def measured(of, net, xb): return count_params(net) if of == 'params' else count
 def test_solver_finds_what_brute_force_finds(seed, n, share):
     draw = np.random.default_rng(seed); sizes = draw.integers(2, 5, n)
     curves = [np.r_[0, np.cumsum(draw.random(k-1))] for k in sizes]
-    offer = [Choice(str(i), [str(i)], np.arange(k), np.arange(k, 0, -1), v) for i,(k,v) in enumerate(zip(sizes, curves))]
+    offer = [Choice(str(i), [str(i)], np.arange(k), np.arange(k, 0, -1), v)
+             for i,(k,v) in enumerate(zip(sizes, curves))]
     widths = [np.sort(draw.integers(1, 30, k))[::-1].astype(float) for k in sizes]
     bill = Bill(float(draw.integers(0, 20)), [w*draw.integers(0, 5) for w in widths])
     for t,u in itertools.combinations(range(n), 2):
@@ -189,7 +190,8 @@ def test_wrong_scores():
 def fake_table(net, xb, g, cost):
     "A table whose clock says what `cost` (rows, columns) says of each layer, and nothing else."
     layers = {n:(np.arange(1, l['n_out']+1), np.arange(1, l['n_in']+1),
-                 cost(np.arange(1, l['n_out']+1)[:, None], np.arange(1, l['n_in']+1)[None])) for n,l in g.layers.items()}
+                 cost(np.arange(1, l['n_out']+1)[:, None], np.arange(1, l['n_in']+1)[None]))
+              for n,l in g.layers.items()}
     t = LatencyTable(layers, dict.fromkeys(layers, 1), 0., model=net, xb=xb,
                      record=dict(shares=[i/10 for i in range(1, 11)], clock='wall'))
     t.ms = t.predict(net); return t
@@ -221,7 +223,8 @@ def test_lookup_is_bilinear():
 def test_a_table_knows_its_layers_and_its_machine():
     net, xb, g = wired(); before = {k:v.clone() for k,v in net.state_dict().items()}
     t = latency_table(net, xb, g, shares=[.5, 1.], n=2)
-    assert list(t.layers) == list(g.layers) and t.record['batch'] == 3 and t.record['threads'] == torch.get_num_threads()
+    assert list(t.layers) == list(g.layers) and t.record['batch'] == 3
+    assert t.record['threads'] == torch.get_num_threads()
     outs, ins, ms = t.layers['c']
     assert outs.tolist() == [3, 6] and ins.tolist() == [6, 11] and ms.shape == (2, 2) and (ms > 0).all()
     assert t.layers['a'][1].tolist() == [1] and t.layers['d'][1].tolist() == [6] # the images; depthwise

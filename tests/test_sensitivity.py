@@ -129,14 +129,15 @@ def test_a_layer_of_one_unit_cannot_be_cut_and_is_not_robust():
     xb = torch.rand(16, 1, 8, 8); sc = methods()['magnitude'](net, None, graph=trace(net, xb), unit='channel')
     s = sensitivity(net, sc, [.5], xb=xb)
     assert list(s.rows.layer) == ['3'] and 'of its 1 units none goes' in s.fixed['1']
-    kept = sensitivity(net, sc, [.5], xb=xb, keep=('3',)) if False else s
-    assert math.isnan(kept.rows.accuracy.iloc[0]) if kept.rows.accuracy.iloc[0] is not None else True
+    spared = sensitivity(net, sc, [.5], xb=xb, keep=('3',))
+    assert len(spared.rows) == 0 and 'of its 8 units none goes' in spared.fixed['3']
 
 
 def test_inputs_of_other_forms_and_targets():
     "Two inputs by name, an output dictionary, targets that are numbers: the output error is all that is left."
     class Both(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b, self.c = (nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 2))
+        def __init__(self):
+            super().__init__(); self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 2)
         def forward(self, x, z): return dict(y=self.c((self.a(x)+self.b(z)).relu()))
     torch.manual_seed(1); net, xb = Both(), dict(x=torch.rand(20, 4), z=torch.rand(20, 3))
     sc = methods()['magnitude'](net, None, graph=trace(net, xb), unit='channel')
