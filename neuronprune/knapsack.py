@@ -295,8 +295,8 @@ def budgeted(scores, sparsity, scope, of, sensitivity, table, reduce, normalize,
     """The mask of widths with the least summed loss within (1 - `sparsity`) of the network's parameters, MACs or
     milliseconds; `ValueError` on bad arguments, a warning when the budget is out of reach."""
     of, s = _check(scores, sparsity, scope, of, sensitivity, table, **others), sensitivity
-    normalize, _, caps, keep = _setup(scores, sparsity, None, 'global', 'units', normalize, caps, keep, reduce, round_to,
-                                      min_keep)
+    normalize, _, caps, keep = _setup(scores, sparsity, None, 'global', 'units', normalize, caps, keep, reduce,
+                                      round_to, min_keep)
     ids, order, was, parts, scales = _setting(scores, reduce, normalize)
     shares = table.record['shares'] if of == 'latency' else None
     offer = choices(scores, s, order, was, parts, caps, round_to, min_keep, keep, shares)
@@ -307,7 +307,7 @@ def budgeted(scores, sparsity, scope, of, sensitivity, table, reduce, normalize,
     mask, got = mask_of(picked), 1-how.get('measured', how['cost'])/total
     if how['status'] == 'infeasible':
         warnings.warn(f"allocate: sparsity {sparsity} of the {of} (scope='budget') is out of reach, {got:.4g} "
-                      "achieved; the narrowest widths that were measured, and min_keep, caps and keep, protect the rest")
+                      "achieved; the narrowest widths measured, and min_keep, caps and keep, protect the rest")
     mask.meta.update(_meta(scores, sparsity, of, got, mask, how, offer, picked, total, limit, table))
     return mask
 

@@ -11,8 +11,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.metrics import accuracy
 from neuronprune import (analysis, baselines, blocks, core, costs, criteria, data, draws, evaluation, graph as graph_,
-                         lowrank, mint as mint_, mip as mip_,
-                         models, pipeline, provable, provable_bounds, report as report_, retrain, sampling, shown,
+                         latency as latency_, lowrank, mint as mint_, mip as mip_,
+                         models, pipeline, provable, provable_bounds, report as report_, retrain, sampling,
+                         sensitivity as sensitivity_, shown,
                          surgery, train)
 from neuronprune.all import *
 from neuronprune.analysis import (attack, calibration, ece, fine_tuned, one_shot, paired, plot_reliability,
