@@ -9,7 +9,7 @@ from neuronprune.core import methods
 from neuronprune.costs import count_macs, count_params
 from neuronprune.data import get_dls
 from neuronprune.graph import trace
-from neuronprune.knapsack import Bill, Choice, _alike, _prices, _setting, bill_of, choices, solve
+from neuronprune.knapsack import Bill, Choice, _alike, _prices, _setting, _widened, bill_of, choices, solve
 from neuronprune.latency import LatencyTable, in_turns, latency_table, lookup
 from neuronprune.masks import Scores
 from neuronprune.models import build
@@ -88,6 +88,14 @@ def test_a_budget_below_everything_takes_the_narrowest():
     picked, how = solve(Bill(10., [np.array([6., 2])]), offer, 5.)
     assert picked == [1] and how['status'] == 'infeasible' and how['cost'] == 12
     assert _alike(Bill(0., [np.array([6., 4, 2, 1])]), 4.) == [1]
+
+
+def test_what_is_left_of_a_budget_is_spent():
+    "Where losses are equal the wider choice is taken, as far as the budget goes."
+    offer = [Choice(k, [k], np.arange(3), np.array([3, 2, 1]), np.zeros(3)) for k in 'ab']
+    bill = Bill(0., [np.array([3., 2, 1])]*2)
+    assert _widened(bill, offer, [2, 2], 6.) == [0, 0] and bill.total(_widened(bill, offer, [2, 2], 5.)) == 5
+    assert solve(bill, offer, 5.)[1]['cost'] == 5
 
 
 @pytest.mark.parametrize('of', ['params', 'macs'])
