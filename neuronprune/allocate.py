@@ -286,7 +286,7 @@ def _round(removed, was, ids, order, round_to):
     return removed
 
 # %% ../nbs/04_allocate.ipynb #setup
-def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
+def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep, reduce='mean', round_to=1, min_keep=1):
     "Checked arguments: (normalisation, what is counted, caps per layer, layers to spare)."
     check_type('scores', scores, Scores)
     if (sparsity is None) == (threshold is None):
@@ -295,7 +295,11 @@ def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep):
     if (threshold is not None
         and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not np.isfinite(threshold))):
         raise ValueError(f"threshold={threshold!r}: expected a finite number in the unit of the scores")
-    check_choice('scope', scope, ('global', 'layer', 'output'))
+    check_choice('scope', scope, ('global', 'layer', 'output', 'budget'))
+    check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
+    check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
+    if scope == 'output' and round_to != 1:
+        raise ValueError(f"round_to={round_to}: counts units of a layer; expected 1 with scope='output'")
     if scope == 'output' and (scores.unit != 'weight' or sparsity is None or of not in (None, 'units') or caps):
         raise ValueError(f"scope='output': an equal share of the weights of every output; expected weight scores, "
                          f"sparsity=, of='units' and no caps, got unit={scores.unit!r}, of={of!r}")
@@ -417,26 +421,28 @@ def allocate(scores:Scores,       # what to rank
              sparsity:float=None, # fraction of the candidates to remove, in [0, 1)
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
              pattern:str=None,    # instead: 'N:M', of every M weights along the inputs the best N stay
-             scope:str='global',  # one ranking, or the same fraction in each: 'global' | 'layer' | 'output' (row)
-             of:str=None,         # counts 'units' | 'params' | 'macs' | 'network'; None = 'params' (blocks) or 'units'
+             scope:str='global',  # one ranking, or the same share: 'global' | 'layer' | 'output' (row); or a 'budget'
+             of:str=None,         # counts 'units' | 'params' | 'macs' | 'network' | 'latency'; None: see below
              tied:bool=True,      # rank channels that can only go together as one
              reduce:str='mean',   # score of a tie from its members: 'mean' | 'sum' | 'max' | 'min'
              caps=None,           # largest sparsity per layer, in [0, 1] or {layer: fraction}; 1 = no cap
              round_to:int=1,      # keep a multiple of this many units per layer (budget from below)
              min_keep:int=1,      # units every layer keeps (blocks: per child group)
              keep=(),             # layers to spare, names or patterns
-             normalize='auto'     # divide a layer's scores by their 'mean' or 'max'; 'auto' = 'mean' for channels
+             normalize='auto',    # divide a layer's scores by their 'mean' or 'max'; 'auto' = 'mean' for channels
+             sensitivity=None,    # of a budget: from `sensitivity(learn, scores)`; else None
+             latencies=None       # of a budget in milliseconds: from `latency_table(model, xb)`; else None
             )->Mask:
-    """The mask that removes the lowest scores within the budget; equal scores go by `tiebreak`, then in key order.
-    `ValueError` on bad arguments, a warning when the budget is out of reach."""
-    if scope == 'output' and round_to != 1:
-        raise ValueError(f"round_to={round_to}: counts units of a layer; expected 1 with scope='output'")
+    "The mask of the lowest scores, equals by `tiebreak`, then in key order; a warning where that is out of reach."
+    if scope == 'budget' or sensitivity is not None or latencies is not None:
+        from neuronprune.knapsack import budgeted
+        return budgeted(scores, sparsity, scope, of, sensitivity, latencies, reduce, normalize, caps, round_to,
+                        min_keep, keep, threshold=threshold, pattern=pattern, tied=tied)
     if pattern is not None:
         sparsity = pattern_sparsity(scores, pattern, sparsity, threshold=threshold is not None, caps=bool(caps),
                                     of=of not in (None, 'units'), round_to=round_to != 1)
-    normalize, of, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep)
-    check_choice('reduce', reduce, ('mean', 'sum', 'max', 'min'))
-    check_int('round_to', round_to, 1); check_int('min_keep', min_keep, 1)
+    normalize, of, caps, keep = _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep, reduce, round_to,
+                                       min_keep)
     spared = {k for k in scores if any(fnmatch(k.removesuffix(':in'), p) for p in keep)}
     removed, got, shares, safe, short, scales = _decided(scores, sparsity, threshold, pattern, scope, of, tied, reduce,
                                                          normalize, caps, round_to, spared, min_keep)

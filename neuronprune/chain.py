@@ -7,7 +7,7 @@ __all__ = ['ANEW', 'Ask', 'Chain']
 
 # %% ../nbs/19a_chain.ipynb #imports
 import copy, json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 import torch
@@ -74,7 +74,7 @@ class Chain:
         self.first = {k:v.detach().cpu().clone() for k,v in learn.model.state_dict().items()}
         self.snapshots = dict(learn.rewind.states) if 'rewind' in learn.__dict__ else {}
         self.n_fits = learn.__dict__.get('n_fits', 0)
-        self.mask = self.old = self.origin = self.scores = self.found = None
+        self.mask = self.old = self.origin = self.scores = self.found = self.table = None
         self.pinned,self.meters,self.rows = self.held,[],[]
     def __repr__(self): return f"Chain({self.ask.method.name}, {len(self.rows)} of {len(self.ask.sizes)} sizes)"
 
@@ -163,6 +163,33 @@ def share(self:Chain, scores, size:float):
                          f"({', '.join(scores.skipped)})")
     return max(0., (n-b+.5)/n) if b < n else 0.
 
+# %% ../nbs/19a_chain.ipynb #here
+def _scores_here(chain, scores):
+    "Channel scores in the dense shapes as those of the network as it is."
+    if chain.origin is None: return sink(scores, chain.mask)
+    at = lambda d: {k:v[_places(chain.origin, chain.first, k)] for k,v in d.items()}
+    return Scores(at(scores), 'channel', method=scores.method, graph=trace(chain.learn.model, chain.few),
+                  tiebreak=at(scores.tiebreak))
+
+# %% ../nbs/19a_chain.ipynb #informed
+@patch
+def informed(self:Chain, scores):
+    "Arguments of the allocator; for a budget with what is measured for it, of the network as it is."
+    args = dict(self.ask.alloc_args)
+    if args.get('scope') != 'budget' or scores.unit != 'channel': return args
+    from neuronprune.latency import latency_table
+    from neuronprune.sensitivity import facts, sensitivity
+    with metered(next(self.learn.model.parameters()).device) as meter:
+        if args.get('sensitivity') is None:
+            same = {k:args[k] for k in ('reduce', 'normalize') if k in args}
+            s = sensitivity(self.learn, _scores_here(self, scores), progress=self.ask.progress, **same)
+            args['sensitivity'] = replace(s, facts=facts(self.dense, self.xb, self.graph))
+        if args.get('of') == 'latency' and args.get('latencies') is None:
+            if self.table is None: self.table = latency_table(self.dense, self.xb, self.graph)
+            args['latencies'] = self.table
+    self.meters.append(meter)
+    return args
+
 # %% ../nbs/19a_chain.ipynb #recounted
 def _recounted(meta, units, graph):
     "`meta` with what the narrowed `units` achieve of a budget of the network's weights."
@@ -175,7 +202,7 @@ def _recounted(meta, units, graph):
 def cut_to(self:Chain, scores, sparsity):
     "The mask the allocator makes of `scores`, without what has gone before."
     old = None if scores.unit == 'rank' else self.mask # the weights have lost those ranks already
-    args = self.ask.alloc_args
+    args = self.informed(scores)
     new = self.ask.alloc(sink(scores, old), **({} if args.get('threshold') is not None else dict(sparsity=sparsity)),
                          **args)
     res = narrow(new, old)

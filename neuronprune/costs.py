@@ -132,10 +132,12 @@ def latency_ms(model:nn.Module,  # any network
                xb,               # the batch to time
                n:int=30,         # timed runs
                warmup:int=5,     # runs before
-               secs:float=math.inf # stop after so many seconds, with one run before and one timed at least
+               secs:float=math.inf, # stop after so many seconds, with one run before and one timed at least
+               clock:str='wall'  # or 'thread': of one thread on a CPU, which other work does not lengthen
               )->float:
     "Median milliseconds of a forward pass on `xb`; the model is left as it was found."
     check_int('n', n, 1); check_int('warmup', warmup, 0); check_batch(xb); dev = _device(model)
+    now = dict(wall=time.perf_counter, thread=time.thread_time)[check_choice('clock', clock, ('wall', 'thread'))]
     x, ts, start = mapped(lambda o: o.to(dev), xb), [], time.perf_counter()
     wait = torch.cuda.synchronize if dev.type == 'cuda' else (lambda: None)
     late = lambda: time.perf_counter()-start > secs
@@ -144,9 +146,9 @@ def latency_ms(model:nn.Module,  # any network
             if i == 0 or not late(): feed(model, x)
         for i in range(n):
             if i > 0 and late(): break
-            wait(); t = time.perf_counter()
+            wait(); t = now()
             feed(model, x); wait()
-            ts.append(1000*(time.perf_counter()-t))
+            ts.append(1000*(now()-t))
     return statistics.median(ts)
 
 # %% ../nbs/06a_costs.ipynb #cpu

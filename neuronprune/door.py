@@ -391,8 +391,11 @@ _NAMED = {
     'start': _moment('trained', 'init', 'previous', 'dense'), 'sizes': _plan_of_sizes, 'shrink': _leaving,
     **_alike('rewind to', _moment('none', 'init', 'sign', 'redraw')), 'milestones': _each(_real(0), 'a list of epochs'),
     'evaluator': _evaluator, 'pattern': _pair,
-    'seeds': _each(_WHOLE['seed'], 'a list of seeds', fewest=1), **_alike('densities values', _FRACTIONS),
+    'seeds': _each(_WHOLE['seed'], 'a list of seeds', fewest=1),
+    **_alike('densities shares sparsities values', _FRACTIONS),
     'levels': _each(_real(), 'a list of numbers', one=True), 'n_groups': _pair,
+    'sensitivity': _a('Sensitivity', 'as from sensitivity(learn, scores)'),
+    'latencies': _a('LatencyTable', 'as from latency_table(model, xb)'),
     **_alike('by exclude kind layers', _names), 'ax': _a('Axes', 'of matplotlib'),
     'grid': _varied}
 

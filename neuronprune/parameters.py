@@ -49,8 +49,8 @@ PRUNING = dict(
     threshold=(float, None, 'instead: remove what scores below'),
     sizes=(list, None, "instead: fractions of the network's parameters that stay, or arguments of sizes()"),
     rounds=(int, 1, 'reach the sparsity in so many prunings'),
-    scope=(str, None, 'global, layer or output, None is as the method prefers'),
-    of=(str, None, 'what is counted: units, params, macs or network, None is as the method prefers'),
+    scope=(str, None, 'global, layer, output or budget, None is as the method prefers'),
+    of=(str, None, 'what is counted: units, params, macs, network or latency, None is as the method prefers'),
     start=(str, 'previous', 'what a size is cut from: the previous one, or dense'),
     at=(object, None, 'weights to score: trained, init or an epoch, None is as the method prefers'),
     rewind=(object, None, 'weights to train from: none, init, sign, redraw or an epoch, None is as the method prefers'),
@@ -131,7 +131,8 @@ def _check_numbers(p):
                      fine_tunes=0).items():
         if p[k] is not None or k in ('epochs', 'fine_tune_epochs', 'rounds', 'batch_size', 'seed'):
             check_int(k, p[k], lo)
-    for k,allowed in dict(unit=UNITS, scope=('global', 'layer', 'output'), of=('units', 'params', 'macs', 'network'),
+    for k,allowed in dict(unit=UNITS, scope=('global', 'layer', 'output', 'budget'),
+                          of=('units', 'params', 'macs', 'network', 'latency'),
                           start=('previous', 'dense'), init=('kaiming', 'mip'), shrink=(False, True, 'each')).items():
         if p[k] is not None: check_choice(k, p[k], allowed)
     check_type('channel_form', p['channel_form'], bool); check_type('name', p['name'], str)

@@ -127,6 +127,8 @@ def _check_start(learn, m, unit, start, at, rewind, shrink, sizes, alloc, alloc_
                          "expected 'none'")
     if shrink == 'each' and m.kind == 'search':
         raise ValueError("shrink='each': a search looks at the dense shapes; expected True or False")
+    if m.kind == 'search' and alloc_args.get('scope') == 'budget':
+        raise ValueError(f"scope='budget': {m.name} searches by itself which units go; expected a method that scores")
     of, counts = alloc_args.get('of'), 'of' in arguments(alloc)
     if sizes and unit == 'weight' and of == 'network':
         raise ValueError("of='network': it is for channels; expected none, sizes count weights")
@@ -149,12 +151,12 @@ def _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, un
     lr, wd, fit_args = tuning(lr, {} if fit_args is None
                               else check_type('fit_args', fit_args, dict, 'arguments of fit'), tune_args or {})
     at, rewind, unit = (m.at if at is None else at, m.rewind if rewind is None else rewind,
-                        m.unit if unit is None else unit)
+                        unit or ('channel' if args.get('scope') == 'budget' else m.unit))
     if {'rounds', 'sparsity'} <= arguments(m.fn) and sizes is None:
         own, rounds = dict(own, sparsity=sparsity, **(dict(rounds=rounds) if rounds != 1 else {})), 1
     todo = _asked(sparsity, alloc_args.get('threshold'), sizes, rounds, schedule)
     if sizes is not None and unit == 'channel' and 'of' in arguments(alloc):
-        alloc_args = {'of': 'network', **alloc_args}
+        alloc_args = {'of': 'params' if alloc_args.get('scope') == 'budget' else 'network', **alloc_args}
     if shrink is None: shrink = 'each' if sizes is not None and unit == 'channel' and m.kind == 'score' else False
     _check_start(learn, m, unit, start, at, rewind, shrink, sizes is not None, alloc, alloc_args)
     trained = _check_run(epochs, learn.lr if lr is None else lr, fit_args, seed, latency, len(todo), fine_tunes)
