@@ -107,7 +107,7 @@ def _transposed(m):
     kind = (TransposedConv1d, TransposedConv2d, TransposedConv3d)[m.weight.ndim-3]
     res = kind(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, bias=m.bias is not None,
                device='meta')
-    res.output_padding = m.output_padding
+    res.output_padding, res.transposed = m.output_padding, True # so that nobody lays out its inputs as windows
     return _filled(res, m.weight.transpose(0, 1), m.bias)
 
 # %% ../nbs/02g_forms.ipynb #turned-5

@@ -135,6 +135,17 @@ class _Plan:
     outs: dict   # layer -> bool [n_out], what stays
     ins: dict    # layer or norm -> bool [slots], what stays
 
+def _cut_groups(g, cuts):
+    """'layer.groups' -> number of groups left, where some go; in `cuts`, in place, the inputs of a group of several
+    become columns of the weight."""
+    res = {}
+    for n,l in g.layers.items():
+        if l['groups'] == 1: continue
+        left, cols = held(l['groups'], l['n_in'], cuts[n][1])
+        if l['n_in'] > l['groups']: cuts[n] = cuts[n][0], cols
+        if left < l['groups']: res[f'{n}.groups'] = left
+    return res
+
 def _plan(model, mask, xb):
     "What goes, as a `_Plan`."
     if mask.graph is None and xb is None:
@@ -145,8 +156,8 @@ def _plan(model, mask, xb):
     left = lambda keep: None if keep is None or keep.all() else keep.nonzero()[:,0]
     res = {n:(left(outs.get(n)), left(ins[n])) for n in g.layers}
     res.update({n:(left(ins[n]), None) for n in g.norm_slots})
-    cuts = {n:v for n,v in res.items() if v != (None, None)}
-    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, new_widths(g, outs, ins), outs, ins)
+    groups = _cut_groups(g, res); cuts = {n:v for n,v in res.items() if v != (None, None)}
+    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, {**new_widths(g, outs, ins), **groups}, outs, ins)
 
 # %% ../nbs/06_surgery.ipynb #plan-2
 def _at(model, xb): "`xb` on the device of `model`."; return mapped(lambda o: o.to(next(model.parameters()).device), xb)
@@ -173,30 +184,25 @@ def _select(m, names, idx, dim=0):
         if k in m._parameters: m._parameters[k] = nn.Parameter(new, requires_grad=t.requires_grad)
         else: m._buffers[k] = new
 
-def _cut_grouped(m, out, inp):
-    "Set groups and channels of a grouped convolution, whose rows are cut, and cut its columns, in place."
-    groups, cols = held(m.groups, m.in_channels, inp)
-    if cols is not None: _select(m, ('weight',), cols, 1)
-    m.groups, m.in_channels, m.out_channels = groups, groups*m.weight.shape[1], len(m.weight)
-
 def _cut(m, out, inp):
     "Keep only the given outputs and inputs of module `m`, in place."
     names = ('in_features', 'out_features') if isinstance(m, nn.Linear) else ('in_channels', 'out_channels')
+    grouped = isinstance(m, PRUNABLE) and not isinstance(m, nn.Linear) and m.in_channels > m.weight.shape[1]
     if out is not None: _select(m, ('weight', 'bias', 'running_mean', 'running_var'), out)
     if is_norm(m):
         for k in ('num_features', 'num_parameters'):
             if hasattr(m, k): setattr(m, k, len(out))
-    elif getattr(m, 'groups', 1) > 1: _cut_grouped(m, out, inp)
+    elif grouped: # the number of its groups is an attribute like others
+        if inp is not None and m.weight.shape[1] > 1: _select(m, ('weight',), inp, 1)
+        m.in_channels, m.out_channels = m.groups*m.weight.shape[1], len(m.weight)
     else:
         if inp is not None: _select(m, ('weight',), inp, 1); setattr(m, names[0], len(inp))
         if out is not None: setattr(m, names[1], len(out))
 
 # %% ../nbs/06_surgery.ipynb #cut-all
 def _cut_all(model, cuts, widths):
-    for n,(out,inp) in cuts.items():
-        m = model.get_submodule(n); groups = getattr(m, 'groups', 1); _cut(m, out, inp)
-        if groups > 1: widths = {**widths, f'{n}.groups': m.groups}
     for n,v in widths.items(): setattr(*owner(model, n), v)
+    for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
     if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model
 
@@ -419,11 +425,10 @@ def _narrowed(model, state, widths={}):
         k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
         if k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
         new, old = state[k].shape, model.get_submodule(n).state_dict()[k.rpartition('.')[2]].shape
-        groups = getattr(m, 'groups', 1); left = widths.get(f'{n}.groups', new[0] if groups == old[0] else groups)
         out, inp = first(new[0], old[0]), first(new[1], old[1]) if len(new) > 1 else None
-        if groups > 1: # the first columns of the first groups
-            inp = (torch.arange(left)[:, None]*old[1]+torch.arange(new[1])).flatten()
-            inp = None if len(inp) == m.in_channels else inp
+        groups = getattr(m, 'groups', 1)
+        # files of depthwise layers need not name their groups
+        if groups > 1: m.groups = widths.get(f'{n}.groups', new[0] if groups == old[0] == m.in_channels else groups)
         if (out, inp) != (None, None): _cut(m, out, inp)
     return model
 
