@@ -16,6 +16,7 @@ import pandas as pd, torch, torchvision
 from torch import nn
 from neuronprune.allocate import allocate
 from neuronprune.core import feed, mapped, tensors
+from neuronprune.forms import unpacked
 from neuronprune.graph import trace
 from neuronprune.masks import Scores
 from neuronprune.surgery import apply, difference, shrink
@@ -83,7 +84,7 @@ def fresh(x): return mapped(lambda o: torch.randn_like(o) if o.is_floating_point
 def ours(model, x, seed):
     "What this package makes of it: a row."
     began, g = time.process_time(), torch.Generator().manual_seed(seed)
-    graph = trace(model, x)
+    model = unpacked(model); graph = trace(model, x)
     scores = Scores({n:torch.rand(len(graph.out_slots[n]), generator=g) for n in graph.removable}, 'channel',
                     graph=graph)
     mask = allocate(scores, .5, scope='layer'); small = shrink(model, mask, x)

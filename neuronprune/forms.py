@@ -58,6 +58,7 @@ def _merged(pairs, keys, shape, dtype):
 # %% ../nbs/02g_forms.ipynb #forward
 def _heads(layer, x, n): return layer(x).unflatten(-1, (n, -1)).transpose(1, 2)
 
+# %% ../nbs/02g_forms.ipynb #forward-2
 def _attend(self, q, k, v, mask, need_weights):
     "(mixed values [B, heads, L, d], weights [B, heads, L, S] or None)."
     drop = self.dropout if self.training else 0.
@@ -66,6 +67,7 @@ def _attend(self, q, k, v, mask, need_weights):
     w = F.dropout((w if mask is None else w+mask).softmax(-1), drop)
     return w @ v, w
 
+# %% ../nbs/02g_forms.ipynb #forward-3
 def _forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
              average_attn_weights=True, is_causal=False):
     "As `nn.MultiheadAttention`: (output, attention weights or None)."
@@ -86,6 +88,7 @@ Attention.forward = _forward
 # %% ../nbs/02g_forms.ipynb #turned
 class Turned(nn.Linear): "A linear layer whose weight other checkpoints hold as [in, out]."
 
+# %% ../nbs/02g_forms.ipynb #turned-2
 class _Transposed:
     "Forward of a transposed convolution with its weight as [out, in, …]."
     def forward(self, x, output_size=None):
@@ -94,17 +97,20 @@ class _Transposed:
             self, x, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation)
         return f(x, self.weight.transpose(0, 1), self.bias, self.stride, self.padding, more, 1, self.dilation)
 
+# %% ../nbs/02g_forms.ipynb #turned-3
 class TransposedConv1d(_Transposed, nn.Conv1d): "`nn.ConvTranspose1d` with its outputs first."
 class TransposedConv2d(_Transposed, nn.Conv2d): "`nn.ConvTranspose2d` with its outputs first."
 class TransposedConv3d(_Transposed, nn.Conv3d): "`nn.ConvTranspose3d` with its outputs first."
 
+# %% ../nbs/02g_forms.ipynb #turned-4
 def _transposed(m):
     kind = (TransposedConv1d, TransposedConv2d, TransposedConv3d)[m.weight.ndim-3]
     res = kind(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, bias=m.bias is not None,
                device='meta')
-    res.output_padding = m.output_padding
+    res.output_padding, res.transposed = m.output_padding, True # so that nobody lays out its inputs as windows
     return _filled(res, m.weight.transpose(0, 1), m.bias)
 
+# %% ../nbs/02g_forms.ipynb #turned-5
 @torch.no_grad()
 def _is_turned(m):
     "Is it a linear layer with its weight as [in, out]?"
@@ -125,10 +131,12 @@ def _form(m):
 
 FORMS = (Attention, Turned, _Transposed)
 
+# %% ../nbs/02g_forms.ipynb #unpacked-2
 def is_unpacked(model)->bool:
     "Does it hold a module that `unpacked` has made?"
     return any(isinstance(m, FORMS) for m in model.modules())
 
+# %% ../nbs/02g_forms.ipynb #unpacked-3
 @public
 def unpacked(model:nn.Module # any model; not changed
             )->nn.Module:
@@ -149,10 +157,12 @@ def _parts(m, n):
     if m.packed: return bias + [([f'{at}{o}_proj.weight' for o in names], f'{at}in_proj_weight')]
     return bias + [([f'{at}{o}_proj.weight'], f'{at}{o}_proj_weight') for o in names]
 
+# %% ../nbs/02g_forms.ipynb #states-2
 def _turns(model):
     "Names of the weights that lie the other way round in the original."
     return [f'{n}.weight'.lstrip('.') for n,m in model.named_modules() if isinstance(m, (Turned, _Transposed))]
 
+# %% ../nbs/02g_forms.ipynb #states-3
 @public
 def packed_state(model:nn.Module # from `unpacked`, cut or not
                 )->dict:
@@ -162,6 +172,7 @@ def packed_state(model:nn.Module # from `unpacked`, cut or not
         for names,k in _parts(m, n) if isinstance(m, Attention) else (): res[k] = torch.cat([res.pop(o) for o in names])
     return {**res, **{k:res[k].transpose(0, 1).contiguous() for k in _turns(model)}}
 
+# %% ../nbs/02g_forms.ipynb #states-4
 @public
 def load_packed(model:nn.Module, # from `unpacked`; changed in place
                 state:dict       # tensors of the original module, as from its `state_dict`

@@ -45,6 +45,7 @@ def moves(self:Probe, lift, places, rows, sign=None):
 # %% ../nbs/02d_mixing.ipynb #grown
 _ROWS = 16
 
+# %% ../nbs/02d_mixing.ipynb #grown-2
 def _any(parts):
     "The union of dictionaries of bool tensors."
     res = {}
@@ -52,6 +53,7 @@ def _any(parts):
         for k,v in part.items(): res[k] = res[k] | v if k in res else v
     return res
 
+# %% ../nbs/02d_mixing.ipynb #grown-3
 def _grow(probe, slots, rows):
     "(layer -> bool [rows, channels], place -> bool [rows, slots]): all that hangs together with `slots`, row by row."
     lift = {}
@@ -61,6 +63,7 @@ def _grow(probe, slots, rows):
         if i and all(torch.equal(more[k], slots[k]) for k in slots): return lift, slots
         slots = more
 
+# %% ../nbs/02d_mixing.ipynb #grown-4
 def _joined(sets):
     "Disjoint unions of the rows of `sets`, bool [rows, n]; empty rows are left out."
     res = []
@@ -76,6 +79,7 @@ def _seeds(left, rows):
     res = torch.zeros(rows, len(left), dtype=torch.bool); res[torch.arange(len(at)), at] = True
     return res
 
+# %% ../nbs/02d_mixing.ipynb #parts-2
 def _parts(probe, places, layers, rows, limit=40):
     "Place -> blocks, each a bool vector over its slots and then over the channels of its layers; None = too many."
     n = {k:len(v) for k,v in places.items()}; found, left = {k:[] for k in places}, dict(places)
@@ -98,6 +102,7 @@ def _heard(found, lost):
             if mixed: mixes.add(k)
     return {k:res[k] for k in res if k in mixes and not (k in lost and (lost[k] & res[k]).any())}
 
+# %% ../nbs/02d_mixing.ipynb #blocks-2
 @patch
 def blocks(self:Probe, found, lost):
     """Place -> (block of every slot or -1, {layer: block of every channel or -1}) for the places at which channels
@@ -122,6 +127,7 @@ def _pairs(slots, chans):
         if len(c): res.append((s[torch.arange(n) % len(s)], c[torch.arange(n) % len(c)]))
     return tuple(map(torch.cat, zip(*res))) if res else (torch.empty(0, dtype=torch.long),)*2
 
+# %% ../nbs/02d_mixing.ipynb #settled-2
 def unmixed(found, # what `Probe.follow` found
             blocks # what `Probe.blocks` found
            )->tuple:

@@ -60,7 +60,7 @@ def input_moments(model:nn.Module, # left as found
 # %% ../nbs/17b_posttraining.ipynb #measured
 def _why_not(m):
     "Why the inputs of a layer cannot be summed up, or None."
-    if isinstance(m, (nn.Linear, nn.Conv2d)): return None
+    if isinstance(m, (nn.Linear, nn.Conv2d)) and not getattr(m, 'transposed', False): return None
     return f"{type(m).__name__}: expected a linear layer or a 2d convolution"
 
 # %% ../nbs/17b_posttraining.ipynb #measured-2

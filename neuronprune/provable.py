@@ -111,7 +111,7 @@ def sensitivity(m:nn.Module,     # `nn.Linear` or `nn.Conv2d`, grouped or not
     """Largest share of each weight in the sum of its sign, over the inputs, float32 [like the weight], in [0, 1];
     0 for zero weights (Baykal 2022). `ValueError` for other layers, or inputs that do not fit or are NaN."""
     check_choice('reduce', reduce, ('max', 'mean'))
-    if not isinstance(m, SUPPORTED):
+    if not isinstance(m, SUPPORTED) or getattr(m, 'transposed', False):
         raise UnsupportedLayerError(f"m: {type(m).__name__}; expected a Linear or Conv2d layer")
     need = m.in_features if isinstance(m, nn.Linear) else m.in_channels
     check_type('a', a, torch.Tensor)
@@ -140,7 +140,7 @@ def sensitivities(model:nn.Module,   # left as found
     unused layers and other kinds are absent. `ValueError` for NaN."""
     check_batch(xb); check_int('bs', bs, 1)
     reduce, res = [check_choice('reduce', o, ('max', 'mean')) for o in reduce], {}
-    mods = {k:m for k,m in layers(model).items() if isinstance(m, SUPPORTED)}
+    mods = {k:m for k,m in layers(model).items() if isinstance(m, SUPPORTED) and not getattr(m, 'transposed', False)}
     for k,m in mods.items(): check_finite(f'{k}.weight', m.weight)
     hooks = [m.register_forward_pre_hook(_catcher(res, k, reduce)) for k,m in mods.items()]
     pass_through(model, xb, hooks, bs)

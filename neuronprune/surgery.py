@@ -143,6 +143,17 @@ class _Plan:
     ins: dict    # layer or norm -> bool [slots], what stays
     tables: dict # path -> (dimension, bool: what stays along it)
 
+def _cut_groups(g, cuts):
+    """'layer.groups' -> number of groups left, where some go; in `cuts`, in place, the inputs of a group of several
+    become columns of the weight."""
+    res = {}
+    for n,l in g.layers.items():
+        if l['groups'] == 1: continue
+        left, cols = held(l['groups'], l['n_in'], cuts[n][1])
+        if l['n_in'] > l['groups']: cuts[n] = cuts[n][0], cols
+        if left < l['groups']: res[f'{n}.groups'] = left
+    return res
+
 def _plan(model, mask, xb):
     "What goes, as a `_Plan`."
     if mask.graph is None and xb is None:
@@ -153,9 +164,14 @@ def _plan(model, mask, xb):
     left = lambda keep: None if keep is None or keep.all() else keep.nonzero()[:,0]
     res = {n:(left(outs.get(n)), left(ins[n])) for n in g.layers}
     res.update({n:(left(ins[n]), None) for n in g.norm_slots})
+<<<<<<< ours
     cuts = {n:v for n,v in res.items() if v != (None, None)}
     return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, new_widths(g, outs, ins), outs, ins,
                  kept_tables(g, gone))
+=======
+    groups = _cut_groups(g, res); cuts = {n:v for n,v in res.items() if v != (None, None)}
+    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, {**new_widths(g, outs, ins), **groups}, outs, ins)
+>>>>>>> theirs
 
 # %% ../nbs/06_surgery.ipynb #plan-2
 def _at(model, xb): "`xb` on the device of `model`."; return mapped(lambda o: o.to(next(model.parameters()).device), xb)
@@ -183,26 +199,24 @@ def _select(m, names, idx, dim=0):
         if k in m._parameters: m._parameters[k] = nn.Parameter(new, requires_grad=t.requires_grad)
         else: m._buffers[k] = new
 
-def _cut_grouped(m, out, inp):
-    "Set groups and channels of a grouped convolution, whose rows are cut, and cut its columns, in place."
-    groups, cols = held(m.groups, m.in_channels, inp)
-    if cols is not None: _select(m, ('weight',), cols, 1)
-    m.groups, m.in_channels, m.out_channels = groups, groups*m.weight.shape[1], len(m.weight)
-
 def _cut(m, out, inp):
     "Keep only the given outputs and inputs of module `m`, in place."
     names = ('in_features', 'out_features') if isinstance(m, nn.Linear) else ('in_channels', 'out_channels')
+    grouped = isinstance(m, PRUNABLE) and not isinstance(m, nn.Linear) and m.in_channels > m.weight.shape[1]
     if out is not None: _select(m, ('weight', 'bias', 'running_mean', 'running_var'), out)
     if is_norm(m):
         for k in ('num_features', 'num_parameters'):
             if hasattr(m, k): setattr(m, k, len(out))
-    elif getattr(m, 'groups', 1) > 1: _cut_grouped(m, out, inp)
+    elif grouped: # the number of its groups is an attribute like others
+        if inp is not None and m.weight.shape[1] > 1: _select(m, ('weight',), inp, 1)
+        m.in_channels, m.out_channels = m.groups*m.weight.shape[1], len(m.weight)
     else:
         if inp is not None and m.weight.shape[1] > len(inp): # else its weight is a table, and was cut
             _select(m, ('weight',), inp, 1); setattr(m, names[0], len(inp))
         if out is not None: setattr(m, names[1], len(out))
 
 # %% ../nbs/06_surgery.ipynb #cut-all
+<<<<<<< ours
 def _swap(model, old, new):
     "`model` with `new` wherever the module `old` was registered."
     for m in list(model.modules()):
@@ -217,7 +231,11 @@ def _cut_all(model, cuts, widths, tables={}):
         if wide(m): _swap(model, m, cut_norm(m, out))
         else: _cut(m, out, inp)
         if groups > 1: widths = {**widths, f'{n}.groups': m.groups}
+=======
+def _cut_all(model, cuts, widths):
+>>>>>>> theirs
     for n,v in widths.items(): setattr(*owner(model, n), v)
+    for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
     if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model
 

@@ -34,18 +34,22 @@ def whole_numbers(model, layers)->list:
     return [(f'{n}.{a}'.lstrip('.'), v) for n,m in model.named_modules() if n not in layers
             for a,v in vars(m).items() if type(v) is int and v > 1]
 
+# %% ../nbs/02f_widths.ipynb #candidates-2
 def _changed(outs, ins):
     "Place -> width before the cut, of all that lose something."
     return {f'{n}:out':len(k) for n,k in outs.items()} | {n:len(k) for n,k in ins.items() if not k.all()}
 
+# %% ../nbs/02f_widths.ipynb #candidates-3
 def exact(numbers, outs, ins)->list:
     "[(attribute, place)]: whole numbers that equal the width of a place that would change."
     return [(a, p) for a,v in numbers for p,w in _changed(outs, ins).items() if v == w]
 
+# %% ../nbs/02f_widths.ipynb #candidates-4
 def _around(places):
     "Paths of the modules that contain the places, the innermost ones."
     return {p.removesuffix(':out').rpartition('.')[0] for p in places}
 
+# %% ../nbs/02f_widths.ipynb #candidates-5
 def counted(numbers, bundles, places)->list:
     """[(attribute, (place, slots per unit))]: whole numbers near `places` (place -> width) that count its blocks,
     or equal parts of them; `bundles`: place -> number of its bundles."""
@@ -59,10 +63,12 @@ def _says_heads(a):
     a = a.rpartition('.')[2].lower()
     return 'head' in a and not any(o in a for o in ('size', 'dim', 'width', 'channels', 'groups', 'per_'))
 
+# %% ../nbs/02f_widths.ipynb #guess-2
 def _says_trunk(a):
     "Does the name of an attribute promise the width of the trunk, which heads do not change?"
     return any(o in a.rpartition('.')[2].lower() for o in ('embed', 'hidden', 'model'))
 
+# %% ../nbs/02f_widths.ipynb #guess-3
 def guessed(same:list,  # what `exact` found
             parts:list  # what `counted` found
            )->dict:
@@ -71,6 +77,7 @@ def guessed(same:list,  # what `exact` found
     near = _around(k for k,_ in map(at_place, (p for _,p in parts)))
     return {**{a:p for a,p in reversed(same) if a.rpartition('.')[0] in near and not _says_trunk(a)}, **heads}
 
+# %% ../nbs/02f_widths.ipynb #guess-4
 def attempts(same, parts, limit=24):
     "Sets of attributes, the likely ones first: dictionaries for `Graph.widths`."
     yield guessed(same, parts)

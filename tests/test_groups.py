@@ -6,7 +6,8 @@ from neuronprune.core import feed, generator, layers, seed_everything
 from neuronprune.graph import trace
 from neuronprune.groups import evenly, held, met
 from neuronprune.masks import Mask, Scores
-from neuronprune.surgery import apply, difference, load, save, shrink
+from neuronprune.retrain import _slice
+from neuronprune.surgery import apply, difference, load, plan, save, shrink
 
 C = nn.Conv2d
 def x(seed=1, n=2): return torch.randn(n, 3, 5, 5, generator=generator(seed))
@@ -127,3 +128,9 @@ def test_own_forwards_in_groups():
 def test_a_gate_takes_whole_groups_through_the_hidden_mean():
     m = NETS['gated'](); g = trace(m, x(), groups='whole')
     assert len(g.out_slots['2'].unique()) == 4 and torch.equal(g.out_slots['2'], g.out_slots['4.b'])
+
+@pytest.mark.parametrize('how', ['even', 'whole'])
+def test_what_an_optimiser_remembers_is_cut_with_the_plan(how):
+    m = NETS['wider'](); g = trace(m, x(), groups=how); mask = allocate(scored(m, g), .5, scope='layer')
+    small, cuts = shrink(m, mask, x()), plan(m, mask, x())
+    for n,p in m.named_parameters(): assert torch.equal(_slice(p.detach(), n, cuts), small.get_parameter(n).detach())

@@ -2,10 +2,11 @@
 import copy, json, pytest, torch, torch.nn.functional as F
 from torch import nn
 from neuronprune.allocate import allocate
-from neuronprune.core import generator, seed_everything
+from neuronprune.core import UnsupportedLayerError, generator, seed_everything
 from neuronprune.forms import Attention, TransposedConv2d, Turned, load_packed, packed_state, unpacked
 from neuronprune.graph import Graph, probing, trace
 from neuronprune.masks import Mask, Scores
+from neuronprune.provable import sensitivity
 from neuronprune.surgery import apply, difference, load, save, shrink
 
 def split(x, n): return x.unflatten(-1, (n, -1)).transpose(1, 2)
@@ -260,6 +261,7 @@ def test_transposed_convolutions(kw):
     mask = allocate(scored(p, g), .5, scope='layer'); small = shrink(p, mask, xb)
     assert small[2].weight.shape == (4, 3, 3, 3) and difference(apply(copy.deepcopy(p), mask), small, fresh) < 1e-5
     assert "forms.unpacked(model)" in trace(m, xb).fixed['0']
+    with pytest.raises(UnsupportedLayerError): sensitivity(p[2], torch.rand(1, 6, 4, 4)) # its inputs are no windows
     # a channel with a bias alone is a constant, which a transposed convolution weighs by its place
     w = Scores({n:torch.rand(p.get_submodule(n).weight.shape, generator=generator(1)) for n in ('0', '2')}, 'weight',
         graph=g)
