@@ -103,11 +103,10 @@ def _narrowed(model, state, norms, widths):
         k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
         if wide(m) or k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
         new, old = state[k].shape, m.state_dict()[k.rpartition('.')[2]].shape
-        groups = getattr(m, 'groups', 1); left = widths.get(f'{n}.groups', new[0] if groups == old[0] else groups)
         out, inp = first(new[0], old[0]), first(new[1], old[1]) if len(new) > 1 else None
-        if groups > 1: # the first columns of the first groups
-            inp = (torch.arange(left)[:, None]*old[1]+torch.arange(new[1])).flatten()
-            inp = None if len(inp) == m.in_channels else inp
+        groups = getattr(m, 'groups', 1)
+        # files of depthwise layers need not name their groups
+        if groups > 1: m.groups = widths.get(f'{n}.groups', new[0] if groups == old[0] == m.in_channels else groups)
         if (out, inp) != (None, None): _cut(m, out, inp)
     return model
 

@@ -164,14 +164,9 @@ def _plan(model, mask, xb):
     left = lambda keep: None if keep is None or keep.all() else keep.nonzero()[:,0]
     res = {n:(left(outs.get(n)), left(ins[n])) for n in g.layers}
     res.update({n:(left(ins[n]), None) for n in g.norm_slots})
-<<<<<<< ours
-    cuts = {n:v for n,v in res.items() if v != (None, None)}
-    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, new_widths(g, outs, ins), outs, ins,
-                 kept_tables(g, gone))
-=======
     groups = _cut_groups(g, res); cuts = {n:v for n,v in res.items() if v != (None, None)}
-    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, {**new_widths(g, outs, ins), **groups}, outs, ins)
->>>>>>> theirs
+    return _Plan(cuts, {n:v*~ins[n] for n,v in worth.items()}, {**new_widths(g, outs, ins), **groups}, outs, ins,
+                 kept_tables(g, gone))
 
 # %% ../nbs/06_surgery.ipynb #plan-2
 def _at(model, xb): "`xb` on the device of `model`."; return mapped(lambda o: o.to(next(model.parameters()).device), xb)
@@ -216,7 +211,6 @@ def _cut(m, out, inp):
         if out is not None: setattr(m, names[1], len(out))
 
 # %% ../nbs/06_surgery.ipynb #cut-all
-<<<<<<< ours
 def _swap(model, old, new):
     "`model` with `new` wherever the module `old` was registered."
     for m in list(model.modules()):
@@ -226,16 +220,11 @@ def _swap(model, old, new):
 
 def _cut_all(model, cuts, widths, tables={}):
     cut_tables(model, {t:(d, keep.nonzero()[:,0]) for t,(d,keep) in tables.items()})
+    for n,v in widths.items(): setattr(*owner(model, n), v)
     for n,(out,inp) in cuts.items():
-        m = model.get_submodule(n); groups = getattr(m, 'groups', 1)
+        m = model.get_submodule(n)
         if wide(m): _swap(model, m, cut_norm(m, out))
         else: _cut(m, out, inp)
-        if groups > 1: widths = {**widths, f'{n}.groups': m.groups}
-=======
-def _cut_all(model, cuts, widths):
->>>>>>> theirs
-    for n,v in widths.items(): setattr(*owner(model, n), v)
-    for n,(out,inp) in cuts.items(): _cut(model.get_submodule(n), out, inp)
     if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model
 
