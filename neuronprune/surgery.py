@@ -415,6 +415,7 @@ def _check_runs(model, spec):
     if shape != (2, spec['n_out']):
         raise ValueError(f"spec: says {spec['n_out']} outputs, the tensors make {shape[1:]}")
 
+# %% ../nbs/06_surgery.ipynb #narrowed
 def _narrowed(model, state, norms):
     "`model` cut to the widths in `state`, in place; `norms`: path of a cut norm -> its width, or that of every group."
     first = lambda n, have: None if n == have else torch.arange(n)
