@@ -51,7 +51,8 @@ class CutNorm(nn.Module):
         else:
             self.num_channels, self.num_groups = n, len(sizes)
             member = torch.eye(len(sizes)).repeat_interleave(torch.tensor(sizes), 1)
-            self.register_buffer('member', member.to(device), persistent=False)
+            at = 'cpu' if str(device) == 'meta' else device # no file will fill it in
+            self.register_buffer('member', member.to(at), persistent=False)
 
     def extra_repr(self):
         was = self.old if self.sizes is None else self.old*len(self.sizes)
