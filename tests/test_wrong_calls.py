@@ -10,10 +10,10 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.metrics import accuracy
-from neuronprune import (analysis, anneal as annealing, anneal_evaluators, baselines, blocks, core, costs, criteria, data,
-                         draws, energy, energy_ising, energy_units, evaluation, graph as graph_, lowrank, mint as mint_,
-                         mip as mip_, models, pipeline, posttraining, provable, provable_bounds, report as report_,
-                         retrain, sampling, shown, surgery, train, trainability)
+from neuronprune import (analysis, anneal as annealing, anneal_evaluators, baselines, blocks, core, costs, criteria,
+                         data, draws, energy, energy_ising, energy_units, evaluation, graph as graph_, lowrank,
+                         mint as mint_, mip as mip_, models, pipeline, posttraining, provable, provable_bounds,
+                         report as report_, retrain, sampling, shown, surgery, train, trainability)
 from neuronprune.anneal_filters import FilterEvaluator
 from neuronprune.all import *
 from neuronprune.analysis import (attack, calibration, ece, fine_tuned, one_shot, paired, plot_reliability,
