@@ -41,6 +41,7 @@ def threshold(self:_Walk, T):
     if self.energy: base = self.energy[2] = self.energy[0]/self.energy[1]
     return base + (T*(math.log(u) if u else -math.inf) if T else 0.)
 
+# %% ../nbs/15_anneal.ipynb #accept
 @patch
 def accept(self:_Walk, a):
     "Make the last move, whose score is `a`."
@@ -113,19 +114,6 @@ def level(self:_Run):
     left = c.every if c.seconds else -(-c.budget//len(self.walks))-self.done
     return (*c.schedule(f), min(c.every, left))
 
-@patch
-def step(self:_Run, T, h, n):
-    "One level: `n` moves of every walk, with exchanges between neighbours after every 20."
-    t, rungs, h = time.process_time(), len(self.walks), min(h, self.walks[0].swaps.room)
-    for w in self.walks: w.accepted = w.moved = 0
-    sweep = 20 if rungs > 1 else n
-    for i in range(0, n, sweep):
-        for w,r in zip(self.walks, self.cfg.ladder): w.moves(T*r, h, min(sweep, n-i), i+sweep >= n)
-        for r in range(rungs-1): self.exchange(T, r)
-    self.done += n; self.k += 1; self.since += n; self.unseen += n
-    self.secs += time.process_time()-t
-    self.note(T, h)
-
 # %% ../nbs/15_anneal.ipynb #exchange
 @patch
 def exchange(self:_Run, T, r):
@@ -149,6 +137,20 @@ def note(self:_Run, T, h):
     self.log.append(dict(evaluations=sum(o.evaluations for o in self.walks), T=float(T), h=int(h), distance=2*int(h)/n,
                          tried=plain(w.tried), score=plain(w.score), best=plain(self.top.best_score),
                          acceptance=w.accepted/max(1, w.moved)))
+
+# %% ../nbs/15_anneal.ipynb #step
+@patch
+def step(self:_Run, T, h, n):
+    "One level: `n` moves of every walk, with exchanges between neighbours after every 20."
+    t, rungs, h = time.process_time(), len(self.walks), min(h, self.walks[0].swaps.room)
+    for w in self.walks: w.accepted = w.moved = 0
+    sweep = 20 if rungs > 1 else n
+    for i in range(0, n, sweep):
+        for w,r in zip(self.walks, self.cfg.ladder): w.moves(T*r, h, min(sweep, n-i), i+sweep >= n)
+        for r in range(rungs-1): self.exchange(T, r)
+    self.done += n; self.k += 1; self.since += n; self.unseen += n
+    self.secs += time.process_time()-t
+    self.note(T, h)
 
 # %% ../nbs/15_anneal.ipynb #pause
 @patch
@@ -187,6 +189,7 @@ _KEPT = ('score', 'tried', 'best_score', 'age', 'stale', 'evaluations', 'collaps
          'energy')
 _PLACE = ('done', 'k', 'since', 'drawn', 'exchanged', 'exchanges', 'secs', 'log', 'finished', 'best_mean', 'unseen')
 
+# %% ../nbs/15_anneal.ipynb #state-2
 @patch
 def state(self:_Run):
     "(name -> array, name -> plain value): all that is needed to go on."
@@ -248,6 +251,7 @@ def _gathered(runs, names, groups, status, state):
     return Annealed(w.best.copy(), w.best_score, runs[i].walks[0].swaps.mask.copy(), log, total('evaluations'),
                     total('collapsed'), total('nans'), layers, [o.best_score for o in tops], status, state, meta)
 
+# %% ../nbs/15_anneal.ipynb #packed
 def _packed(runs):
     "The state of some chains as one flat dictionary."
     parts = [r.state() for r in runs]
@@ -266,7 +270,7 @@ def _checked(ev, kappa, schedule, proposal, budget, seconds, groups, ladder, com
     if seconds is not None and not 0 <= seconds < math.inf: raise ValueError(f"seconds={seconds}: expected at least 0")
     for k in ('save_every', 'refresh_every', 'restart'): rest[k] is None or check_int(k, rest[k], 1)
     for k in ('tournament', 'look_every'): check_int(k, rest[k], 1)
-    ladder = (1.,) if ladder is None else tuple(float(o) for o in ladder)
+    ladder = (1.,) if ladder is None else tuple(map(float, check_type('ladder', ladder, (list, tuple), 'of factors')))
     if not ladder or min(ladder) <= 0 or list(ladder) != sorted(ladder):
         raise ValueError(f"ladder={ladder}: expected factors of the temperature above 0, the coldest first")
     if compat and len(ladder) > 1:
@@ -279,6 +283,54 @@ def _checked(ev, kappa, schedule, proposal, budget, seconds, groups, ladder, com
         check_type('schedule', schedule, Schedule, 'or a function of progress')
     return _Config(kappa, schedule, 0 if seconds == 0 else budget, seconds or None, proposal == 'informed',
                    counts=counts, ladder=ladder, compat=compat, **rest)
+
+# %% ../nbs/15_anneal.ipynb #alone
+def _from(ev, seed, cfg, state, j):
+    "Chain `j`, from its start or from where `state` says."
+    run = _Run(ev, seed, cfg)
+    if not state or j >= len(state['chains']): return run
+    own = {k.partition('/')[2]:np.asarray(v) for k,v in state.items() if k.startswith(f'{j}/')}
+    return run.load(own, state['chains'][j])
+
+# %% ../nbs/15_anneal.ipynb #alone-2
+def _alone(ev, seed, cfg, state, j):
+    "Chain `j` from start to end, in a process of its own; its evaluator stays there."
+    run = _from(copy.deepcopy(ev), seed, cfg, state, j)
+    if not run.finished or not run.log: run.go()
+    run.levels = None
+    for w in run.walks: w.ev = None
+    return run
+
+# %% ../nbs/15_anneal.ipynb #all-chains
+def _bar(run, progress):
+    "A function that moves a bar to where the chain is, or None."
+    if not progress: return
+    bar = progress_bar(range(100)); bar.update(0)
+    def to(r):
+        f = r.secs/r.cfg.seconds if r.cfg.seconds else r.done*len(r.walks)/max(1, r.cfg.budget)
+        bar.update(min(100, int(100*f)))
+    return to
+
+# %% ../nbs/15_anneal.ipynb #all-chains-2
+def _all_chains(ev, cfg, seeds, n_jobs, state, keep, progress):
+    "Run all chains: one after the other, or side by side."
+    out = lambda runs, status, s: _gathered(runs, ev.names, ev.groups, status, s)
+    if n_jobs != 1 and len(seeds) > 1:
+        runs = Parallel(n_jobs=n_jobs)(delayed(_alone)(ev, s, cfg, state, j) for j,s in enumerate(seeds))
+        return out(runs, 'optimal', _packed(runs))
+    runs, saved = [], state or {}
+    def told(run):
+        nonlocal saved
+        saved = _packed(runs)
+        if keep: keep(out(runs, 'running', saved))
+    try:
+        for j,s in enumerate(seeds):
+            runs.append(_from(ev, s, cfg, state, j))
+            if not runs[-1].finished or not runs[-1].log: runs[-1].go(told, _bar(runs[-1], progress))
+    except KeyboardInterrupt:
+        if not runs: raise
+        return out(runs, 'interrupted', saved)
+    return out(runs, 'optimal', saved)
 
 # %% ../nbs/15_anneal.ipynb #anneal
 @public
@@ -309,54 +361,10 @@ def anneal(evaluator,      # what scores masks
     cfg = _checked(evaluator, kappa, schedule, proposal, budget, seconds, groups, ladder, compat, init=init,
                    min_keep=min_keep, tournament=tournament, look_every=look_every, refresh_every=refresh_every,
                    restart=restart, save_every=save_every)
+    if keep is not None and not callable(keep):
+        raise TypeError(f"keep: expected a function of an Annealed, got {type(keep).__name__}")
     seeds = np.random.SeedSequence(check_int('seed', seed, 0)).spawn(check_int('chains', chains, 1))
     return _all_chains(evaluator, cfg, seeds, n_jobs, state, keep, progress)
-
-# %% ../nbs/15_anneal.ipynb #all-chains
-def _from(ev, seed, cfg, state, j):
-    "Chain `j`, from its start or from where `state` says."
-    run = _Run(ev, seed, cfg)
-    if not state or j >= len(state['chains']): return run
-    own = {k.partition('/')[2]:np.asarray(v) for k,v in state.items() if k.startswith(f'{j}/')}
-    return run.load(own, state['chains'][j])
-
-def _all_chains(ev, cfg, seeds, n_jobs, state, keep, progress):
-    "Run all chains: one after the other, or side by side."
-    out = lambda runs, status, s: _gathered(runs, ev.names, ev.groups, status, s)
-    if n_jobs != 1 and len(seeds) > 1:
-        runs = Parallel(n_jobs=n_jobs)(delayed(_alone)(ev, s, cfg, state, j) for j,s in enumerate(seeds))
-        return out(runs, 'optimal', _packed(runs))
-    runs, saved = [], state or {}
-    def told(run):
-        nonlocal saved
-        saved = _packed(runs)
-        if keep: keep(out(runs, 'running', saved))
-    try:
-        for j,s in enumerate(seeds):
-            runs.append(_from(ev, s, cfg, state, j))
-            if not runs[-1].finished or not runs[-1].log: runs[-1].go(told, _bar(runs[-1], progress))
-    except KeyboardInterrupt:
-        if not runs: raise
-        return out(runs, 'interrupted', saved)
-    return out(runs, 'optimal', saved)
-
-# %% ../nbs/15_anneal.ipynb #alone
-def _alone(ev, seed, cfg, state, j):
-    "Chain `j` from start to end, in a process of its own; its evaluator stays there."
-    run = _from(copy.deepcopy(ev), seed, cfg, state, j)
-    if not run.finished or not run.log: run.go()
-    run.levels = None
-    for w in run.walks: w.ev = None
-    return run
-
-def _bar(run, progress):
-    "A function that moves a bar to where the chain is, or None."
-    if not progress: return
-    bar = progress_bar(range(100)); bar.update(0)
-    def to(r):
-        f = r.secs/r.cfg.seconds if r.cfg.seconds else r.done*len(r.walks)/max(1, r.cfg.budget)
-        bar.update(min(100, int(100*f)))
-    return to
 
 # %% ../nbs/15_anneal.ipynb #frame
 @patch
@@ -366,6 +374,7 @@ def frame(self:Annealed):
     import pandas as pd
     return pd.DataFrame(self.log)
 
+# %% ../nbs/15_anneal.ipynb #plot
 @patch
 @public
 def plot(self:Annealed, chain:int=None # None = the one with the best mask

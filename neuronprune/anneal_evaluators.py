@@ -57,6 +57,7 @@ def _z(self:ModuleEvaluator, tensors, x):
     if z.ndim != 2: raise ValueError(f"model: outputs {tuple(z.shape)}; expected class scores [n, classes]")
     return z.T.as_subclass(torch.Tensor)
 
+# %% ../nbs/15a_anneal_evaluators.ipynb #whole
 @patch
 @torch.no_grad()
 def _whole(self:ModuleEvaluator, tensors, x, y, threshold=-math.inf):
@@ -84,6 +85,13 @@ def reset(self:ModuleEvaluator, mask):
     self.mask, self.tensors, self.flips = mask.copy(), self._put(mask), []
     return self._whole(self.tensors, self.x, self.y)[0]
 
+# %% ../nbs/15a_anneal_evaluators.ipynb #module-flat
+@patch
+def _flat(self:ModuleEvaluator, k, ids, local):
+    "Places in the weight of layer `k` of its units `local`."
+    if (ids < 0).any(): local = np.flatnonzero(ids >= 0)[local]
+    return torch.from_numpy(local).to(self.own[f'{k}.weight'].device)
+
 # %% ../nbs/15a_anneal_evaluators.ipynb #module-propose
 @patch
 @torch.no_grad()
@@ -96,12 +104,6 @@ def _switch(self:ModuleEvaluator, off, on):
         t, at = self.tensors[f'{k}.weight'], self._flat(k, a, units[o]-s.start)
         v = self.own[f'{k}.weight'].detach().reshape(-1)[at]*torch.from_numpy(keep[o]).to(t.device)
         self.flips.append((t, at, t.view(-1)[at].clone())); t.view(-1)[at] = v
-
-@patch
-def _flat(self:ModuleEvaluator, k, ids, local):
-    "Places in the weight of layer `k` of its units `local`."
-    if (ids < 0).any(): local = np.flatnonzero(ids >= 0)[local]
-    return torch.from_numpy(local).to(self.own[f'{k}.weight'].device)
 
 # %% ../nbs/15a_anneal_evaluators.ipynb #module-commit
 @patch
@@ -153,6 +155,7 @@ def _filters(model, xb, yb, candidates, objective, chunk):
     lay = Layout(candidates)
     return ev if (ev.n, list(ev.names), list(ev.groups)) == (lay.n, lay.names, lay.groups) else None
 
+# %% ../nbs/15a_anneal_evaluators.ipynb #factory-2
 @public
 def evaluator(model:nn.Module, # any network that classifies; not changed
               xb, yb:torch.Tensor, # inputs and class numbers [N]
@@ -166,6 +169,7 @@ def evaluator(model:nn.Module, # any network that classifies; not changed
     "The fastest evaluator that knows this network."
     check_type('model', model, nn.Module)
     if candidates is None: candidates = _candidates(model, graph)
+    check_type('candidates', candidates, Scores)
     same = dict(objective=objective, chunk=chunk, n_valid=n_valid, held=held)
     try:
         if candidates.unit == 'weight' and isinstance(xb, torch.Tensor) and _chain(model):

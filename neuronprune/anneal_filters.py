@@ -24,6 +24,7 @@ def _every(model, xb):
     if not graph.removable: raise ValueError("model: it has no channels that could go; expected a hidden layer")
     return Scores({k:torch.zeros(graph.layers[k]['n_out']) for k in graph.removable}, 'channel', graph=graph)
 
+# %% ../nbs/15b_anneal_filters.ipynb #parts
 def _parts(stages, candidates):
     "(layer -> slice of the flat mask, layer -> filter of every entry)."
     widths, parts, units, start = {s.name:s.n for s in stages[:-1]}, {}, {}, 0
@@ -102,6 +103,7 @@ def _checked(self:FilterEvaluator, mask):
     if mask.shape != (self.n,): raise ValueError(f"mask: shape {mask.shape}; expected ({self.n},), an entry per filter")
     return mask.copy()
 
+# %% ../nbs/15b_anneal_filters.ipynb #to-mask
 @patch
 @public
 def to_mask(self:FilterEvaluator, mask:np.ndarray # bool [n], True = kept
@@ -161,6 +163,7 @@ def _count(self:FilterEvaluator, c, logits):
         self._warned = True; warnings.warn("model: some logits are NaN under this mask; these images count as wrong")
     return _points(logits, c.y, self.objective)
 
+# %% ../nbs/15b_anneal_filters.ipynb #score-2
 @patch
 @public
 def score(self:FilterEvaluator, mask:np.ndarray # bool [n]
@@ -183,6 +186,7 @@ def _together(self:FilterEvaluator, c, masks):
         x = s.act(z, o.flatten())
     return x.view(len(x), B, -1)
 
+# %% ../nbs/15b_anneal_filters.ipynb #batch-2
 @patch
 def _batch(self:FilterEvaluator, masks):
     "Scores [B] in one pass per chunk."
@@ -229,6 +233,7 @@ class _Change:
     ids: np.ndarray     # filter of every place, afterwards
     many: bool          # so much that the stage behind is better computed as a whole
 
+# %% ../nbs/15b_anneal_filters.ipynb #widened
 @patch
 def _widened(self:FilterEvaluator, l, more):
     "Eight or `more` empty places for stage `l`, as far as it has filters."
@@ -249,6 +254,7 @@ def _change(self:FilterEvaluator, l, off, on):
     many = 2*(len(off)+len(on)) >= len(ids)
     return _Change(*map(self._to, (left, off, free[:len(on)], on)), ids, many)
 
+# %% ../nbs/15b_anneal_filters.ipynb #changes
 @patch
 def _changes(self:FilterEvaluator, off, on):
     "Stage -> `_Change` of a proposal."
@@ -275,6 +281,7 @@ class _Plan:
             self.kept[l, out, inp] = s.take(o, self.ids(l-1, inp)), s.b.index_select(0, o) if bias else None
         return self.kept[l, out, inp]
 
+# %% ../nbs/15b_anneal_filters.ipynb #written
 def _written(x, c, cols):
     "`x` with the places of change `c` filled, in place."
     if len(c.came): x[:, c.came] = cols
@@ -290,6 +297,7 @@ def _own(self:FilterEvaluator, l, c, plan):
     z = s.conv(c.a[l-1], *plan.weights(l, 'on', 'old'))
     return z, s.act(z, on)
 
+# %% ../nbs/15b_anneal_filters.ipynb #moved
 @patch
 def _moved(self:FilterEvaluator, l, c, plan, a):
     "z of stage `l` when few channels before it change; `a` are the maps that come."

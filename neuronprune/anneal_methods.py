@@ -31,6 +31,7 @@ def _sized(task, lay, seed):
     n = int(lay.units(task.allocate(_scores(task, draw))).sum())
     return n, counts[0] if counts[0] == counts[1] and sum(counts[0]) == n else None
 
+# %% ../nbs/15c_anneal_methods.ipynb #spared
 def _spared(task, lay, seed):
     "Layers that the allocator leaves whole though they score lowest."
     def whole(low):
@@ -63,6 +64,7 @@ def _length(dl):
     "Examples of a loader."
     return n if isinstance(n := getattr(dl, 'n', None), int) else len(dl.dataset)
 
+# %% ../nbs/15c_anneal_methods.ipynb #images-2
 def _images(task, n_valid, split, pool, seed):
     "(inputs, labels, images scored on at a time, held out or None)."
     dls = task.learn.dls; n = _length(getattr(dls, check_choice('split', split, ('valid', 'train'))))
@@ -89,6 +91,7 @@ class _Tested:
         return self.score(self.new)
     def commit(self): self.mask = self.new
 
+# %% ../nbs/15c_anneal_methods.ipynb #evaluator
 def _evaluator(task, lay, objective, n_valid, split, refresh_every, seed):
     "The evaluator that fits the learner."
     try: x, y, n, held = _images(task, n_valid, split, bool(refresh_every), seed)
@@ -112,6 +115,7 @@ def _found(task, lay, ev, res):
     state = {k:torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k,v in res.state.items()}
     return Found(mask, res.log, res.evaluations, state, res.status, meta)
 
+# %% ../nbs/15c_anneal_methods.ipynb #arrays
 def _arrays(state):
     "What `_found` made of a state, for `anneal`."
     return {k:v.numpy() if isinstance(v, torch.Tensor) else v for k,v in state.items()} if state else None

@@ -10,7 +10,7 @@ import itertools, math, warnings
 from dataclasses import dataclass, replace
 import numpy as np
 from fastcore.basics import patch
-from .core import check_choice, check_fraction, check_int, public
+from .core import check_choice, check_fraction, check_int, check_type, public
 
 # %% ../nbs/15_anneal_moves.ipynb #schedule
 @public
@@ -126,12 +126,17 @@ class TableEvaluator:
                  quantum:float=0.  # smallest step of the score
                 ):
         self.f = table if callable(table) else None
-        if self.f is None: self.table = np.asarray(table, dtype=float); n = len(self.table).bit_length()-1
+        try: self.table = None if self.f else np.asarray(table, dtype=float).reshape(-1)
+        except (TypeError, ValueError): raise TypeError(
+            f"table: expected numbers [2^n] or a function, got {type(table).__name__}") from None
+        if self.f is None: n = len(self.table).bit_length()-1
         self.n, self.quantum = check_int('n', n, 1), quantum
         if self.f is None and len(self.table) != 1 << n:
             raise ValueError(f"table: {len(self.table)} scores; expected a power of 2")
-        self.groups = [slice(0, n)] if groups is None else list(groups)
-        self.names = [str(i) for i in range(len(self.groups))] if names is None else list(names)
+        groups = [slice(0, n)] if groups is None else check_type('groups', groups, (list, tuple), 'of slices')
+        self.groups = list(groups)
+        names = range(len(groups)) if names is None else check_type('names', names, (list, tuple))
+        self.names = [str(o) for o in names]
         self.bit = [1 << i for i in range(n)]
 
 # %% ../nbs/15_anneal_moves.ipynb #table-protocol
@@ -177,7 +182,7 @@ def _checked_groups(ev):
 def _fixed_counts(ev, size, groups, kappa):
     "Units that each group keeps, or None; `ValueError` for counts that do not fit."
     if groups is None: return
-    if isinstance(groups, dict):
+    if isinstance(check_type('groups', groups, (dict, list, tuple, np.ndarray), 'units kept per layer'), dict):
         for k in groups: check_choice('groups', k, ev.names)
         groups = [groups.get(k) for k in ev.names]
     counts = np.array([check_int(f'groups[{k!r}]', c, 0, int(n)) for k,c,n in zip(ev.names, groups, size)])

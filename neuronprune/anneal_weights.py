@@ -81,6 +81,7 @@ def _candidates(model, graph):
     if graph is not None: return candidates(model, 'channel', graph)
     return Scores({k:torch.zeros(m.weight.shape) for k,m in layers(model).items() if k not in twins(model)}, 'weight')
 
+# %% ../nbs/15a_anneal_weights.ipynb #redraw
 @patch
 def redraw(self:_Evaluator, k):
     "Take the `k`-th random choice of `n_valid` images; 0 are the first ones."
@@ -99,6 +100,7 @@ def _part(self:_Evaluator, z, y):
     z, y = (torch.as_tensor(o) for o in (z, y))
     return _n_right(z, y) if self.objective == 'accuracy' else (_ce(z, y), False)
 
+# %% ../nbs/15a_anneal_weights.ipynb #sum
 @patch
 def _sum(self:_Evaluator, parts, n, threshold=-math.inf):
     "(score, was it computed in full?) from outputs `(z, y)` part by part, classes along axis 0; `n` images in all."
@@ -119,6 +121,7 @@ def _leaves(model, path=''):
         if type(m) is nn.Sequential: yield from _leaves(m, f'{path}{k}.')
         else: yield f'{path}{k}', m
 
+# %% ../nbs/15a_anneal_weights.ipynb #chain-2
 def _chain(model):
     "(path, Linear) of a chain of linear layers and ReLU; `UnsupportedLayerError` for anything else."
     def no(k, m): raise UnsupportedLayerError(f"model: {k!r}, {type(m).__name__}; expected a chain of Linear and ReLU")
@@ -170,6 +173,7 @@ def _look(self:WeightEvaluator):
     self.M, self.dense, self.rooms = None, self.X.device.type != 'cpu', {}
     self.flips, self.new, self.full = {}, None, False
 
+# %% ../nbs/15a_anneal_weights.ipynb #masked
 @patch
 def _masked(self:WeightEvaluator, kept):
     "The masked weights of every layer for `kept`, bool [..., n]."
@@ -180,6 +184,7 @@ def _masked(self:WeightEvaluator, kept):
         M[self.at[k]] = w*torch.from_numpy(np.ascontiguousarray(keep)).to(w.device).view(*kept.shape[:-1], *w.shape)
     return M
 
+# %% ../nbs/15a_anneal_weights.ipynb #through
 @patch
 def _through(self:WeightEvaluator, M, x):
     "All z of the masked weights on inputs `x` [features, N]."
@@ -196,6 +201,7 @@ def score(self:WeightEvaluator, mask):
     "Score of a mask, bool [n], from scratch; the current one stays."
     return self._sum([(self._through(self._masked(mask), self.X)[-1], self.y)], len(self.y))[0]
 
+# %% ../nbs/15a_anneal_weights.ipynb #held-out
 @patch
 @torch.no_grad()
 def held_out(self:WeightEvaluator, mask):
@@ -237,6 +243,7 @@ def _flip(self:WeightEvaluator, off, on):
         m[at] = new
         self.flips[l] = at//n, at % n, new-old, at, old
 
+# %% ../nbs/15a_anneal_weights.ipynb #undo
 @patch
 def _undo(self:WeightEvaluator):
     "Switch back what was proposed and not committed."
@@ -253,6 +260,7 @@ def _room(self:WeightEvaluator, l, part, i, n=None):
     if key not in self.rooms: self.rooms[key] = np.empty((len(self.z[l]), part.stop-part.start), dtype=np.float32)
     return self.rooms[key][:n]
 
+# %% ../nbs/15a_anneal_weights.ipynb #switched
 @patch
 def _switched(self:WeightEvaluator, res, rows, columns, changes, h):
     "Add what the switched weights change to `res`."
@@ -325,6 +333,7 @@ def propose(self:WeightEvaluator, off, on, threshold=-math.inf):
     res, self.full = self._sum(((self._outputs(o), y[o]) for o in parts), n, threshold)
     return res
 
+# %% ../nbs/15a_anneal_weights.ipynb #commit
 @patch
 @torch.no_grad()
 def commit(self:WeightEvaluator):

@@ -329,6 +329,11 @@ def _weights(k, v):
     elif not v.isupper(): raise ValueError(f"{k}={v!r}: expected a name of torchvision's such as 'IMAGENET1K_V2'")
 
 # %% ../nbs/00a_door.ipynb #moment
+def _evaluator(k, v):
+    "Rule: what scores the masks of a search."
+    if not all(hasattr(v, o) for o in ('groups', 'reset', 'propose', 'commit')):
+        _refuse(k, v, 'an evaluator, as from evaluator(model, xb, yb)')
+
 def _moment(*words):
     "Rule: one of `words`, or an epoch."
     return lambda k,v: check_choice(k, v, words) if isinstance(v, str) else check_int(k, v, 0)
@@ -378,16 +383,17 @@ _NAMED = {
     'dataset': _dataset, 'weights': _weights, 'head': _head,
     **_alike('folder out path', _path), **_alike('cache data_root notebook root tensorboard', _maybe(_path)),
     **_alike('amsgrad calibrate channel_form nesterov progress relaxed tied', _flag),
-    **_alike('confidence correct q target', _numbers), **_alike('eps hi lo step_size', _finite), 'n_jobs': _jobs,
+    **_alike('confidence correct cost q target', _numbers), **_alike('eps hi lo step_size', _finite), 'n_jobs': _jobs,
     **_alike('allocate loss_func splitter', _function), 'opt': _optimiser, 'method': _text,
     'cbs': _each(_callback, 'a list of fastai callbacks', one=True), 'threshold': _threshold,
     'metrics': _each(_metric, 'a list of metrics', one=True), 'augment': _augment, 'normalize': _maybe(_normalize),
     'widths': _each(_whole(1), 'a list of widths'), 'at': _moment('trained', 'init'),
     'start': _moment('trained', 'init', 'previous', 'dense'), 'sizes': _plan_of_sizes, 'shrink': _leaving,
     **_alike('rewind to', _moment('none', 'init', 'sign', 'redraw')), 'milestones': _each(_real(0), 'a list of epochs'),
+    'evaluator': _evaluator, 'pattern': _pair,
     'seeds': _each(_WHOLE['seed'], 'a list of seeds', fewest=1), **_alike('densities values', _FRACTIONS),
     'levels': _each(_real(), 'a list of numbers', one=True), 'n_groups': _pair,
-    **_alike('by kind layers', _names), 'ax': _a('Axes', 'of matplotlib'),
+    **_alike('by exclude kind layers', _names), 'ax': _a('Axes', 'of matplotlib'),
     'grid': _varied}
 
 # %% ../nbs/00a_door.ipynb #classes-table

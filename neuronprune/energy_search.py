@@ -130,6 +130,7 @@ class EnergyCallback(Callback):
         self.lock = dict(patience=patience, min_steps=min_steps, min_diversity=min_diversity)
         self.lock_at = None if lock_epoch is None else check_int('lock_epoch', lock_epoch, 1)
         self.energy,self.every,self.stop = energy,every,check_type('stop', stop, bool)
+        if alive is not None: check_type('alive', alive, torch.Tensor, 'bool [D]')
         self.bits,self.layout,self.cost,self.alive = bits,dict(tied=tied, exclude=exclude),cost,alive
         self.scoring = dict(backend=backend, bn=bn, frac=frac)
         self.empty,self.lam = check_type('empty', empty, bool),lam

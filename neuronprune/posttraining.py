@@ -63,6 +63,7 @@ def _why_not(m):
     if isinstance(m, (nn.Linear, nn.Conv2d)): return None
     return f"{type(m).__name__}: expected a linear layer or a 2d convolution"
 
+# %% ../nbs/17b_posttraining.ipynb #measured-2
 def _measured(model, dls, n, names, seed):
     "(path -> layer, path -> sums of squares [groups, d], path -> why a layer is left out, number of inputs)."
     xb, _ = batch_for(model, dls, 'wanda', n=n, split='train', seed=seed, classes=False)
@@ -183,6 +184,7 @@ def _sweep(w, U, go, a):
     w[:, b:] -= err @ U[a:b, b:]
     w[:, a:b] = w[:, a:b].masked_fill(go, 0.)
 
+# %% ../nbs/17b_posttraining.ipynb #obs-prune
 @public
 @torch.no_grad()
 def obs_prune(w:torch.Tensor,   # weight [rows, d]
@@ -195,7 +197,7 @@ def obs_prune(w:torch.Tensor,   # weight [rows, d]
              )->tuple:
     "(new weight float64 [rows, d], bool kept) by optimal brain surgery, column by column."
     w, U = w.detach().cpu().double().clone(), _factor(H.double(), damp)
-    gone = torch.zeros(w.shape, dtype=torch.bool) if gone is None else gone
+    gone = torch.zeros(w.shape, dtype=torch.bool) if gone is None else check_type('gone', gone, torch.Tensor)
     kept, m = torch.ones_like(gone), pattern[1] if pattern else 1
     width = max(1, block//m)*m; starts = range(0, w.shape[1], width)
     for a,n in zip(starts, _spread(n_out, [int((~gone[:, a:a+width]).sum()) for a in starts])):

@@ -53,6 +53,7 @@ def widened(x:torch.Tensor # any tensor
     "`x` in float32, if it has half of its bits."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../nbs/09b_saliency.ipynb #scored
 @public
 def scored(name:str,   # of the method
            units:dict, # key -> tensor of scores, on any device
@@ -99,6 +100,7 @@ def loss_name(loss_func # any loss, None = cross-entropy
             or isinstance(v, float) and v]
     return getattr(f, '__qualname__', type(f).__name__) + (f"({', '.join(said)})" if said else '')
 
+# %% ../nbs/09b_saliency.ipynb #form
 def _form(x):
     "What `x` is, for a message."
     if isinstance(x, torch.Tensor): return f'a tensor of shape {tuple(x.shape)}'
@@ -137,6 +139,7 @@ class _Fed(nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, xb): return feed(self.model, xb)
 
+# %% ../nbs/09b_saliency.ipynb #output-at
 @public
 def output_at(model:nn.Module, # any model
               state:dict,      # name of a parameter or buffer -> its value for this call; what is missing is as it is

@@ -23,6 +23,7 @@ def _bare(o):
     if isinstance(o, torch.Tensor): return o.detach().as_subclass(torch.Tensor).cpu()
     return o.item() if hasattr(o, 'item') else o
 
+# %% ../nbs/05c_search_training.ipynb #packed
 def _packed(opt):
     "The state of an optimiser as one tensor of bytes."
     buf = io.BytesIO(); torch.save(_bare(opt.state_dict()), buf)
@@ -46,6 +47,7 @@ def written(learn,  # a `Learner`
     return {**weights, 'opt': _packed(learn.opt), **{f'cb/{k}':v for k,v in cb.state_dict().items()}, 'done': done,
             'history': [dict(o) for o in learn.history]}
 
+# %% ../nbs/05c_search_training.ipynb #taken-up
 def taken_up(learn,     # a `Learner`; changed in place
              cb,        # its callback, with a `load_state_dict`
              state:dict # from `written`
@@ -67,6 +69,7 @@ class SearchRate(Callback):
 
 SEARCH_ARGS = ['lr', 'schedule', 'milestones', 'gamma', 'warmup']
 
+# %% ../nbs/05c_search_training.ipynb #search-rate
 def search_rate(learn, epochs, args):
     "The learning rate as a function of progress through the epochs of the search."
     args = dict(check_type('search_args', args or {}, dict, 'of the epochs of the search'))

@@ -19,7 +19,9 @@ def colours(names:list # what stands in the legend: methods, and other labels
     palette = [tab(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
     palette += [more(4*h+s) for s in (0, 2, 1, 3) for h in range(5)]
     place = {n:i for i,n in enumerate(methods())}; own = [n for n in dict.fromkeys(names) if n not in place]
-    place.update({n:i for i,n in enumerate(own, max(20, len(place)))})
+    taken = {place[n] % len(palette) for n in names if n in place}
+    free = [i % len(palette) for i in range(len(place), len(place)+len(palette)) if i % len(palette) not in taken]
+    place.update({n:(free or [0])[i % max(1, len(free))] for i,n in enumerate(own)})
     return {n:palette[place[n] % len(palette)] for n in names}
 
 # %% ../nbs/00d_shown.ipynb #full

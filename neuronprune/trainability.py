@@ -42,7 +42,7 @@ def _isometry(A):
 # %% ../nbs/15d_trainability.ipynb #orthogonality
 @public
 def orthogonality(model:nn.Module,      # with the weights to look at, initial ones for instance; left as found
-                  mask:Mask|None=None   # any unit, None = all weights
+                  mask:Mask=None   # any unit, None = all weights
                  )->pd.DataFrame:
     """One row per layer and a last one 'network': outputs, inputs (times taps), OS_ref and OS_min (the last row: sums),
     sv_spread (mean), energy_share, the part of the sum of squares that is kept. `ValueError` for NaN."""
@@ -73,7 +73,7 @@ def _repaired(k, W, C, steps, lr):
 # %% ../nbs/15d_trainability.ipynb #repair
 @public
 def repair(model:nn.Module,     # changed in place: the weights that `mask` keeps
-           mask:Mask|None=None, # of weights, channels or blocks, None = all weights
+           mask:Mask=None, # of weights, channels or blocks, None = all weights
            *, steps:int=100,    # of gradient descent
            lr:float=.1          # its learning rate
           )->pd.DataFrame:

@@ -356,6 +356,8 @@ def test_a_method_has_its_own_colour():
         ['mint'])['mint']
     assert not {*colours(['dense', 'mine']).values()} & set(colours(names).values()) and len(
         colours([f'x{i}' for i in range(99)])) == 99
+    many = ['random', *(f'x{i}' for i in range(20))] # more labels than places behind the register
+    assert len(set(colours(many).values())) == len(many)
 
 # ---- state
 

@@ -10,10 +10,11 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.metrics import accuracy
-from neuronprune import (analysis, baselines, blocks, core, costs, criteria, data, draws, evaluation, graph as graph_,
-                         lowrank, mint as mint_, mip as mip_,
-                         models, pipeline, provable, provable_bounds, report as report_, retrain, sampling, shown,
-                         surgery, train)
+from neuronprune import (analysis, anneal as annealing, anneal_evaluators, baselines, blocks, core, costs, criteria,
+                         data, draws, energy, energy_ising, energy_units, evaluation, graph as graph_, lowrank,
+                         mint as mint_, mip as mip_, models, pipeline, posttraining, provable, provable_bounds,
+                         report as report_, retrain, sampling, shown, surgery, train, trainability)
+from neuronprune.anneal_filters import FilterEvaluator
 from neuronprune.all import *
 from neuronprune.analysis import (attack, calibration, ece, fine_tuned, one_shot, paired, plot_reliability,
                                   plot_robustness, plot_study, reliability, robustness, summary)
@@ -24,6 +25,7 @@ from neuronprune.door import check_call
 from neuronprune.provable import calib_size
 from neuronprune.surgery import apply, difference, plan, shrink
 from neuronprune.train import Rewind
+from neuronprune.energy_search import EnergyCallback
 from neuronprune.evaluation import Evaluation
 from neuronprune.retrain import MaskCallback, PruneCallback, rebind, rewind_to
 
@@ -43,6 +45,7 @@ def net(): return build('mlp', 1, 10, 8, seed=0)
 def cnn():
     return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
                          nn.Linear(128, 10))
+def chain(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
 def lazy(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
 def eights():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10))
@@ -69,6 +72,7 @@ learn0 = L()
 SW, SC, SG = (methods()['random'](net(), dls, graph=g, unit=u) for u in ('weight', 'channel', 'group'))
 MW, MC = allocate(SW, .5), allocate(SC, .5)
 study_df = one_shot(learn0, {'a': MW}).assign(seed=0)
+table_ev = annealing.TableEvaluator(lambda m: float(m.sum()), 4)
 T = None # a folder of broken files, see `files`
 
 def tensors_file(path, header, **tensors):
