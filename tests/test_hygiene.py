@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT/'nbs', ROOT/'neuronprune'
 BOOKS = sorted(str(p.relative_to(NBS)) for p in NBS.rglob('*.ipynb')
                if not any(q.startswith(('.', '_')) for q in p.relative_to(NBS).parts))
-PAPERS = [b for b in BOOKS if b.startswith('papers/')]
+PAPERS, TUTORIALS = ([b for b in BOOKS if b.startswith(f'{o}/')] for o in ('papers', 'tutorials'))
 MODULES = sorted(p.stem for p in LIB.glob('*.py') if not p.stem.startswith('_'))
 GROUND = {'core', 'door', 'files', 'kinds', 'datasets', 'data', 'probe', 'graph', 'masks', 'allocate', 'evaluation',
           'train', 'retrain', 'ranks', 'distill', 'regularize', 'blocks', 'draws', 'inputs', 'saliency'}
@@ -22,6 +22,7 @@ BARS = re.compile(r'<progress|progress-bar|jupyter-widgets|widget-view|\d%\|[█
 WIDTH = 120 # columns of a line of code
 # Books a reader starts from: their first cell needs no `> sentence`
 FRONT = {'index.ipynb', 'experiments.ipynb'}
+RUNS = {'experiments.ipynb', 'comparison.ipynb'} # pages of runs
 
 each_book = pytest.mark.parametrize('book', BOOKS)
 each_paper = pytest.mark.parametrize('book', PAPERS or [pytest.param('', marks=pytest.mark.skip('no papers yet'))])
@@ -105,13 +106,20 @@ def test_in_sidebar(book):
     assert f'"{book}"' in json.dumps(bar)
 
 @each_paper
-def test_paper_was_run(book):
+def test_paper_has_a_quick_form(book):
+    assert any(re.search(r'^smoke\s*=', source(c), re.M) for c in parameters(book))
+
+@pytest.mark.parametrize('book', PAPERS + TUTORIALS)
+def test_page_was_run(book):
     assert (NBS/book).with_name('.notest').is_file()
-    assert any(re.search(r'^smoke\s*=', source(c), re.M) for c in parameters(book)), 'the quick form'
     code = [c for c in cells(book) if source(c).strip() and not flag(c, 'hide')]
     assert sum(bool(c['outputs']) for c in code) >= len(code)/3
 
-@pytest.mark.parametrize('book', PAPERS + [b for b in BOOKS if b in ('experiments.ipynb', 'comparison.ipynb')])
+def test_tutorials_come_first():
+    bar = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    assert bar[1]['section'] == 'Tutorials' and sorted(bar[1]['contents']) == TUTORIALS
+
+@pytest.mark.parametrize('book', PAPERS + TUTORIALS + [b for b in BOOKS if b in RUNS])
 def test_imported_names_exist(book):
     for c in cells(book):
         src = re.sub(r'^\s*[%!].*$', 'pass', source(c), flags=re.M)
