@@ -381,32 +381,6 @@ def shrink(model:nn.Module, # dense or masked; not changed
     if p and (why := _rehearsed(model, xb, p)): raise SurgeryError(f"{why}. {_HINT}")
     return small
 
-# %% ../nbs/06_surgery.ipynb #narrowed
-def _narrowed(model, state, norms):
-    "`model` cut to the widths in `state`, in place; `norms`: path of a cut norm -> its width, or that of every group."
-    first = lambda n, have: None if n == have else torch.arange(n)
-    for k,d in [(k, d) for k,t in candidates(model).items() for d in range(t.ndim)
-                if k in state and t.shape[d] != state[k].shape[d]]:
-        cut_tables(model, {k:(d, torch.arange(state[k].shape[d]))})
-    for n,m in list(model.named_modules()):
-        if n in norms: _swap(model, m, narrow_norm(m, norms[n]))
-        if wide(m): continue
-        k = next((k for k in (f'{n}.weight', f'{n}.running_mean') if k in state), None)
-        if k is None or not (isinstance(m, PRUNABLE) or is_norm(m)): continue
-        new, old = state[k].shape, m.state_dict()[k.rpartition('.')[2]].shape
-        whole = len(new) > 1 and getattr(m, 'groups', 1) == 1
-        out, inp = first(new[0], old[0]), first(new[1], old[1]) if whole else None
-        if (out, inp) != (None, None): _cut(m, out, inp)
-    return model
-
-def _set_widths(model, widths):
-    "Set the attributes that `shrink` had set; raises unless each is a whole number of the model already."
-    for n,v in check_type('widths', widths, dict).items():
-        m, a = owner(model, n)
-        if type(vars(m).get(a)) is not int: raise ValueError(f"widths: {n!r} is no whole number of the model")
-        setattr(m, a, check_int(f'widths[{n!r}]', v, 1))
-    if widths: model.cut_widths = dict(widths)
-
 # %% ../nbs/06_surgery.ipynb #save-load
 _all_ = ['save', 'load']
 
