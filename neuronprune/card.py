@@ -8,7 +8,7 @@ __all__ = ['model_card', 'write_card']
 # %% ../nbs/07a_card.ipynb #imports
 import html, json, warnings
 from pathlib import Path
-from .core import check_type, public
+from .core import public
 from .files import replacing
 from .report import Report
 

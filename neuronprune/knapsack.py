@@ -7,7 +7,6 @@ __all__ = ['Choice', 'choices', 'Bill', 'bill_of', 'solve', 'budgeted']
 
 # %% ../nbs/21c_knapsack.ipynb #imports
 import itertools, time, warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 import highspy, numpy as np, torch

@@ -11,7 +11,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastai.callback.core import Callback
-from .core import check_type, mapped, public, tensors
+from .core import mapped, public, tensors
 
 # %% ../nbs/04b_ranks.ipynb #agreed
 def n_ranks()->int:

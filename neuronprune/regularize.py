@@ -8,7 +8,6 @@ __all__ = ['PENALTIES', 'RegularizeCallback', 'SlimmingCallback']
 # %% ../nbs/05d_regularize.ipynb #imports
 import math, weakref
 import torch
-from torch import nn
 from fastai.callback.core import Callback
 from .core import BATCHNORM, check_choice, layers, mapped, public, twins
 from .graph import Graph, trace

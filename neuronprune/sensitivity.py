@@ -8,7 +8,7 @@ __all__ = ['BY', 'together', 'narrowed', 'Sensitivity', 'facts', 'sensitivity']
 # %% ../nbs/21a_sensitivity.ipynb #imports
 import math, time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar

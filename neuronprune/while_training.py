@@ -19,8 +19,7 @@ from .core import check_choice, check_fraction, check_int, methods, public
 from .allocate import ratios
 from .chain import Ask, Chain
 from .door import check_call
-from .masks import Mask
-from .ranks import bare, unwrapped
+from .ranks import unwrapped
 from .report import Report
 from .retrain import hold_within, replaced
 from .scoring import arguments, first_inputs, score_with, split_args, tested

@@ -9,7 +9,7 @@ __all__ = ['at_place', 'new_widths', 'whole_numbers', 'exact', 'counted', 'guess
 import itertools
 import torch
 from .core import *
-from .rehearsal import owner
+
 
 # %% ../nbs/02f_widths.ipynb #followed
 def at_place(p)->tuple:

@@ -229,8 +229,8 @@ def network(seed):
     random.seed(seed); torch.manual_seed(seed)
     if random.random() < .3:
         d = random.choice([4, 6, 8])
-        m = Tokens(random.choice(['encoder', 'plain', 'norm', 'lstm', 'pre', 'pre', 'separate', 'fused', 'shared', 'swiglu']),
-                   d, random.randint(2, 9), random.random() < .5)
+        kinds = 'encoder plain norm lstm pre pre separate fused shared swiglu'.split()
+        m = Tokens(random.choice(kinds), d, random.randint(2, 9), random.random() < .5)
         x = torch.randint(0, 11, (random.choice([1, 4]), 5))
         if random.random() < .7: m = unpacked(m)
     else:
