@@ -32,7 +32,7 @@ def grouped(x:torch.Tensor,      # [batch, n, …]
            )->torch.Tensor:
     "Group norm of `x` in which the channels that are gone count as zeros."
     total = lambda o: ((o.flatten(2).mean(2) if o.ndim > 2 else o)[:, None]*member).sum(2) # -> [batch, groups]
-    at = lambda o: (o[..., None]*member).sum(1).view(len(o), -1, *[1]*(x.ndim-2)) # and back
+    at = lambda o: (o[..., None]*member).sum(1).view(*o.shape[:1], -1, *[1]*(x.ndim-2)) # and back
     mu = total(x)/old; x = x-at(mu)
     var = total(x.square())/old + (1-member.sum(1)/old)*mu.square()
     return x*(at(var)+eps).rsqrt()

@@ -52,7 +52,7 @@ class Patches(nn.Module):
         self.blocks = nn.TransformerEncoder(block, 2, nn.LayerNorm(d), enable_nested_tensor=False)
     def forward(self, x):
         x = self.embed(x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).flatten(1, 3))
-        return self.head(self.blocks(torch.cat([self.first.expand(len(x), -1, -1), x], 1)+self.position)[:, 0])
+        return self.head(self.blocks(torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1)+self.position)[:, 0])
 
 
 class Words(nn.Module):
