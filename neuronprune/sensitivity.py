@@ -211,7 +211,8 @@ def facts(model:nn.Module, # dense
     norms = {k:sum(len(p) == len(v) for p in mods[k].parameters(recurse=False) if p.ndim)
              for k,v in graph.norm_slots.items() if k in mods}
     own, paid = dict(model.named_parameters()), {id(m.weight) for m in layers(model).values()}
-    tables = {k:own[k].numel()//own[k].shape[d] for k,(d,_) in graph.tables.items() if k in own and id(own[k]) not in paid}
+    own = {k:p for k,p in own.items() if id(p) not in paid}
+    tables = {k:own[k].numel()//own[k].shape[d] for k,(d,_) in graph.tables.items() if k in own}
     return dict(params=count_params(model), macs=count_macs(model, xb), norms={**norms, **tables})
 
 # %% ../nbs/21a_sensitivity.ipynb #check
