@@ -16,6 +16,7 @@ from .masks import *
 from .evaluation import split_batch
 from .graph import trace
 from .ranks import agreed, bare
+from .rehearsal import owner
 from .retrain import hold_within
 from .search_training import undisturbed
 from .energy import ENERGIES, Search, energy_of

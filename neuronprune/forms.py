@@ -78,7 +78,7 @@ def _forward(self, query, key, value, key_padding_mask=None, need_weights=True, 
         return x[0].squeeze(0 if self.batch_first else 1), None if x[1] is None else x[1][0]
     if not self.batch_first: query, key, value = (o.transpose(0, 1) for o in (query, key, value))
     q, k, v = (_heads(l, x, self.num_heads) for l,x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-    mask = _merged(attn_mask, key_padding_mask, (len(q), *q.shape[1:3], k.shape[2]), q.dtype)
+    mask = _merged(attn_mask, key_padding_mask, (*q.shape[:3], k.shape[2]), q.dtype)
     x, w = _attend(self, q, k, v, mask, need_weights)
     x = self.out_proj(x.transpose(1, 2).flatten(2))
     return (x if self.batch_first else x.transpose(0, 1)), w if w is None or not average_attn_weights else w.mean(1)

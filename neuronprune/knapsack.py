@@ -145,21 +145,24 @@ def _charge(bill, price, rows, cols):
 # %% ../nbs/21c_knapsack.ipynb #prices
 def _prices(graph, of):
     "Layer -> function (rows, columns) of its parameters or MACs."
-    def price(l):
+    names = list(graph.layers)
+    def price(n, l):
         k = l['positions'] if of == 'macs' else 1
+        if of == 'params' and graph.twins.get(n) in names[:names.index(n)]: k = 0 # the other layer has paid
         bias = int(l['bias'] and of == 'params')
         if l['groups'] > 1: return lambda r, c: (l['weights']/l['n_out']*k + bias)*(r+0*c)
         return lambda r, c: l['taps']*k*r*c + bias*r
-    return {n:price(l) for n,l in graph.layers.items()}
+    return {n:price(n, l) for n,l in graph.layers.items()}
 
 def bill_of(scores, offer, prices, norms, total):
-    """The `Bill` of a network that costs `total`: functions `prices` of its layers, `norms` -> price per channel,
-    and a constant for the rest."""
+    """The `Bill` of a network that costs `total`: functions `prices` of its layers, `norms` and tables -> price per
+    channel, and a constant for the rest."""
     bill, where, g = Bill(0., [np.zeros(len(o.kept)) for o in offer]), _places(scores, offer), scores.graph
     for n,f in prices.items(): _charge(bill, f, *(_count(o[n], *where, offer) for o in (g.out_slots, g.in_slots)))
-    for n,p in norms.items(): _charge(bill, lambda r, c: p*r+0*c, _count(g.norm_slots[n], *where, offer), (1, {}))
+    slots = {n:g.norm_slots[n] if n in g.norm_slots else g.tables[n][1] for n in norms}
+    for n,p in norms.items(): _charge(bill, lambda r, c: p*r+0*c, _count(slots[n], *where, offer), (1, {}))
     known = sum(float(f(np.array(len(g.out_slots[n])), np.array(len(g.in_slots[n])))) for n,f in prices.items())
-    bill.const += total - known - sum(p*len(g.norm_slots[n]) for n,p in norms.items())
+    bill.const += total - known - sum(p*len(slots[n]) for n,p in norms.items())
     return bill
 
 # %% ../nbs/21c_knapsack.ipynb #program

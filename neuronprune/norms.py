@@ -21,8 +21,8 @@ def thinned(x:torch.Tensor, # what is left of the channels
            )->torch.Tensor:
     "What `normed` gives at the channels of `x` with N-n zeros beside them."
     if kind == 'rms': return x*(share*x.square().mean(dim, keepdim=True)+eps).rsqrt()
-    v, m = torch.var_mean(x, dim, correction=0, keepdim=True)
-    return (x-share*m)*(share*(v+(1-share)*m*m)+eps).rsqrt()
+    m = share*x.mean(dim, keepdim=True); x = x-m
+    return x*(share*x.square().mean(dim, keepdim=True)+(1-share)*m*m+eps).rsqrt()
 
 # %% ../nbs/05d_norms.ipynb #grouped
 def grouped(x:torch.Tensor,      # [batch, n, …]
@@ -31,13 +31,11 @@ def grouped(x:torch.Tensor,      # [batch, n, …]
             eps:float            # added to the variance
            )->torch.Tensor:
     "Group norm of `x` in which the channels that are gone count as zeros."
-    v, m = torch.var_mean(x.flatten(2) if x.ndim > 2 else x[..., None], 2, correction=0)
-    total = lambda o: (o[:, None]*member).sum(2) # [batch, n] -> [batch, groups]
-    back = lambda o: (o[..., None]*member).sum(1) # and back
-    mu = total(m)/old
-    var = total(v+(m-back(mu)).square())/old + (1-member.sum(1)/old)*mu.square()
-    at = lambda o: back(o).view(*o.shape[:1], -1, *[1]*(x.ndim-2))
-    return (x-at(mu))*(at(var)+eps).rsqrt()
+    total = lambda o: ((o.flatten(2).mean(2) if o.ndim > 2 else o)[:, None]*member).sum(2) # -> [batch, groups]
+    at = lambda o: (o[..., None]*member).sum(1).view(*o.shape[:1], -1, *[1]*(x.ndim-2)) # and back
+    mu = total(x)/old; x = x-at(mu)
+    var = total(x.square())/old + (1-member.sum(1)/old)*mu.square()
+    return x*(at(var)+eps).rsqrt()
 
 # %% ../nbs/05d_norms.ipynb #cut-norm
 class CutNorm(nn.Module):

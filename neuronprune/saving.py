@@ -19,7 +19,7 @@ from .forms import is_unpacked, unpacked
 from .norms import CutNorm, narrow_norm
 from .tables import candidates, cut_tables
 from .applying import Factored
-from .surgery import _cut, _factored, _swap
+from .surgery import _cut, _factored, _shared_again, _swap
 
 # %% ../nbs/06e_saving.ipynb #save
 def recipe(model:nn.Module # any
@@ -139,8 +139,8 @@ def load(path,                # file written by `save`
         model = _refactor(model, state, h.get('factored', {}))
         _check_shapes(model, state)
         norms, widths = (check_type(k, h.get(k, {}), dict) for k in ('norms', 'widths'))
-        model = _narrowed(model, state, norms, widths)
+        pairs = twins(model); model = _narrowed(model, state, norms, widths)
         if zoo: _check_runs(model, h['spec'])
         _set_widths(model, widths)
-        model.load_state_dict({k:v.clone() for k,v in state.items()}, assign=zoo)
+        model.load_state_dict({k:v.clone() for k,v in state.items()}, assign=zoo); _shared_again(model, pairs)
     return model

@@ -206,11 +206,14 @@ def facts(model:nn.Module, # dense
           xb,              # a batch of inputs
           graph            # its `Graph`
          )->dict:
-    "params and macs (of one example) of the network; norms: path of a norm -> its parameters per channel."
+    "params and macs (of one example) of the network; norms: path of a norm or table -> its parameters per channel."
     mods = dict(model.named_modules())
     norms = {k:sum(len(p) == len(v) for p in mods[k].parameters(recurse=False) if p.ndim)
              for k,v in graph.norm_slots.items() if k in mods}
-    return dict(params=count_params(model), macs=count_macs(model, xb), norms=norms)
+    own, paid = dict(model.named_parameters()), {id(m.weight) for m in layers(model).values()}
+    own = {k:p for k,p in own.items() if id(p) not in paid}
+    tables = {k:own[k].numel()//own[k].shape[d] for k,(d,_) in graph.tables.items() if k in own}
+    return dict(params=count_params(model), macs=count_macs(model, xb), norms={**norms, **tables})
 
 # %% ../nbs/21a_sensitivity.ipynb #check
 def _setting(model_or_learn, dl, xb):

@@ -218,13 +218,21 @@ def _swap(model, old, new):
             if c is old: m._modules[n] = new
     return model
 
+def _shared_again(model, pairs):
+    "Give the layers that held the weight of another, layer -> the other, one weight again where both are cut alike."
+    for n,o in pairs.items():
+        m, other = model.get_submodule(n), model.get_submodule(o)
+        if m.weight is not other.weight and torch.equal(m.weight, other.weight): m.weight = other.weight
+
 def _cut_all(model, cuts, widths, tables={}):
+    pairs = twins(model)
     cut_tables(model, {t:(d, keep.nonzero()[:,0]) for t,(d,keep) in tables.items()})
     for n,v in widths.items(): setattr(*owner(model, n), v)
     for n,(out,inp) in cuts.items():
         m = model.get_submodule(n)
         if wide(m): _swap(model, m, cut_norm(m, out))
         else: _cut(m, out, inp)
+    _shared_again(model, pairs)
     if widths: model.cut_widths = {**getattr(model, 'cut_widths', {}), **widths} # what `save` will have to tell `load`
     return model
 

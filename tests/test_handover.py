@@ -7,12 +7,14 @@ from torch.nn.utils import prune as torch_prune
 from neuronprune import handover
 from neuronprune.allocate import allocate
 from neuronprune.core import as_found, generator, layers, mapped, tensors
+from neuronprune.forms import unpacked
 from neuronprune.graph import trace
 from neuronprune.handover import from_history, importance_scores, pruning_history, to_onnx
 from neuronprune.masks import Mask, Scores
 from neuronprune.models import build
 from neuronprune.surgery import Factored, GroupedLinear, apply, difference, plan, shrink
 from test_graph import C, KINDS, Net, X, found, nets
+from test_knapsack import Patches
 from test_surgery import ZOO, quiet, random_scores, randomise, thin, zoo
 
 def halved(model, xb, s=.5): return quiet(random_scores(model, trace(model, xb), 'channel'), s)
@@ -37,12 +39,16 @@ def pruned(zoo, name, how):
     "A network of the zoo, pruned one way or another, and inputs."
     if name == 'attention': m, xb = attention(); return (shrink(m, halved(m, xb), xb), xb)
     if name == 'grouped': return grouped()
+    if name == 'heads':
+        m, xb = unpacked(Patches()).eval(), torch.rand(3, 1, 4, 4, generator=generator(0))
+        return shrink(m, halved(m, xb), xb), xb
     m, xb, _ = zoo(name)
     if how == 'masked': return apply(copy.deepcopy(m), halved(m, xb)), xb
     small = shrink(m, halved(m, xb), xb)
     return (shrink(small, thin(small), xb), xb) if how == 'factored' else (small, xb)
 
-MADE = [('lenet5', 'masked'), ('resnet20', 'shrunk'), ('densenet22', 'factored'), ('attention', ''), ('grouped', '')]
+MADE = [('lenet5', 'masked'), ('resnet20', 'shrunk'), ('densenet22', 'factored'), ('attention', ''), ('grouped', ''),
+        ('heads', '')]
 made = pytest.mark.parametrize('name,how', MADE)
 
 @made

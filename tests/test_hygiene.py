@@ -1,10 +1,11 @@
 """What keeps the tree in order: the notebooks as files, the modules made from them, the front page, the metadata.
 
 Every check looks at what is there, so a notebook that is not written yet breaks nothing."""
-import ast, importlib, json, re, subprocess, sys
+import ast, builtins, dis, importlib, json, re, subprocess, sys
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
+from types import CodeType
 import pytest, yaml
 from packaging.requirements import Requirement
 
@@ -132,6 +133,17 @@ def test_imported_names_exist(book):
                 if a.name != '*' and not hasattr(mod, a.name): importlib.import_module(f'{n.module}.{a.name}')
 
 # The modules
+
+def codes(code):
+    yield code
+    for o in code.co_consts:
+        if isinstance(o, CodeType): yield from codes(o)
+
+@each_module
+def test_global_names_exist(module):
+    code, own = compile((LIB/f'{module}.py').read_text(encoding='utf-8'), module, 'exec'), vars(builtins)
+    names = {i.argval for c in codes(code) for i in dis.get_instructions(c) if i.opname == 'LOAD_GLOBAL'}
+    assert not names - own.keys() - vars(importlib.import_module(f'neuronprune.{module}')).keys()
 
 def exported(book):
     return next((m[1] for c in cells(book) if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))), None)

@@ -8,6 +8,7 @@ from neuronprune.allocate import allocate
 from neuronprune.core import methods
 from neuronprune.costs import count_macs, count_params
 from neuronprune.data import get_dls
+from neuronprune.forms import unpacked
 from neuronprune.graph import trace
 from neuronprune.knapsack import Bill, Choice, _alike, _prices, _setting, _widened, bill_of, choices, solve
 from neuronprune.latency import LatencyTable, in_turns, latency_table, lookup
@@ -39,6 +40,30 @@ def wired(seed=0):
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d) and m.affine: nn.init.uniform_(m.weight, .5, 1.5); nn.init.normal_(m.bias)
     return net, xb, trace(net, xb)
+
+
+class Patches(nn.Module):
+    "Two pre-norm blocks on patches, with a position table and a class token; `unpacked`, it has heads to cut."
+    def __init__(self, d=16):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, d), nn.Linear(d, 3)
+        self.position, self.first = (nn.Parameter(torch.randn(*s, d)) for s in ((5,), (1, 1)))
+        block = nn.TransformerEncoderLayer(d, 4, 12, dropout=0., batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, 2, nn.LayerNorm(d), enable_nested_tensor=False)
+    def forward(self, x):
+        x = self.embed(x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).flatten(1, 3))
+        return self.head(self.blocks(torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1)+self.position)[:, 0])
+
+
+class Words(nn.Module):
+    "An output layer that shares its weight with the embedding, two layers with one, a scale for every channel."
+    def __init__(self, d=10, words=7):
+        super().__init__()
+        self.emb, self.norm, self.out = nn.Embedding(words, d), nn.LayerNorm(d), nn.Linear(d, words, bias=False)
+        self.a, self.b, self.gamma = nn.Linear(d, 12), nn.Linear(12, d), nn.Parameter(torch.rand(d))
+        self.c = nn.Linear(d, 12); self.out.weight, self.c.weight = self.emb.weight, self.a.weight
+    def forward(self, x):
+        x = self.emb(x); return self.out(self.norm(x+self.gamma*self.b(self.a(x).relu()+self.c(x).tanh())))
 
 
 def made_up(scores, net, xb, seed, steps=(.2, .5, .8)):
@@ -98,10 +123,20 @@ def test_what_is_left_of_a_budget_is_spent():
     assert solve(bill, offer, 5.)[1]['cost'] == 5
 
 
+def of_kind(kind):
+    if kind == 'wired': return setting()
+    torch.manual_seed(0)
+    net, xb = ((unpacked(Patches()), torch.rand(3, 1, 4, 4)) if kind == 'patches' else
+               (Words(), torch.randint(7, (3, 5))))
+    g = trace(net.eval(), xb); scores = methods()['random'](net, None, graph=g, unit='channel', seed=0)
+    return net, xb, g, scores, made_up(scores, net, xb, 0)
+
 @pytest.mark.parametrize('of', ['params', 'macs'])
-def test_every_choice_costs_what_the_shrunk_network_has(of):
-    "All choices of a network with a concatenation, ties, depthwise layers and a flattened one, in a random order."
-    net, xb, g, scores, s = setting()
+@pytest.mark.parametrize('kind', ['wired', 'patches', 'words'])
+def test_every_choice_costs_what_the_shrunk_network_has(of, kind):
+    "Concatenation, ties, depthwise layers and a flattened one; heads, trunk, tables; a shared weight; random choices."
+    net, xb, g, scores, s = of_kind(kind)
+    assert len(together(scores)) == dict(wired=4, patches=5, words=1)[kind]
     ids, order, was, parts, _ = _setting(scores, 'mean', 'mean')
     offer = choices(scores, s, order, was, parts, {}, 1, 1, ())
     bill = bill_of(scores, offer, _prices(g, of), s.facts['norms'] if of == 'params' else {}, s.facts[of])

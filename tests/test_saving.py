@@ -10,12 +10,13 @@ from neuronprune.data import get_dls
 from neuronprune.evaluation import Evaluation
 from neuronprune.files import DamagedFileError
 from neuronprune.graph import trace
-from neuronprune.masks import Scores
+from neuronprune.masks import Mask, Scores
 from neuronprune.models import build
 from neuronprune.pipeline import prune
 from neuronprune.report import Report
 from neuronprune.surgery import Factored, difference, load, save, shrink
 from neuronprune.train import learner
+from test_knapsack import Words
 from test_surgery import L, check, mask_of, quiet, random_scores, randomise, rows, size_of, thin, widths, zoo
 
 @pytest.mark.parametrize('name', ['lenet5', 'vgg16_dgl', 'resnet20', 'densenet22', 'mobilenet_v3_small'])
@@ -217,3 +218,11 @@ def test_a_readme_of_ones_own_stays(tmp_path):
     assert (tmp_path/'README.md').read_text() == '---\ntitle: mine\n---\n'
     (tmp_path/'README.md').unlink(); write_card(Report(method='x'), tmp_path); write_card(Report(method='y'), tmp_path)
     assert '`y` removed' in (tmp_path/'README.md').read_text() and len(list(tmp_path.iterdir())) == 1
+
+def test_layers_that_share_a_weight_share_it_when_cut_and_when_read(tmp_path):
+    net, x = Words(), torch.randint(7, (2, 5), generator=generator(0))
+    mask = Mask({'b': torch.arange(10) > 2}, 'channel', graph=trace(net, x))
+    small = shrink(net, mask, x); save(small, tmp_path/'m'); back = load(tmp_path/'m', Words())
+    for m in (small, back):
+        assert m.a.weight is m.c.weight and m.a.weight.shape == (12, 7) and m.out.weight is m.emb.weight
+    assert torch.equal(small(x), back(x))
