@@ -50,10 +50,12 @@ def _shapes(model, xb, graph):
 
 def _alone(m, shape, rows, cols):
     "(a copy of layer `m` with so many outputs and inputs, a random input for it)."
-    new, shape = copied(m), list(shape)
-    grouped = getattr(m, 'groups', 1) > 1
-    surgery._cut(new, torch.arange(rows), None if grouped else torch.arange(cols))
-    shape[channel_dim(m)] = rows if grouped else cols
+    new, shape, groups = copied(m), list(shape), getattr(m, 'groups', 1)
+    if groups > 1: # whole groups go, as near to `rows` as they come
+        each = len(m.weight)//groups; new.groups = max(1, round(rows/each))
+        rows, cols = new.groups*each, new.groups*m.weight.shape[1]
+    surgery._cut(new, torch.arange(rows), None if groups > 1 else torch.arange(cols))
+    shape[channel_dim(m)] = cols
     p = m.weight
     return new, torch.randn(shape, generator=generator(0)).to(p.device, p.dtype)
 
