@@ -422,7 +422,7 @@ def allocate(scores:Scores,       # what to rank
              *, threshold:float=None, # instead of `sparsity`: remove units whose score is below it
              pattern:str=None,    # instead: 'N:M', of every M weights along the inputs the best N stay
              scope:str='global',  # one ranking, or the same share: 'global' | 'layer' | 'output' (row); or a 'budget'
-             of:str=None,         # counts 'units' | 'params' | 'macs' | 'network' | 'latency'; None: see below
+             of:str=None,         # counts the candidates' 'units', 'params', 'macs'; 'network', 'latency'; None: below
              tied:bool=True,      # rank channels that can only go together as one
              reduce:str='mean',   # score of a tie from its members: 'mean' | 'sum' | 'max' | 'min'
              caps=None,           # largest sparsity per layer, in [0, 1] or {layer: fraction}; 1 = no cap

@@ -86,13 +86,14 @@ def plot_study(df,        # rows with accuracy, lo and hi, such as those of `one
               ):
     "Accuracy in % with its interval against `x`, in % too where it is a share, one line per `by`; returns the figure."
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
+    if new := ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
     full, tint = _full(x), colours(df[by])
     for name,d in df.groupby(by, sort=False):
         ax.errorbar(d[x]*100/full if full else d[x], 100*d.accuracy, [100*(d.accuracy-d.lo), 100*(d.hi-d.accuracy)],
                     marker='.', capsize=2, lw=1, color=tint[name], label=name)
     ax.set(xlabel=_titled(x), ylabel='accuracy, %'); ax.legend(fontsize=7, ncol=2)
-    plt.close(ax.figure); return ax.figure
+    if new: plt.close(ax.figure)
+    return ax.figure
 
 # %% ../nbs/21_analysis.ipynb #check-same
 def _check_same(learn, dls, masks):

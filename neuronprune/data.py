@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'LIMIT', 'random_crop', 'random_flip', 'cutout', 'random_rotate', 'augmentations', 'Prep', 'resize',
-           'ImageDL', 'store', 'dl_record', 'get_dls', 'balanced', 'OneBatch', 'calib_batch']
+           'ImageDL', 'store', 'dl_record', 'get_dls', 'balanced', 'in_order', 'OneBatch', 'calib_batch']
 
 # %% ../nbs/01_data.ipynb #import-csv-hashlib-os-from-col
 from contextlib import nullcontext
@@ -348,16 +348,20 @@ def _pair(b, n_inp=None):
         raise ValueError(f"dls: the labels of a batch are a {type(y).__name__}; expected a tensor of class labels [n]")
     return xs[0] if len(xs) == 1 else tuple(xs),y
 
-def _batches(dl):
-    "The batches of a foreign loader in a fixed order, un-augmented where the data set can be told."
-    n_inp = getattr(dl, 'n_inp', None)
+def in_order(dl # a loader
+            ): # generator
+    "Its batches in a fixed order, un-augmented where the data set can be told."
     if isinstance(dl, TorchLoader):
         dl = TorchLoader(dl.dataset, batch_size=dl.batch_size or 64, collate_fn=dl.collate_fn,
                          num_workers=dl.num_workers)
     elif hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)
     quiet = getattr(getattr(dl, 'dataset', None), 'set_split_idx', None)
     with quiet(1) if quiet else nullcontext():
-        for b in dl: yield _pair(b, n_inp)
+        yield from dl
+
+def _batches(dl):
+    "The batches of a foreign loader as pairs, `in_order`."
+    for b in in_order(dl): yield _pair(b, getattr(dl, 'n_inp', None))
 
 # %% ../nbs/01_data.ipynb #fetch
 def _fetch(dl, idx):

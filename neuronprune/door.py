@@ -363,11 +363,15 @@ def _by_name(k):
 # %% ../nbs/00a_door.ipynb #objects
 _FRACTIONS = _each(partial(check_fraction, open_hi=False), 'a list of fractions', fewest=1)
 
+def _record(k, v):
+    "Rule: a record, or a result that has one."
+    _a('Report', 'or what prune returns')(k, getattr(v, 'report', v))
+
 _OBJECTS = {
     'model': _network, 'dense': _model, 'learn': _learner, 'model_or_learn': _model_or_learn, 'dls': _dls, 'dl': _dl,
     'xb': _batch, 'yb': _labels, 'device': _device, 'mask': _mask, 'scores': _a('Scores', 'as a method returns'),
     'graph': _graph, 'g': _graph, 'df': _a('DataFrame', 'a table of results'), 'score': _function,
-    'reports': _each(_a('Report'), 'a list of records', fewest=1)}
+    'reports': _each(_record, 'a list of records', fewest=1)}
 
 # %% ../nbs/00a_door.ipynb #dicts
 _DICTS = {

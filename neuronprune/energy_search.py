@@ -143,7 +143,7 @@ def _check_scoring(backend, bn, frac, ising):
 # %% ../nbs/14d_energy_search.ipynb #search-known
 def _known_search(args):
     "`args`, which `Search` must know and find right."
-    for k in args: check_choice('argument of Search', k, 'n_pop sparsity p0 op base flip cr p_min rescore seed'.split())
+    for k in args: check_choice('Search: argument', k, 'n_pop sparsity p0 op base flip cr p_min rescore seed'.split())
     Search(8, **args)
     return args
 

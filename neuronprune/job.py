@@ -15,9 +15,11 @@ from .core import *
 from .files import *
 from .masks import *
 from .budget import size_list
+from .fingerprint import digest
 from .parameters import PARAMETERS, PRUNING, SOURCE, check_values, complete, settled
-from .pipeline import Result, digest, prune, rehearsed
+from .pipeline import Result, prune, rehearsed
 from .report import Report
+from .scoring import shortened
 from .sources import Source, zoo
 
 # %% ../nbs/22b_job.ipynb #job
@@ -103,7 +105,8 @@ def rehearse(self:Job, out='runs' # where the results will go
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning) # the run says the same
             rehearsed(self.source.raw(p['seed']), p['method'],
-                      **{**_prune_args(p), 'at': 'trained', 'fit_args': {}, **methods()[p['method']].quick})
+                      **{**_prune_args(p), 'at': 'trained', 'fit_args': {},
+                         **shortened(methods()[p['method']], p['method_args'])})
     except (ValueError, TypeError) as e: raise type(e)(f"{self.params['name']}: {e}") from e
 
 # %% ../nbs/22b_job.ipynb #bounds

@@ -167,7 +167,7 @@ def _panels(n, width=3.2, height=2.6):
 @public
 def plot(self:Scores, n_max:int=4 # most block matrices drawn
         ):
-    "Sorted scores per layer, or the block matrices of `unit='group'`; returns the figure."
+    "Sorted scores per layer, or the block matrices of `unit='group'`; returns the figure, which a cell shows last."
     import matplotlib.pyplot as plt
     if self.unit == 'group':
         fig, axs = _panels(min(len(self), n_max))
@@ -272,7 +272,7 @@ def frame(self:Mask):
 @patch
 @public
 def plot(self:Mask):
-    "Percentage of units kept in each layer; returns the figure."
+    "Percentage of units kept in each layer; returns the figure, which a cell shows last."
     import matplotlib.pyplot as plt
     f = self.frame(); fig, (ax,) = _panels(1, 6, min(1.2+.25*len(f), 9)); y = np.arange(len(f))
     ax.barh(y, 100, color='#e4e4e4'); ax.barh(y, 100*f.kept/f.units, color='#33638d')

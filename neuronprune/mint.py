@@ -345,7 +345,7 @@ def _scores(model, graph, rho, groups, acts, clip, start, skipped, meta):
                   tiebreak=size, secs=time.perf_counter()-start, meta=meta, skipped=skipped)
 
 # %% ../nbs/13_mint.ipynb #check-score
-def _check_score(dls, estimator, tap, grouping, compat, n_groups, **flags):
+def _check_score(dls, n, estimator, tap, grouping, compat, n_groups, **flags):
     "Raises for arguments of `score` that would stop it later."
     if dls is None: raise ValueError("dls=None: mint looks at activations; pass the DataLoaders of get_dls")
     check_choice('estimator', estimator, ESTIMATORS)
@@ -353,7 +353,7 @@ def _check_score(dls, estimator, tap, grouping, compat, n_groups, **flags):
     check_choice('compat', compat, (None, 'released'))
     check_groups(n_groups)
     for k,v in flags.items(): check_type(k, v, bool)
-    own = dict(estimator=(estimator, 'cgmi'), tap=(tap, 'child_input'), grouping=(grouping, 'contiguous'),
+    own = dict(n=(n, None), estimator=(estimator, 'cgmi'), tap=(tap, 'child_input'), grouping=(grouping, 'contiguous'),
                **{k:(v, False) for k,v in flags.items()})
     set_ = [k for k,(v,usual) in own.items() if v != usual]
     if compat and set_:
@@ -382,7 +382,8 @@ def cut(scores:Scores,       # from `score`
 def score(model:nn.Module,  # trained network; left as found
           dls=None,         # DataLoaders; the images come from the training part, un-augmented, as in the paper
           *, graph=None,    # `Graph` of the model, None = traced here
-          n_per_class:int=None, # images per class, None = 250 or the smallest class
+          n_per_class:int=None, # images per class; None (and no `n`) = 250 or the smallest class
+          n:int=None,       # instead: so many images, whatever their class
           n_groups=None,    # (parent groups, child groups), 'each' = every channel by itself, None = 20 or the width
           grouping:str='contiguous', # 'contiguous' (the paper), 'kmeans' on the activations, or 'random'
           estimator:str='cgmi', # 'cgmi': given the others (the paper), 'gmi': without, 'contribution': what is sent
@@ -400,10 +401,10 @@ def score(model:nn.Module,  # trained network; left as found
           progress:bool=False # show a bar?
          )->Scores:
     "Dependency of child group k on parent group g, float32 [K, G] per layer; `meta` has standard errors, dead groups."
-    _check_score(dls, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
+    _check_score(dls, n, estimator, tap, grouping, compat, n_groups, calibrate=calibrate, weighted=weighted, clip=clip)
     if compat: return _released(model, dls, graph, n_per_class, n_groups, layers, seed, progress)
     start = time.perf_counter()
-    xb, yb = batch_for(model, dls, 'mint', n_per_class, split='train', seed=seed, classes=False)
+    xb, yb = batch_for(model, dls, 'mint', n_per_class, n, split='train', seed=seed, classes=False)
     graph = traced(model, dls, graph)
     names, skipped = block_layers(graph, layers)
     if not names:
@@ -413,7 +414,7 @@ def score(model:nn.Module,  # trained network; left as found
     groups = {n:block_labels(graph, n, n_groups, grouping, seed, *acts[n][:2]) for n in names}
     pairs = {n:_arrays(model.get_submodule(n), *acts[n], *groups[n]) for n in names}
     rho = dependencies(pairs, estimator, n_trials, seed, calibrate, max_mem, n_jobs, cache, progress)
-    most = int(yb.bincount().max()) if yb.ndim == 1 and yb.dtype == torch.int64 else None
+    most = int(yb.bincount().max()) if n is None and yb.ndim == 1 and yb.dtype == torch.int64 else None
     meta = dict(estimator=estimator, n=len(yb), n_per_class=most, split='train', n_trials=n_trials, calibrate=calibrate,
                 weighted=weighted, clip=clip, tap=tap, grouping=grouping, seed=seed)
     return _scores(model, graph, rho, groups, acts, clip, start, skipped, meta)

@@ -316,7 +316,7 @@ def _own(name, kw):
     "The network's own arguments, checked."
     known = own_args(name)
     if kw and not known: raise ValueError(f"{next(iter(kw))}: {name} takes no arguments of its own; expected none")
-    for k in kw: check_choice(f'argument of {name}', k, known)
+    for k in kw: check_choice(f'{name}: argument', k, known)
     return {k:_RULES[k](k, v) for k,v in kw.items()}
 
 # %% ../nbs/02_models.ipynb #make
@@ -398,7 +398,7 @@ def build(name:str,        # a name of `models()`, 'torchvision/â€¦' or 'timm/â€
     how it was built."""
     for k,v in dict(c_in=c_in, n_out=n_out, size=size).items(): check_int(k, v, 1)
     if '/' in name:
-        for k in kw: check_choice(f'argument of {name}', k, ())
+        for k in kw: check_choice(f'{name}: argument', k, ())
         with nullcontext() if seed is None else seed_everything(seed):
             model = init_weights(_from_library(name, c_in, n_out, size, weights), init)
         model.spec = dict(name=name, c_in=c_in, n_out=n_out, size=size)

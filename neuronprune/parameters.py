@@ -56,9 +56,9 @@ PRUNING = dict(
     rewind=(object, None, 'weights to train from: none, init, sign, redraw or an epoch, None is as the method prefers'),
     fine_tune_epochs=(int, 5, 'training after every cut'),
     fine_tunes=(int, None, 'how many of the sizes are followed by training, None is all'),
-    tune_args=(dict, {}, 'what that training does differently: lr, wd, arguments of fit'),
+    tune_args=(dict, {}, 'what that training does differently: lr, wd, teacher (temperature, alpha), arguments of fit'),
     method_args=(dict, {}, 'further arguments of the method and of its allocator'),
-    shrink=(object, None, 'False, True or each, None is True, with sizes each'),
+    shrink=(object, None, 'False, True (after training at full size), each (before it); None is True, with sizes each'),
     channel_form=(bool, True, 'spend the scores of blocks on whole channels too'),
     seed=(int, 0, 'of the network, its training and the method'))
 

@@ -6,7 +6,7 @@
 __all__ = ['CACHE', 'FEW', 'SUPPORTED', 'EPS', 'sensitivity', 'sensitivities', 'calib_size', 'sipp_cut', 'sipp', 'pfp']
 
 # %% ../nbs/12_provable.ipynb #import-math-time-import-torch
-import math, time
+import itertools, math, time
 import torch, torch.nn.functional as F
 from torch import nn
 from .core import (UnsupportedLayerError, check_batch, check_choice, check_finite, check_fraction,
@@ -37,11 +37,15 @@ def _sides(m):
     return w.clamp(min=0), (-w).clamp(min=0)
 
 # %% ../nbs/12_provable.ipynb #cache-dict-cpu-2-20-other-2-26
-CACHE = dict(cpu=2**20, other=2**26) # elements of a block
+CACHE = dict(cpu=2**18, other=2**26) # elements of a block; columns of 64 blocks at a time
 FEW = 64
 
 # %% ../nbs/12_provable.ipynb #room
 def _room(x): return CACHE['cpu' if x.device.type == 'cpu' else 'other']
+
+def _few_images(m, a):
+    "The inputs `a` of layer `m` in parts of so many images that their columns are no more than 64 blocks."
+    return a.split(max(1, 64*_room(a)//_columns(m, a[:1]).numel()))
 
 # %% ../nbs/12_provable.ipynb #max-inner
 def _max_inner(r, a):
@@ -54,13 +58,13 @@ def _max_inner(r, a):
 def _max_outer(r, a):
     "max over n of r[n, g, o] a[n, g, k] -> [g, o, k]."
     (n, g, n_o), n_k = r.shape, a.shape[-1]
-    room = _room(a)//(g*n_k)
+    k_step = max(1, min(n_k, _room(a)//(512*g))); room = _room(a)//(g*k_step)
     o_step = max(1, min(n_o, room//64)); n_step = max(64, room//o_step)
     res = a.new_zeros(g, n_o, n_k)
-    for j in range(0, n_o, o_step):
-        part = res[:, j:j+o_step]
+    for j,l in itertools.product(range(0, n_o, o_step), range(0, n_k, k_step)):
+        part, b = res[:, j:j+o_step, l:l+k_step], a[..., l:l+k_step]
         for i in range(0, n, n_step):
-            torch.maximum(part, (r[i:i+n_step, :, j:j+o_step, None]*a[i:i+n_step, :, None]).amax(0), out=part)
+            torch.maximum(part, (r[i:i+n_step, :, j:j+o_step, None]*b[i:i+n_step, :, None]).amax(0), out=part)
     return res
 
 # %% ../nbs/12_provable.ipynb #mean-product
@@ -96,11 +100,13 @@ def _products(cols, w, reduce):
 @torch.no_grad()
 def _sensitivity(m, a, reduce):
     "Reduction -> largest shares [like the weight] over the inputs `a`."
-    halves = []
-    for cols in map(lambda h: _columns(m, h.float()), _halves(a)):
-        parts = [(w, _products(cols, w, reduce)) for w in _sides(m)]
-        halves.append({o:sum(w*p[o] for w,p in parts) for o in reduce})
-    return {o:torch.stack([h[o] for h in halves]).amax(0).view(m.weight.shape) for o in reduce}
+    sides, best = _sides(m), {}
+    for h in (h for few in _few_images(m, a) for h in _halves(few)):
+        cols = _columns(m, h.float())
+        for i,w in enumerate(sides):
+            for o,p in _products(cols, w, reduce).items():
+                best[o, i] = torch.maximum(p, best[o, i]) if (o, i) in best else p
+    return {o:sum(w*best[o, i] for i,w in enumerate(sides)).view(m.weight.shape) for o in reduce}
 
 # %% ../nbs/12_provable.ipynb #sensitivity-2
 @public

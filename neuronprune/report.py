@@ -361,13 +361,18 @@ def verdict(a:Evaluation, # the accuracy in question
     return 'higher' if a.accuracy > b.accuracy else 'lower'
 
 # %% ../nbs/07_report.ipynb #compare
+def _reports(reports):
+    "The records as a list, those of results taken out of them; `ValueError` if there are none."
+    res = [getattr(o, 'report', o) for o in reports]
+    if not res: raise ValueError("reports: empty; expected at least one Report")
+    return res
+
 @public
-def compare(reports # records
+def compare(reports # records, or results of `prune`
            )->pd.DataFrame:
     """One row per record, by its name or method: % removed, accuracies as k/n with intervals (else loss and metrics),
     verdict on the last accuracy against the dense one."""
-    reports = list(reports)
-    if not reports: raise ValueError("reports: empty; expected at least one Report")
+    reports = _reports(reports)
     count = lambda e: f'{e.k}/{e.n} = {100*e.accuracy:.1f} % [{100*e.lo:.1f}, {100*e.hi:.1f}]'
     show = lambda e: '–' if e is None else repr(e) if e.k is None else count(e)
     pct = lambda v: math.nan if v is None else round(100*v, 2)
@@ -382,7 +387,7 @@ def compare(reports # records
 
 # %% ../nbs/07_report.ipynb #plot_compare
 @public
-def plot_compare(reports, # records
+def plot_compare(reports, # records, or results of `prune`
                  x:str='params_removed', # field on the horizontal axis
                  ax=None  # matplotlib axes, None = a new figure
                 ):
@@ -390,7 +395,8 @@ def plot_compare(reports, # records
     the dense accuracy as a grey band; the loss where no right answers were counted. Returns the figure."""
     import matplotlib.pyplot as plt
     check_choice('x', x, (*_GROUPS['fraction removed'], 'compression', 'speedup_macs'))
-    if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
+    reports = _reports(reports)
+    if new := ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
     done = [r for r in reports if getattr(r, x) is not None and r.final]
     counted = all(e.k is not None for r in done for e in (r.final, r.before) if e)
     height = lambda e: (100*e.accuracy, 100*e.lo, 100*e.hi) if counted else (e.loss,)*3
@@ -404,7 +410,7 @@ def plot_compare(reports, # records
         ax.axhline(at, color='grey', lw=.8)
     ax.set(xlabel=_titled(x), ylabel='accuracy, % with 95 % interval' if counted else 'loss')
     ax.legend()
-    plt.close(ax.figure)
+    if new: plt.close(ax.figure)
     return ax.figure
 
 # %% ../nbs/07_report.ipynb #published

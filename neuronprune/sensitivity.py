@@ -234,7 +234,7 @@ def _plan(scores, sparsities, args):
     ss = [check_fraction('sparsities', s) for s in check_type('sparsities', sparsities, (list, tuple, np.ndarray))]
     if not ss or any(b <= a for a,b in zip([0., *ss], ss)):
         raise ValueError(f"sparsities={sparsities}: expected ascending fractions above 0")
-    for k in args: check_choice('argument of allocate', k, ('reduce', 'caps', 'round_to', 'min_keep', 'keep',
+    for k in args: check_choice('allocate: argument', k, ('reduce', 'caps', 'round_to', 'min_keep', 'keep',
                                                             'normalize', 'tied'))
     return {s:allocate(scores, s, scope='layer', **args) for s in ss}
 

@@ -15,7 +15,7 @@ from .files import *
 from .data import get_dls
 from .models import build
 from .parameters import PARAMETERS, SOURCE, check_values, complete, input_size, settled
-from .pipeline import digest
+from .fingerprint import digest
 from .train import as_learner, fit, learner
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner

@@ -17,7 +17,7 @@ from .core import *
 from .files import *
 from .job import Job, job
 from .parameters import PARAMETERS
-from .pipeline import digest
+from .fingerprint import digest
 from .report import Report
 from .sources import Source
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from .core import (as_found, check_choice, check_int, check_type, digesting, feed, mapped, seed_everything,
+from .core import (BATCHNORM, as_found,
+                              check_choice, check_int, check_type, digesting, feed, mapped, seed_everything,
                               tensors, public)
 from .evaluation import *
 from .evaluation import _named, _said, _shown
@@ -357,10 +358,22 @@ def _check_target(what, f, out, yb):
         raise ValueError(f"dls: {what} {_named(f)} cannot compare outputs {_said(out)} with labels yb "
                          f"{_said(yb)}: {e}; expected labels, loss_func= and metrics= that fit the network") from e
 
+# %% ../nbs/05_train.ipynb #momentum
+def _check_momentum(model):
+    "A warning that names the batch norms whose running statistics will not follow the training."
+    still = [k for k,m in model.named_modules()
+             if isinstance(m, BATCHNORM) and m.momentum == 0 and m.track_running_stats]
+    if not still: return
+    more = f' and {len(still)-3} more' if len(still) > 3 else ''
+    warnings.warn(f"fit: the batch norms {', '.join(map(repr, still[:3]))}{more} have momentum=0; they train with the "
+                  "statistics of their batches, and their running ones, which count afterwards, stay as they are. "
+                  "Expected a momentum such as 0.1, or a callback that leaves them in evaluation mode (BnFreeze)")
+
 # %% ../nbs/05_train.ipynb #try-batch
 def _try_batch(learn):
     "One batch through the network, loss and metrics before the first fit: do shapes and labels fit?"
     model = learn.model; dev = next((p.device for p in model.parameters()), torch.device('cpu'))
+    _check_momentum(model)
     xb, yb = split_batch(next(iter(learn.dls.train)), dev, getattr(learn.dls, 'n_inp', None))
     with as_found(model, train=False), torch.no_grad():
         with digesting(*tensors(xb)): out = feed(model, xb)

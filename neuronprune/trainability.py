@@ -149,14 +149,15 @@ def plot_similarity(df:pd.DataFrame, # from `similarity`
                    ):
     "Heat map of the cosines, the diagonal left white, the scale that of the pairs; returns the figure."
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(1.6+.36*len(df), 1.2+.3*len(df)), constrained_layout=True)
+    if new := ax is None: _, ax = plt.subplots(figsize=(1.6+.36*len(df), 1.2+.3*len(df)), constrained_layout=True)
     off = df.values.astype(float).copy(); np.fill_diagonal(off, np.nan)
     ax.figure.colorbar(ax.imshow(off, cmap='viridis'), ax=ax, label='cosine × 100')
     for i,j in zip(*np.nonzero(np.isfinite(off))) if len(df) <= 12 else ():
         ax.text(j, i, f'{off[i, j]:.0f}', ha='center', va='center', fontsize=6, color='w')
     ax.set(xticks=range(len(df)), yticks=range(len(df)), yticklabels=df.index)
     ax.set_xticklabels(df.index, rotation=90); ax.tick_params(labelsize=7)
-    plt.close(ax.figure); return ax.figure
+    if new: plt.close(ax.figure)
+    return ax.figure
 
 # %% ../nbs/15d_trainability.ipynb #early-losses
 class _Losses(Callback):
@@ -200,13 +201,14 @@ def plot_early_loss(df:pd.DataFrame, # from `early_loss`
                    ):
     "Training loss against iterations, a running mean, one line per rule; returns the figure."
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
+    if new := ax is None: _, ax = plt.subplots(figsize=(6, 3), constrained_layout=True)
     tint = colours(df.rule)
     for name,d in df.groupby('rule', sort=False):
         mean = d.loss.rolling(check_int('smooth', smooth, 1), min_periods=1).mean()
         ax.plot(d.iteration, mean, lw=1, color=tint[name], label=name)
     ax.set(xlabel='iteration', ylabel='training loss'); ax.legend(fontsize=7, ncol=2)
-    plt.close(ax.figure); return ax.figure
+    if new: plt.close(ax.figure)
+    return ax.figure
 
 # %% ../nbs/15d_trainability.ipynb #mute
 def _mute(keep, graph):
@@ -274,9 +276,10 @@ def plot_validation_size(df:pd.DataFrame, # from `validation_size`
                         ):
     "Score on the images searched on and on others against their number, in %, with the mean; returns the figure."
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(5, 2.6), constrained_layout=True)
+    if new := ax is None: _, ax = plt.subplots(figsize=(5, 2.6), constrained_layout=True)
     for k,c,name in (('score', '#33638d', 'searched on'), ('held_out', '#c44e52', 'held out')):
         ax.plot(df.images, 100*df[k], '.', color=c, alpha=.4)
         mean = df.groupby('images')[k].mean(); ax.plot(mean.index, 100*mean, color=c, label=name)
     ax.set(xscale='log', xlabel='images', ylabel='accuracy, %'); ax.legend(fontsize=7)
-    plt.close(ax.figure); return ax.figure
+    if new: plt.close(ax.figure)
+    return ax.figure

@@ -22,7 +22,7 @@ from .door import check_call
 from .ranks import unwrapped
 from .report import Report
 from .retrain import hold_within, replaced
-from .scoring import arguments, first_inputs, score_with, split_args, tested
+from .scoring import arguments, first_inputs, score_with, shortened, split_args, tested
 from .search_training import undisturbed
 
 # %% ../nbs/19c_while_training.ipynb #schedule
@@ -156,7 +156,7 @@ def begin(self:PruneCallback):
         raise ValueError("shrink='each': SaveModelCallback would load weights of other shapes; expected shrink=True")
     chain = Chain(learn, ask, first_inputs(learn))
     scores, _ = score_with(learn, ask.method, unit=ask.unit, graph=chain.graph, seed=ask.seed,
-                           **{**ask.method.quick, **ask.args})
+                           **{**shortened(ask.method, ask.args), **ask.args})
     chain.remember(scores)
     mask, _ = chain.cut_to(scores, self.size[0])
     if ask.shrink: surgery.shrink(learn.model, mask, chain.few)

@@ -1,7 +1,7 @@
 """What a mask did: rows that count right, attacks with known answers, calibration by hand.
 Nothing borrowed is left changed."""
 import copy, math
-import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
 from sklearn.calibration import calibration_curve
@@ -137,6 +137,7 @@ def test_plot_study_draws_what_the_rows_say():
     ax = plot_study(df, 'x').axes[0]; assert ax.get_legend_handles_labels()[1] == ['a', 'b'] and ax.get_xlabel() == 'x'
     assert ([l.get_ydata().tolist() for l in ax.lines if len(l.get_ydata()) == 2 and l.get_linestyle() == '-'][0]
             == [90, 70])
+    fig, ax = plt.subplots(); assert plot_study(df, 'x', ax=ax) is fig and plt.fignum_exists(fig.number); plt.close(fig)
 
 def test_shares_are_drawn_and_tabled_in_percent():
     df = pd.DataFrame(

@@ -3,7 +3,9 @@ import numpy as np, os, pytest, torch, warnings
 from hypothesis import given, settings, strategies as st
 from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import cdist
+from fastai.data.core import DataLoaders
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from neuronprune import mint
 from neuronprune.blocks import dead_units
 from neuronprune.core import UnsupportedLayerError, generator, layers, methods
@@ -14,6 +16,7 @@ from neuronprune.graph import trace
 from neuronprune.mint import (activations, cgmi, cut, dependencies, dependency, divergence, gmi, neighbours, pool_dists,
                               score, thirds)
 from neuronprune.mint_engine import sq_dists
+from neuronprune.scoring import shortened
 
 def cloud(seed, n, d): return np.random.default_rng(seed).normal(size=(n, d))
 
@@ -323,6 +326,19 @@ def test_dead_layer_is_flagged(dls, res):
     s = score(res, dls, n_per_class=5)
     assert ((s['fc'] == 0).all() and (s['out'] == 0).all()
             and s.meta['constant']['fc'] == dict(children=list(range(8)), parents=[]))
+
+def test_how_many_images_where_targets_are_no_classes():
+    g = generator(0); x = torch.randn(90, 6, generator=g); y = x[:, :1]*x[:, 1:2]
+    dls = DataLoaders(*[DataLoader(TensorDataset(x, y), 30) for _ in range(2)])
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    kw = dict(n_groups=(2, 2), n_trials=1)
+    assert [score(net, dls, n=n, **kw).meta['n'] for n in (30, 60)] == [30, 60]
+    a, b, other = (score(net, dls, n=30, seed=s, **kw) for s in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], other[k]) for k in a)
+    for bad,words in [(dict(n=91), 'n=91'), (dict(n=30, n_per_class=5), 'n_per_class'),
+                      (dict(n=30, compat='released'), 'n=30')]:
+        with pytest.raises(ValueError, match=words): score(net, dls, **bad, **kw)
+    assert shortened(methods()['mint'], dict(n=30)) == dict(n_trials=1)
 
 def test_reused_layer(dls):
     class Twice(nn.Module):

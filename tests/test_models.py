@@ -95,7 +95,7 @@ def test_option_a_still_fits_after_channels_are_gone():
                                        (lambda: build('resnet20', 3, head=(5,), size=32), 'head: resnet20 takes no'),
     (lambda: build('mlp', dropout=50), 'did you mean 0.5'), (lambda: build('mlp', dropout='a'), 'dropout'),
                                        (lambda: build('mlp', bias=1), 'bias'),
-                                       (lambda: build('mlp', widths=(3,)), 'argument of mlp'),
+                                       (lambda: build('mlp', widths=(3,)), "mlp: argument='widths'"),
     (lambda: build('lenet5', size=32, pool=3), 'pool=3'), (lambda: build('lenet5', ks=400), 'ks=400'), (lambda: build(
     'lenet5', ks=0), 'ks=0'), (lambda: build('basiccnn', widths=(3, 4), size=32), 'four numbers'),
     (lambda: build('densenet22', depth=23, size=32), 'depth=23'),

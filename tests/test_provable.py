@@ -78,6 +78,14 @@ def test_blocks_do_not_matter(monkeypatch, cache, few):
         torch.testing.assert_close(both[o], w, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(sensitivity(m, a, o), w, rtol=1e-5, atol=1e-7)
 
+def test_patches_of_all_images_are_never_there_at_once(monkeypatch):
+    import neuronprune.provable as pv
+    m, a, own, seen = nn.Conv2d(3, 4, 3), torch.randn(20, 3, 8, 8), pv._columns, []
+    monkeypatch.setitem(pv.CACHE, 'cpu', 64)
+    monkeypatch.setattr(pv, '_columns', lambda m, a: seen.append(own(m, a)) or seen[-1])
+    torch.testing.assert_close(sensitivity(m, a), brute(m, a, 'max'), rtol=1e-5, atol=1e-7)
+    assert max(o.numel() for o in seen) <= 64*64 < own(m, a).numel()
+
 def test_dead_inputs_dead_rows_and_half_precision():
     m = nn.Linear(4, 3); a = torch.rand(5, 4); a[:, 1] = 0
     with torch.no_grad(): m.weight[2] = 0

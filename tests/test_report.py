@@ -1,6 +1,7 @@
 """The record: counts by hand, memory identities, round trip, comparisons, published figures."""
 import copy, json, math
-import numpy as np, pytest, scipy.sparse, torch
+from types import SimpleNamespace
+import matplotlib.pyplot as plt, numpy as np, pytest, scipy.sparse, torch
 from torch import nn
 from neuronprune.shown import colours
 from neuronprune.masks import Mask, Scores
@@ -185,7 +186,21 @@ def test_tables_and_plots():
             and df['against before'].tolist() == ['no difference', '–'])
     plot_compare([r, empty])
     with pytest.raises(ValueError, match='reports'): compare([])
+    with pytest.raises(TypeError, match='Report, or what prune returns'): compare([r, 5])
     with pytest.raises(ValueError, match='x='): plot_compare([r], 'size')
+
+def test_results_are_compared_by_their_records():
+    rs = [report(name='a'), report(name='b')]; res = [SimpleNamespace(report=o) for o in rs]
+    assert compare(res).equals(compare(rs)) and compare([res[0], rs[1]]).equals(compare(rs))
+    at = lambda fig: [o[0].get_xydata().tolist() for o in fig.axes[0].containers]
+    assert at(plot_compare(res)) == at(plot_compare(rs))
+
+def test_a_figure_of_the_users_stays_open():
+    fig, (a, b) = plt.subplots(1, 2)
+    assert plot_compare([report()], ax=a) is fig and a.containers and not b.containers
+    assert fig.number in plt.get_fignums()
+    assert plot_compare([report()]).number not in plt.get_fignums()
+    plt.close(fig)
 
 def test_differs():
     a, b = Evaluation(175, 180), Evaluation(177, 180)

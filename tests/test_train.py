@@ -48,6 +48,15 @@ class Watch(MaskCallback):
     def after_step(self): self.most = max(self.most, revived(self.model, self.mask))
     def after_fit(self): pass
 
+def test_batch_norms_that_never_move_are_named_once():
+    frozen = net(); frozen[1].momentum = 0.
+    learn = learner(frozen, data()); said = lambda w: [str(o.message) for o in w if 'momentum=0' in str(o.message)]
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        fit(learn, 1); fine_tune(learn, random_mask(frozen), 1); fit(learner(net(), data()), 1)
+    assert len(said(w)) == 1 and "the batch norms '1' have momentum=0" in said(w)[0]
+    assert torch.equal(frozen[1].running_mean, torch.zeros(6))
+
 @pytest.mark.parametrize('opt,kw',
                          [('sgd', dict(momentum=.9, wd=1e-2)), ('sgd', dict(momentum=.9, nesterov=True, wd=0.)),
                           ('adamw', dict(wd=.1)), ('adam', dict(wd=1e-2)), ('rmsprop', dict(wd=0.)),

@@ -1,6 +1,6 @@
 """Why masks train: matrices whose scores are known, paths counted by hand and by brute force, runs that repeat."""
 import copy, itertools, math
-import numpy as np, pandas as pd, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -158,6 +158,8 @@ def test_groups_by_hand():
     got = grouped(df, dict(a='x', b='x', c='y', d='z'))
     assert got.loc['x'].tolist() == [1., 3., 4.] and got.loc['y', 'z'] == 6. and math.isnan(got.loc['y', 'y'])
     assert plot_similarity(df).axes[0].images
+    fig, ax = plt.subplots(); plot_similarity(df, ax)
+    assert ax.images and plt.fignum_exists(fig.number); plt.close(fig)
 
 # ---- the first iterations
 
