@@ -30,6 +30,7 @@ class _Asked:
     def __init__(self, model): self.forward = model.forward
     def __call__(self, *args, **kw): return args, kw
 
+# %% ../nbs/06f_handover.ipynb #bound
 def _bound(model, xb):
     "The batch as arguments of `model`: name -> value, in the order of its signature."
     args, kw = feed(_Asked(model), xb)
@@ -100,6 +101,7 @@ class Exported:
     inputs:dict      # name -> shape, open dimensions by name
     outputs:dict     # the same of what comes out
 
+# %% ../nbs/06f_handover.ipynb #to-onnx-2
 @public
 def to_onnx(model:nn.Module, # pruned or not; not changed
             xb,              # a batch of inputs: a tensor, a tuple or a dictionary
@@ -128,6 +130,7 @@ def _dependencies(model, xb):
         return tp.DependencyGraph().build_dependency(
             model, example_inputs=xb, forward_fn=lambda m, x: tensors(feed(m, x)), verbose=False)
 
+# %% ../nbs/06f_handover.ipynb #asked
 def _asked(dg, m, importance, n):
     "What `importance` says of the `n` outputs of module `m`: a tensor, or the reason why there is none."
     try:

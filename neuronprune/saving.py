@@ -30,6 +30,7 @@ def recipe(model:nn.Module # any
     except TypeError: return None
     return spec
 
+# %% ../nbs/06e_saving.ipynb #save-2
 @public
 def save(model:nn.Module, # pruned or not
          path             # file to write
@@ -83,6 +84,7 @@ def _check_shapes(model, state):
         if own[k].ndim != state[k].ndim or any(n > m for n,m in zip(state[k].shape, own[k].shape)):
             raise ValueError(f"{k}: shape {tuple(state[k].shape)}, but {tuple(own[k].shape)} in the unpruned network")
 
+# %% ../nbs/06e_saving.ipynb #check-runs
 def _check_runs(model, spec):
     "Raises unless the network takes what its spec says, and gives as many outputs; tried without memory."
     x, m = torch.empty(2, spec['c_in'], spec['size'], spec['size'], device='meta'), copied(model).to('meta')
@@ -110,6 +112,7 @@ def _narrowed(model, state, norms, widths):
         if (out, inp) != (None, None): _cut(m, out, inp)
     return model
 
+# %% ../nbs/06e_saving.ipynb #set-widths
 def _set_widths(model, widths):
     "Set the attributes that `shrink` had set; raises unless each is a whole number of the model already."
     for n,v in check_type('widths', widths, dict).items():

@@ -170,7 +170,9 @@ def _map(ax, rows, by, tied, fixed):
     "Layers down, sparsity across, what is lost as a colour; layers that cannot be cut are crossed out."
     wide = rows.pivot(index='layer', columns='sparsity', values=by).reindex(list(dict.fromkeys(rows.layer)))
     vals = np.full((len(wide)+len(fixed), wide.shape[1]), np.nan); vals[:len(wide)] = wide.to_numpy(float)
-    at = ax.imshow(vals, aspect='auto', cmap='viridis_r' if by == 'accuracy' else 'viridis')
+    logs = by == 'error' and np.nanmin(vals) > 0 # errors of layers differ by orders of magnitude
+    at = ax.imshow(vals, aspect='auto', cmap='viridis_r' if by == 'accuracy' else 'viridis',
+                   norm='log' if logs else None)
     ax.figure.colorbar(at, ax=ax, label=by if by == 'accuracy' else _TITLES[by])
     for i in range(len(wide), len(vals)):
         ax.text((vals.shape[1]-1)/2, i, 'cannot be cut', ha='center', va='center', fontsize=6, color='grey')

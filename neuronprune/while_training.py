@@ -36,6 +36,7 @@ def sparsities(sparsity:float, # of the last cut
     rel = ratios((sparsity-initial)/(1-initial), n, schedule)
     return [initial + (1-initial)*o for o in rel[:-1]] + [sparsity]
 
+# %% ../nbs/19c_while_training.ipynb #cut-steps
 def cut_steps(n:int,       # steps of the fit
               start:float, # fractions of the fit
               end:float,
@@ -85,6 +86,7 @@ def _scoring(name):
         raise ValueError(f"method={name!r}: is a search; expected a method that scores, or prune(learn, {name!r}, …)")
     return m
 
+# %% ../nbs/19c_while_training.ipynb #held-unit
 def _held_unit(unit):
     "`unit`; raises for ranks."
     if check_choice('unit', unit, ('weight', 'channel', 'group', 'rank')) != 'rank': return unit
@@ -129,6 +131,7 @@ def _named(model):
     "Name -> module or parameter."
     return {**{f'm {k}':m for k,m in model.named_modules()}, **{f'p {k}':p for k,p in model.named_parameters()}}
 
+# %% ../nbs/19c_while_training.ipynb #readdress-2
 def _readdress(learn, old, new):
     "Let attributes of the callbacks that are parts of `old`, or lists of them, be those of `new`."
     now, where = _named(new), {id(o):k for k,o in _named(old).items()}
@@ -181,6 +184,7 @@ def after_batch(self:PruneCallback):
     due = [o for o in self.todo if o[0] <= t]
     if due: self.todo = self.todo[len(due):]; self.cut(due[-1][1], t)
 
+# %% ../nbs/19c_while_training.ipynb #cut-2
 @patch
 def cut(self:PruneCallback, sparsity, t):
     "Score the network of now and narrow the mask to `sparsity`, after step `t`."
@@ -206,6 +210,7 @@ def after_fit(self:PruneCallback):
     if self.ask.shrink is True:
         with _at_work(self.learn, self.ask.seed): self.leave()
 
+# %% ../nbs/19c_while_training.ipynb #leave
 @patch
 def leave(self:PruneCallback):
     "Put the network without its zeros into the learner."
