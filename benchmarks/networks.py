@@ -10,7 +10,7 @@ Random weights, random norms (scales, shifts, running statistics), random channe
 seen, as a share of the largest output; in double precision where single does not reach 1e-5.
 `seconds`: processor time of trace and cut. Torch-Pruning checks nothing; `runs` says whether its result does."""
 import os
-os.environ.update(OMP_NUM_THREADS='2', HF_HUB_OFFLINE='1')
+os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 import argparse, copy, time, warnings
 import pandas as pd, torch, torchvision
 from torch import nn
@@ -39,7 +39,7 @@ def vision(name, side=224):
 def segmentation(): return torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None), image(96)
 def encoder():
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
-    return nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(64, 10)), torch.randn(2, 9, 64)
+    return nn.Sequential(nn.Linear(32, 64), nn.TransformerEncoder(layer, 2), nn.Linear(64, 10)), torch.randn(2, 9, 32)
 def timm(name, side=224):
     def make():
         import timm as package

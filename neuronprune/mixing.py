@@ -20,10 +20,13 @@ def _sign(probe, n, b, sign):
 
 @patch
 @torch.enable_grad()
-def depends(self:Probe, asked, rows, sign=None):
-    "Layer -> bool [rows, channels]: on what do the slots `asked` (place -> bool [rows, slots]) depend, row by row?"
-    leaf = {n:_sign(self, n, b, sign).expand(rows, *b.shape).clone().requires_grad_() for n,b in self.base.items()}
-    self.say = lambda n, m, x: self.laid(n, leaf[n]*1) if n in leaf else self._first(n, m, x)
+def depends(self:Probe, asked, rows, sign=None, among=None):
+    """Layer -> bool [rows, channels]: on what do the slots `asked` (place -> bool [rows, slots]) depend, row by row?
+    Only the layers `among` are asked, all by default."""
+    leaf = {n:_sign(self, n, self.base[n], sign).expand(rows, *self.base[n].shape).clone().requires_grad_()
+            for n in among or self.base}
+    other = self.lifting({}, sign).say
+    self.say = lambda n, m, x: self.laid(n, leaf[n]*1) if n in leaf else other(n, m, x)
     self.run(rows); seen = {k:self.rows_of(k) for k in asked}
     y = sum((x*self.table(x.shape, k)*asked[k].to(x)[..., None]).sum() for k,x in seen.items())
     grads = torch.autograd.grad(y, list(leaf.values()), allow_unused=True)
@@ -54,11 +57,12 @@ def _any(parts):
     return res
 
 # %% ../nbs/02d_mixing.ipynb #grown-3
-def _grow(probe, slots, rows):
-    "(layer -> bool [rows, channels], place -> bool [rows, slots]): all that hangs together with `slots`, row by row."
+def _grow(probe, slots, rows, among=None):
+    """(layer -> bool [rows, channels], place -> bool [rows, slots]): all that hangs together with `slots`, row by row;
+    of the layers `among` only."""
     lift = {}
     for i in itertools.count(): # other signs every time, lest a product be zero by chance
-        lift = _any([lift, probe.depends(slots, rows, i or None)])
+        lift = _any([lift, probe.depends(slots, rows, i or None, among)])
         more = _any([slots, probe.moves(lift, list(slots), rows, i or None)])
         if i and all(torch.equal(more[k], slots[k]) for k in slots): return lift, slots
         slots = more
@@ -83,8 +87,9 @@ def _seeds(left, rows):
 def _parts(probe, places, layers, rows, limit=40):
     "Place -> blocks, each a bool vector over its slots and then over the channels of its layers; None = too many."
     n = {k:len(v) for k,v in places.items()}; found, left = {k:[] for k in places}, dict(places)
+    among = list(dict.fromkeys(o for k in places for o in layers[k]))
     for _ in range(limit):
-        lift, slots = _grow(probe, {k:_seeds(v, rows) for k,v in left.items() if v.any()}, rows)
+        lift, slots = _grow(probe, {k:_seeds(v, rows) for k,v in left.items() if v.any()}, rows, among)
         for k,s in slots.items():
             own = [lift.get(o, torch.zeros(rows, probe.n_out[o], dtype=torch.bool)) for o in layers[k]]
             found[k] = _joined(torch.stack([*found[k], *torch.cat([s, *own], 1)]))

@@ -107,6 +107,14 @@ def test_the_blocks_are_those_of_brute_force(name):
             assert set(slots[moved].tolist()) <= {int(ids[c])}
     h.remove()
 
+@pytest.mark.parametrize('sign', (None, 1))
+def test_layers_that_are_not_asked_change_no_answer(sign):
+    probe = probing(net(Separate()), x()); asked = {'1.o': torch.eye(12, dtype=torch.bool)}
+    whole = probe.depends(asked, 12, sign); some = probe.depends(asked, 12, sign, ['1.v', '1.q'])
+    assert {*some} == {'1.v', '1.q'} < {*whole} and all(torch.equal(v, whole[n]) for n,v in some.items())
+    assert not whole.get('0', torch.zeros(1)).any() # the layers between stand for it
+    assert torch.equal(some['1.v'], torch.eye(12, dtype=torch.bool))
+
 def test_one_row_of_a_head_that_dies_takes_nothing_with_it():
     m = net(Separate()); g = trace(m, x()); gen = generator(0)
     units = {n:torch.rand(l.weight.shape, generator=gen) for n,l in ((n, m.get_submodule(n)) for n in g.layers)}

@@ -9,6 +9,7 @@ from neuronprune.energy_sliced import _vectors
 from neuronprune.energy_units import bits_of
 from neuronprune.graph import Graph, trace
 from neuronprune.masks import Mask, Scores
+from neuronprune.rehearsal import _chosen, thin
 from neuronprune.retrain import _slice
 from neuronprune.surgery import apply, difference, load, plan, save, shrink
 from neuronprune.tables import axis, candidates, followed
@@ -139,6 +140,22 @@ def test_slots_against_the_jacobian():
             if chan is not None and d == 1: assert torch.equal(chan, torch.where(used.any(0), to, -1))
         J[0, 0, to[0]-1] = 1.; J[0, 0, to[0]] = 1.; got = followed([J@s**k for k in range(3)], n)
         assert got[0, 0] == -2 and axis(got) is None
+
+@pytest.mark.parametrize('shape', ((4,), (1, 4), (3, 4), (2, 4, 5), (2, 3, 4), (0, 4), (2, 4, 3, 1)))
+@pytest.mark.parametrize('kept', ([1, 0, 1, 1], [0, 0, 0, 0]))
+def test_thin_takes_what_indices_take(shape, kept):
+    "In every order of memory."
+    t, keep, d = torch.rand(shape, generator=generator(0)), torch.tensor(kept).bool(), shape.index(4)
+    for o in (t, t.transpose(0, -1).contiguous().transpose(0, -1), t[:1].expand(len(t), *shape[1:]) if d else t):
+        cut, zero = thin(o, d, keep, True), thin(o, d, keep, False)
+        assert torch.equal(cut, o.index_select(d, keep.nonzero()[:, 0]))
+        assert torch.equal(zero.index_select(d, keep.nonzero()[:, 0]), cut)
+        assert not zero.index_select(d, (~keep).nonzero()[:, 0]).any()
+
+def test_slots_are_chosen_in_either_layout():
+    keep = torch.tensor([1, 0, 1, 1, 0]).bool()
+    for v in (torch.rand(2, 5, 7), torch.rand(2, 7, 5).movedim(1, 2), torch.rand(2, 5, 1), torch.rand(2, 1, 5).mT):
+        assert torch.equal(_chosen(v, keep), v[:, keep])
 
 def test_candidates():
     class Odd(nn.Module):
