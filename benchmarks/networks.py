@@ -67,8 +67,10 @@ NETWORKS = dict(
                             num_attention_heads=4, num_key_value_heads=2)))
 
 def randomised(model, seed):
-    "The model with norms that are not the identity, in evaluation mode."
+    "The model with norms that are not the identity and heads that are not zero, in evaluation mode."
     g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.ndim > 1 and not p.any(): p.data = torch.randn(p.shape, generator=g)*.02
     for m in model.modules():
         if not hasattr(m, 'running_mean') and 'Norm' not in type(m).__name__: continue
         for k,p in [*m._parameters.items(), *m._buffers.items()]:

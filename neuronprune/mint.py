@@ -376,6 +376,14 @@ def cut(scores:Scores,       # from `score`
     return allocate(scores, sparsity, threshold=threshold, scope=scope, of=of, caps=caps,
                     min_keep=min_keep_parents_per_child, keep=keep)
 
+# %% ../nbs/13_mint.ipynb #pairs-of
+def _pairs_of(model, graph, layers):
+    "What `block_layers` gives; `UnsupportedLayerError` with the reasons where that is no layer."
+    names, skipped = block_layers(graph, layers)
+    if names: return names, skipped
+    raise UnsupportedLayerError(f"model={type(model).__name__}: no pair of layers to compare "
+                                f"({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
+
 # %% ../nbs/13_mint.ipynb #score
 @method('mint', unit='group', needs=('data','labels'), at='trained', rewind='none', allocate=cut,
         paper='Ganesh, Corso & Sekeh, ICPR 2020', quick=dict(n_per_class=10, n_trials=1))
@@ -406,10 +414,7 @@ def score(model:nn.Module,  # trained network; left as found
     start = time.perf_counter()
     xb, yb = batch_for(model, dls, 'mint', n_per_class, n, split='train', seed=seed, classes=False)
     graph = traced(model, dls, graph)
-    names, skipped = block_layers(graph, layers)
-    if not names:
-        raise UnsupportedLayerError(f"model={type(model).__name__}: no pair of layers to compare "
-                                    f"({'; '.join(f'{k}: {v}' for k,v in skipped.items())})")
+    names, skipped = _pairs_of(model, graph, layers)
     acts = _acts_of(model, graph, names, xb, tap, estimator == 'contribution')
     groups = {n:block_labels(graph, n, n_groups, grouping, seed, *acts[n][:2]) for n in names}
     pairs = {n:_arrays(model.get_submodule(n), *acts[n], *groups[n]) for n in names}
