@@ -349,7 +349,7 @@ def test_what_a_folder_is_known_by(dls, tmp_path):
     with pytest.raises(ValueError, match='other shapes'):
         prune(start(dls, 'mlp'), 'magnitude', sizes=[.5], fine_tune_epochs=1, latency=False, folder=tmp_path)
     other = get_dls('digits', n_train=320, seed=5); learn = start(dls); learn.dls = other
-    with pytest.raises(ValueError, match='other data'):
+    with pytest.raises(ValueError, match='other validation data'):
         prune(learn, 'magnitude', sizes=[.5], fine_tune_epochs=1, latency=False, folder=tmp_path)
 
 @pytest.mark.parametrize('name', ['size001', 'mask001', 'state001', 'rows'])
