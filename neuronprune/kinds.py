@@ -21,6 +21,7 @@ _STATS = ('weight', 'bias', 'running_mean', 'running_var')
 Wide = namedtuple('Wide', 'kind dim eps plus', defaults=(0,)) # 'layer', 'rms' or 'group'; where the channels are; added
 # to the variance, None = what suits the dtype; added to the weight
 
+# %% ../nbs/02a_kinds.ipynb #normed-2
 def normed(x:torch.Tensor, # any shape
            dim,            # one or several dimensions
            eps:float,      # added to the variance
@@ -82,6 +83,7 @@ def is_norm(m:nn.Module # any module
     return (isinstance(m, NORMS) or len(frozen) == 4 and len({v.shape for v in frozen.values()}) == 1
             and frozen['weight'].ndim == 1)
 
+# %% ../nbs/02a_kinds.ipynb #norm-width
 def norm_width(m:nn.Module # a norm
               )->int:
     "Number of its channels."
@@ -143,6 +145,7 @@ def _halved(m, rows, columns):
     setattr(res, names[0], len(res.weight)); setattr(res, names[1], res.weight.shape[1]*getattr(res, 'groups', 1))
     return res
 
+# %% ../nbs/02a_kinds.ipynb #bends
 @torch.no_grad()
 def _bends(m):
     "Which of 'rows' and 'columns' of layer `m` cannot be cut, because of a `forward` of its own."

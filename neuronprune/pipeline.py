@@ -378,8 +378,7 @@ def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; ch
     if done: return _done(chain, reports, folder)
     before = tested(learn)
     if reports: chain.resume(len(reports)-1, folder)
-    reports = _loop(chain, before, latency, folder, about)
-    res = _result(chain, reports)
+    res = _result(chain, _loop(chain, before, latency, folder, about))
     if folder is not None: res.save(folder)
     return res
 

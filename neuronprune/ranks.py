@@ -37,6 +37,7 @@ def bare(model:nn.Module # in a wrapper for several devices, or not
     "The network inside of its wrapper, or `model` itself."
     return model.module if isinstance(model, _WRAPPERS) else model
 
+# %% ../nbs/04b_ranks.ipynb #wrapped-like
 def _wrapped_like(old, model):
     "`model` in a new wrapper of the kind of `old`."
     if isinstance(old, DataParallel): return DataParallel(model, old.device_ids or None)
@@ -79,6 +80,7 @@ def levelled(learn # a `Learner`, in a wrapper or not
     for b in learn.model.buffers(): b.copy_(agreed(b))
     return learn
 
+# %% ../nbs/04b_ranks.ipynb #ranked
 @public
 @contextmanager
 def ranked(learn:object, # a `Learner`; the same on every rank
