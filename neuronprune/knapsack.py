@@ -7,7 +7,7 @@ __all__ = ['Choice', 'choices', 'Bill', 'bill_of', 'solve', 'budgeted']
 
 # %% ../nbs/21c_knapsack.ipynb #imports
 import itertools, time, warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 import highspy, numpy as np, torch
 from .core import *
@@ -193,19 +193,22 @@ def _highs(rows, n, losses, options):
     return h
 
 # %% ../nbs/21c_knapsack.ipynb #start
-def _alike(bill, limit):
-    "The choice in which all are cut by equal steps of their widths, as few as the budget allows, or the narrowest."
-    sizes = [len(o)-1 for o in bill.own]
-    steps = ([round(i/100*n) for n in sizes] for i in range(101))
-    return next((p for p in steps if bill.total(p) <= limit), sizes)
+def _beside(bill):
+    "For every choice [(another, cost of the pair [its own widths, the other's])]."
+    res = [[] for _ in bill.own]
+    for (t,u),v in bill.pairs.items(): res[t].append((u, v)); res[u].append((t, v.T))
+    return res
 
-def _begin(h, bill, first, n, picked):
-    "Tell HiGHS of a choice."
-    x = np.zeros(n); x[first[:-1]+picked] = 1
-    at, sol = first[-1], highspy.HighsSolution()
-    for (t,u),v in bill.pairs.items(): x[at+picked[t]*v.shape[1]+picked[u]] = 1; at += v.size
-    sol.col_value = x.tolist()
-    _ask(h, 'setSolution', sol)
+def _priced(bill, losses, price, beside, rounds=50):
+    "A choice whose loss + `price`·cost no change of one width betters."
+    picked = [0]*len(losses)
+    for _ in range(rounds):
+        was = list(picked)
+        for t,own in enumerate(bill.own):
+            cost = sum((v[:,picked[u]] for u,v in beside[t]), own)
+            picked[t] = int((losses[t]+price*cost).argmin())
+        if picked == was: break
+    return picked
 
 # %% ../nbs/21c_knapsack.ipynb #widen
 def _widened(bill, offer, picked, limit):
@@ -220,25 +223,75 @@ def _widened(bill, offer, picked, limit):
         if not steps: return picked
         _, t, cost = max(steps); picked[t] -= 1
 
+# %% ../nbs/21c_knapsack.ipynb #bought
+def _loss(offer, picked): return float(sum(o.loss[i] for o,i in zip(offer, picked)))
+
+def _bought(bill, offer, limit, tries=24):
+    "A choice within `limit` with little loss: the best at any price that was tried, widened; the narrowest if none fits."
+    losses, beside, best = [o.loss for o in offer], _beside(bill), [len(o)-1 for o in bill.own]
+    lo, hi, price = 0., np.inf, (sum(o.max() for o in losses) or 1.)/limit
+    for _ in range(tries):
+        picked = _priced(bill, losses, price, beside)
+        if bill.total(picked) <= limit: hi, best = price, min(best, picked, key=lambda p: _loss(offer, p))
+        else: lo = price
+        price = 4*price if hi == np.inf else (lo+hi)/2 if lo else price/4
+    return _widened(bill, offer, best, limit)
+
+# %% ../nbs/21c_knapsack.ipynb #relaxed
+def _extra(bill, first, dual):
+    "For every choice what each of its widths adds at least to the bound, from the reduced costs `dual` of the columns."
+    own = [dual[a:b] for a,b in zip(first, first[1:])]; at, res = first[-1], [o.copy() for o in own]
+    shared = [o/max(1, len(p)) for o,p in zip(own, _beside(bill))]
+    for (t,u),v in bill.pairs.items():
+        z = dual[at:at+v.size].reshape(v.shape); at += v.size
+        res[t] += (z+shared[u]).min(1); res[u] += (z+shared[t][:,None]).min(0)
+    return res
+
+def _relaxed(bill, offer, limit, time_limit):
+    "(lower bound of the loss, what each width adds to it at least); bound 0 and nothing when the time is up."
+    losses = np.concatenate([o.loss for o in offer]); scale = losses.max() or 1.
+    rows, first = _program(bill, limit); options = dict(presolve='off', solve_relaxation=True, time_limit=time_limit)
+    h = _highs(rows, len(rows[-1][0]), losses/scale, options)
+    with own_threads(): _ask(h, 'run')
+    if h.getModelStatus() != highspy.HighsModelStatus.kOptimal: return 0., [0*o.loss for o in offer]
+    extra = _extra(bill, first, np.array(h.getSolution().col_dual))
+    return scale*h.getInfo().objective_function_value, [scale*o for o in extra]
+
+# %% ../nbs/21c_knapsack.ipynb #search
+def _only(bill, offer, keep):
+    "The same with some of the widths, index arrays `keep`."
+    pairs = {(t, u):v[np.ix_(keep[t], keep[u])] for (t,u),v in bill.pairs.items()}
+    return (Bill(bill.const, [o[k] for o,k in zip(bill.own, keep)], pairs),
+            [replace(o, kept=o.kept[k], loss=o.loss[k]) for o,k in zip(offer, keep)])
+
+def _searched(bill, offer, limit, gap, time_limit):
+    "(best choice found or None, lower bound of the loss, is it within `gap`?) by branch and bound."
+    losses = np.concatenate([o.loss for o in offer]); scale = losses.max() or 1.
+    rows, first = _program(bill, limit)
+    h = _highs(rows, len(rows[-1][0]), losses/scale, dict(mip_rel_gap=gap, mip_abs_gap=1e-9, time_limit=time_limit))
+    with own_threads(): _ask(h, 'run')
+    x, i = np.array(h.getSolution().col_value), h.getInfo()
+    picked = [int(x[a:b].argmax()) for a,b in zip(first, first[1:])] if i.primal_solution_status == 2 else None
+    return picked, max(0., scale*i.mip_dual_bound), h.getModelStatus() == highspy.HighsModelStatus.kOptimal
+
 # %% ../nbs/21c_knapsack.ipynb #solve
-def solve(bill, offer, limit, gap=.01, time_limit=10.):
+def solve(bill, offer, limit, gap=.001, time_limit=10.):
     """(index of a width per choice, dict of loss, cost, status, gap, secs) of the least loss within `limit`;
     the narrowest with status 'infeasible' if nothing is."""
-    start, done = time.perf_counter(), [len(o)-1 for o in bill.own]
-    def answer(picked, status, gap):
-        loss = float(sum(o.loss[i] for o,i in zip(offer, picked)))
-        return picked, dict(loss=loss, cost=float(bill.total(picked)), status=status, gap=gap,
-                            secs=time.perf_counter()-start)
-    if bill.total(done) > limit: return answer(done, 'infeasible', 0.)
-    losses = np.concatenate([o.loss for o in offer]); scale = losses.max() or 1.
-    rows, first = _program(bill, limit); n = len(rows[-1][0])
-    h = _highs(rows, n, losses/scale, dict(mip_rel_gap=gap, mip_abs_gap=1e-9, time_limit=time_limit))
-    _begin(h, bill, first, n, _alike(bill, limit))
-    with own_threads(): _ask(h, 'run')
-    x = np.array(h.getSolution().col_value)
-    picked = _widened(bill, offer, [int(x[a:b].argmax()) for a,b in zip(first, first[1:])], limit)
-    optimal = h.getModelStatus() == highspy.HighsModelStatus.kOptimal
-    return answer(picked, 'optimal' if optimal else 'time_limit', float(h.getInfo().mip_gap))
+    start = time.perf_counter(); left = lambda: max(.1, time_limit-(time.perf_counter()-start))
+    def answer(picked, status, bound):
+        loss = _loss(offer, picked)
+        return picked, dict(loss=loss, cost=float(bill.total(picked)), status=status,
+                            gap=float(max(0., 1-bound/loss)) if loss else 0., secs=time.perf_counter()-start)
+    best = _bought(bill, offer, limit); loss = _loss(offer, best)
+    if bill.total(best) > limit: return answer(best, 'infeasible', loss)
+    bound, extra = _relaxed(bill, offer, limit, time_limit)
+    if loss-bound <= gap*loss: return answer(best, 'optimal', bound)
+    slack = 1e-6*max(o.loss.max() for o in offer) # of HiGHS's tolerances
+    keep = [np.flatnonzero(bound+o <= loss+slack) for o in extra]
+    picked, bound, done = _searched(*_only(bill, offer, keep), limit, gap, left())
+    if picked is not None: best = min(best, [int(k[i]) for k,i in zip(keep, picked)], key=lambda p: _loss(offer, p))
+    return answer(_widened(bill, offer, best, limit), 'optimal' if done else 'time_limit', bound)
 
 # %% ../nbs/21c_knapsack.ipynb #timed
 _NEAR = .02 # relative distance to a budget in milliseconds that is not worth another try

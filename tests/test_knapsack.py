@@ -10,7 +10,7 @@ from neuronprune.costs import count_macs, count_params
 from neuronprune.data import get_dls
 from neuronprune.forms import unpacked
 from neuronprune.graph import trace
-from neuronprune.knapsack import Bill, Choice, _alike, _prices, _setting, _widened, bill_of, choices, solve
+from neuronprune.knapsack import Bill, Choice, _prices, _relaxed, _setting, _widened, bill_of, choices, solve
 from neuronprune.latency import LatencyTable, in_turns, latency_table, lookup
 from neuronprune.masks import Scores
 from neuronprune.models import build
@@ -101,6 +101,8 @@ def test_solver_finds_what_brute_force_finds(seed, n, share):
     cost, loss = [np.array([f(p) for p in every]) for f in
                   (bill.total, lambda p: sum(o.loss[i] for o,i in zip(offer, p)))]
     limit = cost.min() + share*(cost.max()-cost.min())
+    bound, extra = _relaxed(bill, offer, limit, 9.) # true of every choice within the budget
+    assert all(v >= bound+max(e[i] for e,i in zip(extra, p))-1e-6 for p,c,v in zip(every, cost, loss) if c <= limit)
     picked, how = solve(bill, offer, limit, gap=0.)
     assert bill.total(picked) <= limit*(1+1e-9) and how['status'] == 'optimal'
     assert how['loss'] == pytest.approx(loss[cost <= limit].min(), abs=1e-6)
@@ -112,7 +114,17 @@ def test_a_budget_below_everything_takes_the_narrowest():
     offer = [Choice('a', ['a'], np.arange(3), np.array([3, 1]), np.array([0., 1]))]
     picked, how = solve(Bill(10., [np.array([6., 2])]), offer, 5.)
     assert picked == [1] and how['status'] == 'infeasible' and how['cost'] == 12
-    assert _alike(Bill(0., [np.array([6., 4, 2, 1])]), 4.) == [1]
+
+
+def test_out_of_time_there_is_a_choice_and_an_honest_gap():
+    draw = np.random.default_rng(0); n = 12; widths = np.arange(30., 10, -1)
+    offer = [Choice(str(i), [str(i)], np.arange(30), widths.astype(int), np.cumsum(draw.random(20))) for i in range(n)]
+    bill = Bill(0., [np.zeros(20)]*n, {(t, t+1):np.outer(widths, widths) for t in range(n-1)})
+    limit = .5*bill.total([0]*n); picked, how = solve(bill, offer, limit, time_limit=0.)
+    assert how['status'] == 'time_limit' and bill.total(picked) <= limit
+    best = solve(bill, offer, limit)[1]
+    assert best['status'] == 'optimal' and best['gap'] <= .001
+    assert (1-how['gap'])*how['loss'] <= best['loss'] <= how['loss']
 
 
 def test_what_is_left_of_a_budget_is_spent():
