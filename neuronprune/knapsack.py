@@ -155,11 +155,11 @@ def _prices(graph, of):
     return {n:price(n, l) for n,l in graph.layers.items()}
 
 def bill_of(scores, offer, prices, norms, total):
-    """The `Bill` of a network that costs `total`: functions `prices` of its layers, `norms` and tables -> price per
-    channel, and a constant for the rest."""
+    """The `Bill` of a network that costs `total`: functions `prices` of its layers, `norms` (tables, heads) -> price
+    per channel, and a constant for the rest."""
     bill, where, g = Bill(0., [np.zeros(len(o.kept)) for o in offer]), _places(scores, offer), scores.graph
     for n,f in prices.items(): _charge(bill, f, *(_count(o[n], *where, offer) for o in (g.out_slots, g.in_slots)))
-    slots = {n:g.norm_slots[n] if n in g.norm_slots else g.tables[n][1] for n in norms}
+    slots = {**g.out_slots, **{n:b for n,(_,b) in g.tables.items()}, **g.norm_slots}
     for n,p in norms.items(): _charge(bill, lambda r, c: p*r+0*c, _count(slots[n], *where, offer), (1, {}))
     known = sum(float(f(np.array(len(g.out_slots[n])), np.array(len(g.in_slots[n])))) for n,f in prices.items())
     bill.const += total - known - sum(p*len(slots[n]) for n,p in norms.items())
@@ -333,7 +333,7 @@ def _check(scores, sparsity, scope, of, sensitivity, table, threshold=None, patt
 def _tables(scores, offer, of, s, table):
     "(the `Bill`, cost of the whole network)."
     if of == 'latency': return bill_of(scores, offer, table.prices(), {}, table.ms), table.ms
-    norms = s.facts['norms'] if of == 'params' else {}
+    norms = s.facts['norms' if of == 'params' else 'heads']
     return bill_of(scores, offer, _prices(scores.graph, of), norms, s.facts[of]), s.facts[of]
 
 def _mask_of(scores, ids, was, offer, picked):

@@ -22,6 +22,7 @@ from .costs import count_macs, count_params
 from .evaluation import Evaluation, _counts, _logits, _NotClasses, _target, split_batch
 from .inputs import slices
 from .shown import colours
+from .surgery import shrink
 
 # %% ../nbs/21a_sensitivity.ipynb #parts
 def together(units # `Scores` or `Mask`
@@ -200,20 +201,39 @@ def plot(self:Sensitivity,
     else: _curves(ax, rows, by, self.tied)
     plt.close(fig); return fig
 
+# %% ../nbs/21a_sensitivity.ipynb #between
+def _between_layers(net, xb, graph):
+    "MACs of one example that are not a layer's own."
+    own = sum(net.get_submodule(n).weight.numel()*l['positions'] for n,l in graph.layers.items())
+    return count_macs(net, xb)-own
+
+def _head_macs(model, xb, graph):
+    "Layer whose outputs are heads -> MACs between the layers, per channel of it."
+    res, seen, whole = {}, set(), _between_layers(model, xb, graph)
+    for n in dict.fromkeys(o for k in graph.blocks for o in graph.sources[k] if o in graph.removable):
+        if whole == 0 or n in seen: continue
+        keys, b = next((t for t in graph.ties if n in t), [n]), graph.out_slots[n][0]; seen.update(keys)
+        mask = Mask({k:graph.out_slots[k] != b for k in keys if k in graph.removable}, 'channel', graph=graph)
+        gone = whole-_between_layers(shrink(model, mask, take(xb, slice(0, 2))), xb, graph)
+        if gone: res[n] = gone/int((graph.out_slots[n] == b).sum())
+    return res
+
 # %% ../nbs/21a_sensitivity.ipynb #facts
 @public
 def facts(model:nn.Module, # dense
           xb,              # a batch of inputs
           graph            # its `Graph`
          )->dict:
-    "params and macs (of one example) of the network; norms: path of a norm or table -> its parameters per channel."
+    """params and macs (of one example) of the network; norms: path of a norm or table -> its parameters per channel;
+    heads: layer of an attention -> MACs between its layers, per channel."""
     mods = dict(model.named_modules())
     norms = {k:sum(len(p) == len(v) for p in mods[k].parameters(recurse=False) if p.ndim)
              for k,v in graph.norm_slots.items() if k in mods}
     own, paid = dict(model.named_parameters()), {id(m.weight) for m in layers(model).values()}
     own = {k:p for k,p in own.items() if id(p) not in paid}
     tables = {k:own[k].numel()//own[k].shape[d] for k,(d,_) in graph.tables.items() if k in own}
-    return dict(params=count_params(model), macs=count_macs(model, xb), norms={**norms, **tables})
+    return dict(params=count_params(model), macs=count_macs(model, xb), norms={**norms, **tables},
+                heads=_head_macs(model, xb, graph))
 
 # %% ../nbs/21a_sensitivity.ipynb #check
 def _setting(model_or_learn, dl, xb):

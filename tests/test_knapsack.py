@@ -151,7 +151,7 @@ def test_every_choice_costs_what_the_shrunk_network_has(of, kind):
     assert len(together(scores)) == dict(wired=4, patches=5, words=1)[kind]
     ids, order, was, parts, _ = _setting(scores, 'mean', 'mean')
     offer = choices(scores, s, order, was, parts, {}, 1, 1, ())
-    bill = bill_of(scores, offer, _prices(g, of), s.facts['norms'] if of == 'params' else {}, s.facts[of])
+    bill = bill_of(scores, offer, _prices(g, of), s.facts['norms' if of == 'params' else 'heads'], s.facts[of])
     assert bill.total([0]*len(offer)) == measured(of, net, xb)
     draw = np.random.default_rng(1)
     from neuronprune.knapsack import _mask_of
@@ -174,7 +174,7 @@ def test_allocation_is_the_best_of_all(of, seed):
     offer = choices(scores, s, order, was, parts, {}, 1, 1, ())
     curves = {o.name:dict(zip(o.kept.tolist(), o.loss)) for o in offer}
     assert b['loss'] == pytest.approx(sum(curves[k][n] for k,(n,_) in b['widths'].items()))
-    bill = bill_of(scores, offer, _prices(g, of), s.facts['norms'] if of == 'params' else {}, s.facts[of])
+    bill = bill_of(scores, offer, _prices(g, of), s.facts['norms' if of == 'params' else 'heads'], s.facts[of])
     few = [range(0, len(o.kept), max(1, len(o.kept)//4)) for o in offer]
     best = min(sum(o.loss[i] for o,i in zip(offer, p)) for p in itertools.product(*few) if bill.total(p) <= b['limit'])
     assert b['loss'] <= best*1.01 + 1e-9
