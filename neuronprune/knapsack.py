@@ -227,7 +227,7 @@ def _widened(bill, offer, picked, limit):
 def _loss(offer, picked): return float(sum(o.loss[i] for o,i in zip(offer, picked)))
 
 def _bought(bill, offer, limit, tries=24):
-    "A choice within `limit` with little loss: the best at any price that was tried, widened; the narrowest if none fits."
+    "A choice within `limit` with little loss: the best at any price tried, widened; the narrowest if none fits."
     losses, beside, best = [o.loss for o in offer], _beside(bill), [len(o)-1 for o in bill.own]
     lo, hi, price = 0., np.inf, (sum(o.max() for o in losses) or 1.)/limit
     for _ in range(tries):
