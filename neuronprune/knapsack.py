@@ -296,16 +296,26 @@ def solve(bill, offer, limit, gap=.001, time_limit=10.):
 # %% ../nbs/21c_knapsack.ipynb #timed
 _NEAR = .02 # relative distance to a budget in milliseconds that is not worth another try
 
-def _timed(run, mask_of, table, limit, tries=4):
-    "(choice, what `run` says of it and the milliseconds measured): `run(limit)` again with limits moved until it fits."
-    got, ask = [], limit
+def _next(limit, below, above):
+    "What to ask for, from (limit asked for, ms measured) of the nearest below and above; None: nothing is between."
+    if not below or not above: ask, ms = below or above; return ask*limit/ms
+    (lo, ms), (hi, more) = below, above
+    return lo+(hi-lo)*(limit-ms)/(more-ms) if lo < hi*(1-1e-6) else None
+
+def _timed(run, mask_of, table, limit, tries=6):
+    "(choice, what `run` says of it and the milliseconds measured): `run` again with limits moved until it fits."
+    got, ask, below, above = {}, limit, None, None
     for _ in range(tries):
-        picked, how = run(ask); ms = table.measure(mask_of(picked))
-        got.append((picked, dict(how, measured=ms)))
-        if abs(ms/limit-1) <= _NEAR or how['status'] == 'infeasible' or picked in [p for p,_ in got[:-1]]: break
-        ask *= limit/ms
-    fits = [o for o in got if o[1]['measured'] <= (1+_NEAR)*limit]
-    return min(fits, key=lambda o: o[1]['loss']) if fits else min(got, key=lambda o: o[1]['measured'])
+        picked, how = run(ask)
+        if (key := tuple(picked)) not in got: got[key] = picked, dict(how, measured=table.measure(mask_of(picked)))
+        ms = got[key][1]['measured']
+        if abs(ms/limit-1) <= _NEAR or how['status'] == 'infeasible': break
+        if ms < limit: below = max(below or (0, 0), (ask, ms))
+        else: above = min(above or (np.inf, 0), (how['cost'], ms))
+        if (ask := _next(limit, below, above)) is None: break
+    fits = [o for o in got.values() if o[1]['measured'] <= (1+_NEAR)*limit]
+    if not fits: return min(got.values(), key=lambda o: o[1]['measured'])
+    return min(fits, key=lambda o: (o[1]['loss'], -o[1]['measured']))
 
 # %% ../nbs/21c_knapsack.ipynb #check
 def _check(scores, sparsity, scope, of, sensitivity, table, threshold=None, pattern=None, tied=True):
