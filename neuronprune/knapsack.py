@@ -255,7 +255,7 @@ def _relaxed(bill, offer, limit, time_limit):
     with own_threads(): _ask(h, 'run')
     if h.getModelStatus() != highspy.HighsModelStatus.kOptimal: return 0., [0*o.loss for o in offer]
     extra = _extra(bill, first, np.array(h.getSolution().col_dual))
-    return scale*h.getInfo().objective_function_value, [scale*o for o in extra]
+    return float(scale*h.getInfo().objective_function_value), [scale*o for o in extra]
 
 # %% ../nbs/21c_knapsack.ipynb #search
 def _only(bill, offer, keep):
@@ -272,7 +272,7 @@ def _searched(bill, offer, limit, gap, time_limit):
     with own_threads(): _ask(h, 'run')
     x, i = np.array(h.getSolution().col_value), h.getInfo()
     picked = [int(x[a:b].argmax()) for a,b in zip(first, first[1:])] if i.primal_solution_status == 2 else None
-    return picked, max(0., scale*i.mip_dual_bound), h.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    return picked, max(0., float(scale*i.mip_dual_bound)), h.getModelStatus() == highspy.HighsModelStatus.kOptimal
 
 # %% ../nbs/21c_knapsack.ipynb #solve
 def solve(bill, offer, limit, gap=.001, time_limit=10.):
