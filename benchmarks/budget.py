@@ -5,9 +5,9 @@
 `--solver`: ResNet-50 with ten widths a layer, losses made up (convex curves of random height), three sparsities.
 `--met`: share of the parameters, MACs and milliseconds that is left, beside what was asked for, on two networks.
 `--compare`: accuracies on test after one epoch of fine-tuning, at equal MACs and at equal measured milliseconds:
-budget, every layer cut alike (scope='layer'), one ranking (scope='global'); paired by seed.
+budgets by each loss of `--by`, every layer cut alike (scope='layer'), one ranking (scope='global'); paired by seed.
 """
-import argparse, os, platform, time, warnings
+import argparse, itertools, os, platform, time, warnings
 warnings.filterwarnings('ignore')
 
 def options():
@@ -20,6 +20,7 @@ def options():
     p.add_argument('--sparsity', type=float, default=.5, help='share of the MACs to remove')
     p.add_argument('--faster', type=float, default=.25, help='share of the milliseconds to remove')
     p.add_argument('--costs', nargs='+', default=['macs', 'latency'])
+    p.add_argument('--by', nargs='+', default=['error', 'kl'], help='losses of the budgets that are compared')
     return p.parse_args()
 
 def made_up(scores, seed):
@@ -63,7 +64,8 @@ def cost_functions(learn, table, xb):
     "What is counted -> function of a mask."
     from neuronprune.all import count_macs, count_params, shrink
     small = lambda m: shrink(learn.model, m, xb)
-    return dict(params=lambda m: count_params(small(m)), macs=lambda m: count_macs(small(m), xb), latency=table.measure)
+    return dict(params=lambda m: count_params(small(m)), macs=lambda m: count_macs(small(m), xb),
+                latency=lambda m: table.measure(m))
 
 def met(args):
     from neuronprune.all import allocate, count_macs, count_params
@@ -93,6 +95,7 @@ def at_cost(scores, scope, cost, limit, tries=6):
     return best or (m, c)
 
 def compare(args):
+    from dataclasses import replace
     import pandas as pd
     from neuronprune.all import allocate, evaluate
     from neuronprune.analysis import paired, summary
@@ -105,14 +108,17 @@ def compare(args):
     for name in args.nets:
         for seed in range(args.seeds):
             learn, scores, xb = trained(name, seed, args.epochs)
-            s, table = sensitivity(learn, scores, n=None), latency_table(learn.model, xb, scores.graph)
+            s = sensitivity(learn, scores, n=None)
+            table = latency_table(learn.model, xb, scores.graph) if 'latency' in args.costs else None
             state = {k:v.clone() for k,v in learn.model.state_dict().items()}
             for of in args.costs:
+                share = 1-(args.faster if of == 'latency' else args.sparsity)
                 cost = cost_functions(learn, table, xb)[of]
-                own = allocate(scores, args.faster if of == 'latency' else args.sparsity, scope='budget', of=of,
-                               sensitivity=s, latencies=table)
-                spent = cost(own); limit = 1.02*spent
-                masks = dict(budget=(own, spent), **{k:at_cost(scores, k, cost, limit) for k in ('layer', 'global')})
+                own = {f'by {by}':allocate(scores, 1-share, scope='budget', of=of, sensitivity=replace(s, by=by),
+                                           latencies=table) for by in args.by}
+                limit = 1.02*share*(table.ms if of == 'latency' else s.facts['macs'])
+                masks = {**{k:(m, cost(m)) for k,m in own.items()},
+                         **{k:at_cost(scores, k, cost, limit) for k in ('layer', 'global')}}
                 for rule,(m,c) in masks.items():
                     learn.model.load_state_dict(state); learn.opt = None
                     cut = evaluate(apply(copied(learn.model), m), learn.dls.loaders[2])
@@ -125,7 +131,9 @@ def compare(args):
     for (name, of),d in df.groupby(['net', 'of'], sort=False):
         for value in ('cut_accuracy', 'accuracy'):
             print(f'\n{name}, equal {of}, {value}'); print(summary(d, value=value).to_string())
-            for other in ('layer', 'global'): print(paired(d, 'budget', other, value=value))
+            rules = list(dict.fromkeys(d.rule))
+            for own,other in itertools.combinations(rules[:-2], 2): print(paired(d, other, own, value=value))
+            for own,other in itertools.product(rules[:-2], rules[-2:]): print(paired(d, own, other, value=value))
 
 if __name__ == '__main__':
     args = options()

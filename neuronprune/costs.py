@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, scipy.sparse, torch
 import neuronprune
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from .core import (as_found, check_batch, check_choice, check_int, check_type, digesting, feed, layers,
                               mapped, public)
@@ -38,6 +39,12 @@ def nonzero_params(model:nn.Module # any network
 def _device(model):
     return next((p.device for p in check_type('model', model, nn.Module).parameters()), torch.device('cpu'))
 
+def _lstm_flops(x, w, r, *_, **kw):
+    "Of a fused recurrent layer on a CPU, from the shapes of its input [time, batch, features] and its two matrices."
+    return 2*x[0]*x[1]*(math.prod(w)+math.prod(r))
+
+_FUSED = {torch.ops.aten.mkldnn_rnn_layer:_lstm_flops}
+
 def _all_macs(model, xb):
     "(MACs of `model` for the first example of `xb`, the same over the non-zero weights of the prunable layers)."
     check_batch(xb); got, dev = [0, 0], _device(model)
@@ -47,8 +54,8 @@ def _all_macs(model, xb):
     hooks = [m.register_forward_hook(hook) for m in layers(model).values()]
     x = mapped(lambda o: o[:1].to(dev), xb)
     try:
-        with as_found(model, train=False), torch.no_grad(), digesting(x), FlopCounterMode(display=False) as counter:
-            feed(model, x)
+        with (as_found(model, train=False), torch.no_grad(), digesting(x), sdpa_kernel(SDPBackend.MATH),
+              FlopCounterMode(display=False, custom_mapping=_FUSED) as counter): feed(model, x)
     finally:
         for h in hooks: h.remove()
     macs = counter.get_total_flops()//2

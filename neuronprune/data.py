@@ -14,6 +14,7 @@ from .core import (check_batch, check_choice, check_fraction, check_int, check_r
 from .datasets import *
 from .datasets import _listing
 from .presets import preset
+from .ranks import whole_loader
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
@@ -333,7 +334,7 @@ def _loader(dls, split):
     if i >= len(ls):
         raise ValueError(f"split={split!r}: these DataLoaders hold {len(ls)} loaders; "
                          "expected a third one for the test set")
-    return ls[i]
+    return whole_loader(ls[i])
 
 # %% ../nbs/01_data.ipynb #batches
 def _pair(b, n_inp=None):
@@ -351,6 +352,7 @@ def _pair(b, n_inp=None):
 def in_order(dl # a loader
             ): # generator
     "Its batches in a fixed order, un-augmented where the data set can be told."
+    dl = whole_loader(dl)
     if isinstance(dl, TorchLoader):
         dl = TorchLoader(dl.dataset, batch_size=dl.batch_size or 64, collate_fn=dl.collate_fn,
                          num_workers=dl.num_workers)

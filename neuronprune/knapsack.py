@@ -7,7 +7,7 @@ __all__ = ['Choice', 'choices', 'Bill', 'bill_of', 'solve', 'budgeted']
 
 # %% ../nbs/21c_knapsack.ipynb #imports
 import itertools, time, warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 import highspy, numpy as np, torch
 from .core import *
@@ -155,11 +155,11 @@ def _prices(graph, of):
     return {n:price(n, l) for n,l in graph.layers.items()}
 
 def bill_of(scores, offer, prices, norms, total):
-    """The `Bill` of a network that costs `total`: functions `prices` of its layers, `norms` and tables -> price per
-    channel, and a constant for the rest."""
+    """The `Bill` of a network that costs `total`: functions `prices` of its layers, `norms` (tables, heads) -> price
+    per channel, and a constant for the rest."""
     bill, where, g = Bill(0., [np.zeros(len(o.kept)) for o in offer]), _places(scores, offer), scores.graph
     for n,f in prices.items(): _charge(bill, f, *(_count(o[n], *where, offer) for o in (g.out_slots, g.in_slots)))
-    slots = {n:g.norm_slots[n] if n in g.norm_slots else g.tables[n][1] for n in norms}
+    slots = {**g.out_slots, **{n:b for n,(_,b) in g.tables.items()}, **g.norm_slots}
     for n,p in norms.items(): _charge(bill, lambda r, c: p*r+0*c, _count(slots[n], *where, offer), (1, {}))
     known = sum(float(f(np.array(len(g.out_slots[n])), np.array(len(g.in_slots[n])))) for n,f in prices.items())
     bill.const += total - known - sum(p*len(slots[n]) for n,p in norms.items())
@@ -193,19 +193,22 @@ def _highs(rows, n, losses, options):
     return h
 
 # %% ../nbs/21c_knapsack.ipynb #start
-def _alike(bill, limit):
-    "The choice in which all are cut by equal steps of their widths, as few as the budget allows, or the narrowest."
-    sizes = [len(o)-1 for o in bill.own]
-    steps = ([round(i/100*n) for n in sizes] for i in range(101))
-    return next((p for p in steps if bill.total(p) <= limit), sizes)
+def _beside(bill):
+    "For every choice [(another, cost of the pair [its own widths, the other's])]."
+    res = [[] for _ in bill.own]
+    for (t,u),v in bill.pairs.items(): res[t].append((u, v)); res[u].append((t, v.T))
+    return res
 
-def _begin(h, bill, first, n, picked):
-    "Tell HiGHS of a choice."
-    x = np.zeros(n); x[first[:-1]+picked] = 1
-    at, sol = first[-1], highspy.HighsSolution()
-    for (t,u),v in bill.pairs.items(): x[at+picked[t]*v.shape[1]+picked[u]] = 1; at += v.size
-    sol.col_value = x.tolist()
-    _ask(h, 'setSolution', sol)
+def _priced(bill, losses, price, beside, rounds=50):
+    "A choice whose loss + `price`·cost no change of one width betters."
+    picked = [0]*len(losses)
+    for _ in range(rounds):
+        was = list(picked)
+        for t,own in enumerate(bill.own):
+            cost = sum((v[:,picked[u]] for u,v in beside[t]), own)
+            picked[t] = int((losses[t]+price*cost).argmin())
+        if picked == was: break
+    return picked
 
 # %% ../nbs/21c_knapsack.ipynb #widen
 def _widened(bill, offer, picked, limit):
@@ -220,39 +223,99 @@ def _widened(bill, offer, picked, limit):
         if not steps: return picked
         _, t, cost = max(steps); picked[t] -= 1
 
+# %% ../nbs/21c_knapsack.ipynb #bought
+def _loss(offer, picked): return float(sum(o.loss[i] for o,i in zip(offer, picked)))
+
+def _bought(bill, offer, limit, tries=24):
+    "A choice within `limit` with little loss: the best at any price tried, widened; the narrowest if none fits."
+    losses, beside, best = [o.loss for o in offer], _beside(bill), [len(o)-1 for o in bill.own]
+    lo, hi, price = 0., np.inf, (sum(o.max() for o in losses) or 1.)/limit
+    for _ in range(tries):
+        picked = _priced(bill, losses, price, beside)
+        if bill.total(picked) <= limit: hi, best = price, min(best, picked, key=lambda p: _loss(offer, p))
+        else: lo = price
+        price = 4*price if hi == np.inf else (lo+hi)/2 if lo else price/4
+    return _widened(bill, offer, best, limit)
+
+# %% ../nbs/21c_knapsack.ipynb #relaxed
+def _extra(bill, first, dual):
+    "For every choice what each of its widths adds at least to the bound, from the reduced costs `dual` of the columns."
+    own = [dual[a:b] for a,b in zip(first, first[1:])]; at, res = first[-1], [o.copy() for o in own]
+    shared = [o/max(1, len(p)) for o,p in zip(own, _beside(bill))]
+    for (t,u),v in bill.pairs.items():
+        z = dual[at:at+v.size].reshape(v.shape); at += v.size
+        res[t] += (z+shared[u]).min(1); res[u] += (z+shared[t][:,None]).min(0)
+    return res
+
+def _relaxed(bill, offer, limit, time_limit):
+    "(lower bound of the loss, what each width adds to it at least); bound 0 and nothing when the time is up."
+    losses = np.concatenate([o.loss for o in offer]); scale = losses.max() or 1.
+    rows, first = _program(bill, limit); options = dict(presolve='off', solve_relaxation=True, time_limit=time_limit)
+    h = _highs(rows, len(rows[-1][0]), losses/scale, options)
+    with own_threads(): _ask(h, 'run')
+    if h.getModelStatus() != highspy.HighsModelStatus.kOptimal: return 0., [0*o.loss for o in offer]
+    extra = _extra(bill, first, np.array(h.getSolution().col_dual))
+    return float(scale*h.getInfo().objective_function_value), [scale*o for o in extra]
+
+# %% ../nbs/21c_knapsack.ipynb #search
+def _only(bill, offer, keep):
+    "The same with some of the widths, index arrays `keep`."
+    pairs = {(t, u):v[np.ix_(keep[t], keep[u])] for (t,u),v in bill.pairs.items()}
+    return (Bill(bill.const, [o[k] for o,k in zip(bill.own, keep)], pairs),
+            [replace(o, kept=o.kept[k], loss=o.loss[k]) for o,k in zip(offer, keep)])
+
+def _searched(bill, offer, limit, gap, time_limit):
+    "(best choice found or None, lower bound of the loss, is it within `gap`?) by branch and bound."
+    losses = np.concatenate([o.loss for o in offer]); scale = losses.max() or 1.
+    rows, first = _program(bill, limit)
+    h = _highs(rows, len(rows[-1][0]), losses/scale, dict(mip_rel_gap=gap, mip_abs_gap=1e-9, time_limit=time_limit))
+    with own_threads(): _ask(h, 'run')
+    x, i = np.array(h.getSolution().col_value), h.getInfo()
+    picked = [int(x[a:b].argmax()) for a,b in zip(first, first[1:])] if i.primal_solution_status == 2 else None
+    return picked, max(0., float(scale*i.mip_dual_bound)), h.getModelStatus() == highspy.HighsModelStatus.kOptimal
+
 # %% ../nbs/21c_knapsack.ipynb #solve
-def solve(bill, offer, limit, gap=.01, time_limit=10.):
+def solve(bill, offer, limit, gap=.001, time_limit=10.):
     """(index of a width per choice, dict of loss, cost, status, gap, secs) of the least loss within `limit`;
     the narrowest with status 'infeasible' if nothing is."""
-    start, done = time.perf_counter(), [len(o)-1 for o in bill.own]
-    def answer(picked, status, gap):
-        loss = float(sum(o.loss[i] for o,i in zip(offer, picked)))
-        return picked, dict(loss=loss, cost=float(bill.total(picked)), status=status, gap=gap,
-                            secs=time.perf_counter()-start)
-    if bill.total(done) > limit: return answer(done, 'infeasible', 0.)
-    losses = np.concatenate([o.loss for o in offer]); scale = losses.max() or 1.
-    rows, first = _program(bill, limit); n = len(rows[-1][0])
-    h = _highs(rows, n, losses/scale, dict(mip_rel_gap=gap, mip_abs_gap=1e-9, time_limit=time_limit))
-    _begin(h, bill, first, n, _alike(bill, limit))
-    with own_threads(): _ask(h, 'run')
-    x = np.array(h.getSolution().col_value)
-    picked = _widened(bill, offer, [int(x[a:b].argmax()) for a,b in zip(first, first[1:])], limit)
-    optimal = h.getModelStatus() == highspy.HighsModelStatus.kOptimal
-    return answer(picked, 'optimal' if optimal else 'time_limit', float(h.getInfo().mip_gap))
+    start = time.perf_counter(); left = lambda: max(.1, time_limit-(time.perf_counter()-start))
+    def answer(picked, status, bound):
+        loss = _loss(offer, picked)
+        return picked, dict(loss=loss, cost=float(bill.total(picked)), status=status,
+                            gap=float(max(0., 1-bound/loss)) if loss else 0., secs=time.perf_counter()-start)
+    best = _bought(bill, offer, limit); loss = _loss(offer, best)
+    if bill.total(best) > limit: return answer(best, 'infeasible', loss)
+    bound, extra = _relaxed(bill, offer, limit, time_limit)
+    if loss-bound <= gap*loss: return answer(best, 'optimal', bound)
+    slack = 1e-6*max(o.loss.max() for o in offer) # of HiGHS's tolerances
+    keep = [np.flatnonzero(bound+o <= loss+slack) for o in extra]
+    picked, bound, done = _searched(*_only(bill, offer, keep), limit, gap, left())
+    if picked is not None: best = min(best, [int(k[i]) for k,i in zip(keep, picked)], key=lambda p: _loss(offer, p))
+    return answer(_widened(bill, offer, best, limit), 'optimal' if done else 'time_limit', bound)
 
 # %% ../nbs/21c_knapsack.ipynb #timed
 _NEAR = .02 # relative distance to a budget in milliseconds that is not worth another try
 
-def _timed(run, mask_of, table, limit, tries=4):
-    "(choice, what `run` says of it and the milliseconds measured): `run(limit)` again with limits moved until it fits."
-    got, ask = [], limit
+def _next(limit, below, above):
+    "What to ask for, from (limit asked for, ms measured) of the nearest below and above; None: nothing is between."
+    if not below or not above: ask, ms = below or above; return ask*limit/ms
+    (lo, ms), (hi, more) = below, above
+    return lo+(hi-lo)*(limit-ms)/(more-ms) if lo < hi*(1-1e-6) else None
+
+def _timed(run, mask_of, table, limit, tries=6):
+    "(choice, what `run` says of it and the milliseconds measured): `run` again with limits moved until it fits."
+    got, ask, below, above = {}, limit, None, None
     for _ in range(tries):
-        picked, how = run(ask); ms = table.measure(mask_of(picked))
-        got.append((picked, dict(how, measured=ms)))
-        if abs(ms/limit-1) <= _NEAR or how['status'] == 'infeasible' or picked in [p for p,_ in got[:-1]]: break
-        ask *= limit/ms
-    fits = [o for o in got if o[1]['measured'] <= (1+_NEAR)*limit]
-    return min(fits, key=lambda o: o[1]['loss']) if fits else min(got, key=lambda o: o[1]['measured'])
+        picked, how = run(ask)
+        if (key := tuple(picked)) not in got: got[key] = picked, dict(how, measured=table.measure(mask_of(picked)))
+        ms = got[key][1]['measured']
+        if abs(ms/limit-1) <= _NEAR or how['status'] == 'infeasible': break
+        if ms < limit: below = max(below or (0, 0), (ask, ms))
+        else: above = min(above or (np.inf, 0), (how['cost'], ms))
+        if (ask := _next(limit, below, above)) is None: break
+    fits = [o for o in got.values() if o[1]['measured'] <= (1+_NEAR)*limit]
+    if not fits: return min(got.values(), key=lambda o: o[1]['measured'])
+    return min(fits, key=lambda o: (o[1]['loss'], -o[1]['measured']))
 
 # %% ../nbs/21c_knapsack.ipynb #check
 def _check(scores, sparsity, scope, of, sensitivity, table, threshold=None, pattern=None, tied=True):
@@ -280,7 +343,7 @@ def _check(scores, sparsity, scope, of, sensitivity, table, threshold=None, patt
 def _tables(scores, offer, of, s, table):
     "(the `Bill`, cost of the whole network)."
     if of == 'latency': return bill_of(scores, offer, table.prices(), {}, table.ms), table.ms
-    norms = s.facts['norms'] if of == 'params' else {}
+    norms = s.facts['norms' if of == 'params' else 'heads']
     return bill_of(scores, offer, _prices(scores.graph, of), norms, s.facts[of]), s.facts[of]
 
 def _mask_of(scores, ids, was, offer, picked):

@@ -129,16 +129,24 @@ def predict(self:LatencyTable, model:nn.Module # the network, or one shrunk from
     return self.fit[0] + float(sum(f(*map(np.array, sizes[n])) for n,f in prices.items()))
 
 # %% ../nbs/21b_latency.ipynb #measure
+def _ratio(a, b, xb, n, secs, clock, sure=.005):
+    "Median of the time of `b` over that of `a`, by `n` passes at a time in turns until it is `sure`, or `secs` are over."
+    start, ratios, one = time.perf_counter(), [], lambda m: latency_ms(m, xb, 1, 0, clock=clock)
+    one(a); one(b)
+    while True:
+        ratios += [one(b)/one(a) for _ in range(n)]; lo, mid, hi = np.quantile(ratios, [.25, .5, .75])
+        error = 1.25*(hi-lo)/1.35/len(ratios)**.5
+        if error <= sure*mid or time.perf_counter()-start > secs: return float(mid)
+
 @patch
 @public
 def measure(self:LatencyTable, mask:Mask, # of channels
-            n:int=15 # passes of each network
+            n:int=15,      # passes of each network at least
+            secs:float=3.  # at most so long
            )->float:
     "Milliseconds of the network cut by `mask`, timed beside the whole one."
-    few = take(self.xb, slice(0, 8))
-    nets = [self.model, surgery.shrink(self.model, mask, few)]
-    whole, small = in_turns(nets, self.xb, n, clock=self.record['clock'])
-    return self.ms*small/whole
+    small = surgery.shrink(self.model, mask, take(self.xb, slice(0, 8)))
+    return self.ms*_ratio(self.model, small, self.xb, n, secs, self.record['clock'])
 
 # %% ../nbs/21b_latency.ipynb #calibrate
 def _random_scores(graph, seed):

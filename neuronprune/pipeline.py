@@ -27,9 +27,10 @@ from .scoring import *
 from fastai.learner import Learner
 from .train import as_learner, fit, learner, schedule_lr
 from .distill import TEACH_ARGS, check_teaching, taught
-from .retrain import _state, hold, replaced
+from .retrain import _state, held, hold, rebind, replaced
 from .costs import count_macs, nonzero_params
 from .card import write_card
+from .forms import has_form, unpacked, unpacked_state
 from .report import Report
 from .saving import recipe
 
@@ -340,9 +341,26 @@ def _learner_for(learn, dls):
     if hasattr(dls, 'loaders'): made.dls = dls # with all they know of themselves
     return made
 
+# %% ../nbs/20_pipeline.ipynb #plain
+def _same_answers(a, b, xb):
+    try: return surgery.difference(a, b, xb) < 1e-3
+    except Exception: return False # the network reaches into the module itself
+
+def _made_plain(learn, scores, args):
+    "Plain layers for attention, transposed convolutions and turned layers of `learn`, in place."
+    old, own = learn.model, scores is not None or {'sensitivity', 'latencies'} & {*args}
+    if own or held(learn) or not any(map(has_form, old.modules())): return
+    new, rw = unpacked(old), learn.__dict__.get('rewind')
+    if not _same_answers(old, new, take(first_inputs(learn), slice(0, 8))): return
+    belongs, states = rw and rw.belongs(), {e:unpacked_state(new, s) for e,s in rw.states.items()} if rw else {}
+    rebind(learn, new)
+    if rw:
+        rw.states, rw.lost = states, not belongs
+        if belongs: rw.vouch()
+
 # %% ../nbs/20_pipeline.ipynb #prune-2
 @public
-def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; changed in place
+def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; changed in place, see above for attention
           method:str,         # a name of `methods()`
           sparsity:float=None, # fraction of the candidate units to remove; or give threshold= or sizes=
           *, sizes:object=None, # fractions of the parameters that stay, descending; or arguments of `budget.sizes`
@@ -370,6 +388,7 @@ def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; ch
     learn = _learner_for(learn, dls)
     ask = _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, unit, scores, fine_tune_epochs,
                fine_tunes, lr, fit_args, tune_args, shrink, seed, latency, progress, args)
+    _made_plain(learn, scores, args)
     folder = None if folder is None else Path(folder)
     about = None if folder is None else _about(learn, ask, args)
     chain = Chain(learn, ask, first_inputs(learn))
@@ -395,7 +414,8 @@ def rehearsed(learn:object, # a `Learner`; changed in place
     p = {**given, **own}
     said = {k:p[k] for k in ('sparsity', 'sizes', 'rounds', 'schedule', 'start', 'at', 'rewind', 'unit', 'scores',
                              'fine_tunes', 'lr', 'fit_args', 'tune_args', 'shrink', 'seed', 'latency', 'progress')}
-    chain = Chain(learn, _ask(learn, method, epochs=p['fine_tune_epochs'], args=args, **said), first_inputs(learn))
+    ask = _ask(learn, method, epochs=p['fine_tune_epochs'], args=args, **said); _made_plain(learn, p['scores'], args)
+    chain = Chain(learn, ask, first_inputs(learn))
     i = len(chain.ask.sizes)-1
     if chain.ask.method.kind == 'search':
         chain.mask = chain.step = chain.task(i).allocate(candidates(learn.model, chain.ask.unit, chain.graph))

@@ -22,6 +22,7 @@ from .costs import count_macs, count_params
 from .evaluation import Evaluation, _counts, _logits, _NotClasses, _target, split_batch
 from .inputs import slices
 from .shown import colours
+from .surgery import shrink
 
 # %% ../nbs/21a_sensitivity.ipynb #parts
 def together(units # `Scores` or `Mask`
@@ -79,14 +80,15 @@ def _examples(dl, xb, n, bs, dev):
 
 # %% ../nbs/21a_sensitivity.ipynb #outputs
 def _outputs(model, batches):
-    "For each batch (the floating-point outputs, `_counts` of the right answers or None)."
+    "For each batch (floating-point outputs, `_counts` of the right answers and log-probabilities, or None and None)."
     res = []
     with as_found(model, train=False), torch.no_grad():
         for x,y in batches:
             with digesting(x): out = feed(model, x)
             try: right = None if y is None else _counts(_logits(out), y)
             except _NotClasses: right = None
-            res.append(([o.detach() for o in tensors(out) if o.is_floating_point()], right))
+            logp = None if right is None else _logits(out).detach().double().log_softmax(1)
+            res.append(([o.detach() for o in tensors(out) if o.is_floating_point()], right, logp))
     return res
 
 def _squares(outs): return np.array([sum(float((o.double()**2).sum()) for o in a) for a in outs])
@@ -94,26 +96,27 @@ def _squares(outs): return np.array([sum(float((o.double()**2).sum()) for o in a
 # %% ../nbs/21a_sensitivity.ipynb #answers
 def _answers(outs, n):
     "`Evaluation` of the outputs of a classifier on `n` examples, or None; `ValueError` for labels out of range."
-    if any(c is None for _,c in outs): return None
-    k, k5, loss, bad, nan = torch.stack([c.double() for _,c in outs]).sum(0).tolist()
+    if any(c is None for _,c,_ in outs): return None
+    k, k5, loss, bad, nan = torch.stack([c.double() for _,c,_ in outs]).sum(0).tolist()
     if bad: raise ValueError(f"dl: {bad:.0f} of {n} labels are out of range for the network's outputs")
     return None if nan else Evaluation(int(k), n, loss/n, int(k5))
 
 def _point(outs, whole, n):
-    "Figures of one cut: output error with its interval, and right answers with theirs."
-    moved = _squares([[p-q for p,q in zip(a, b)] for (a,_),(b,_) in zip(outs, whole)])
-    error, _, lo, hi = map(float, _mean(moved/_squares([b for b,_ in whole])))
-    e = _answers(outs, n) or Evaluation(n=n)
-    return dict(error=error, error_lo=max(lo, 0.), error_hi=hi, k=e.k, n=n, accuracy=e.accuracy, lo=e.lo, hi=e.hi,
-                loss=e.loss)
+    "Figures of one cut: output error with its interval, divergence, and right answers with their interval."
+    moved = _squares([[p-q for p,q in zip(a, b)] for (a, *_),(b, *_) in zip(outs, whole)])
+    error, _, lo, hi = map(float, _mean(moved/_squares([o[0] for o in whole])))
+    e, known = _answers(outs, n) or Evaluation(n=n), all(o[2] is not None for o in (*outs, *whole))
+    kl = sum(float((q.exp()*(q-p)).sum()) for (*_, p),(*_, q) in zip(outs, whole))/n if known else math.nan
+    return dict(error=error, error_lo=max(lo, 0.), error_hi=hi, kl=kl, k=e.k, n=n, accuracy=e.accuracy, lo=e.lo,
+                hi=e.hi, loss=e.loss)
 
 # %% ../nbs/21a_sensitivity.ipynb #result
-BY = ('error', 'loss', 'accuracy')
+BY = ('error', 'kl', 'loss', 'accuracy')
 
 @dataclass(repr=False)
 class Sensitivity:
     "What the layers of a network lose when each alone is cut."
-    rows:pd.DataFrame  # a row per cut: layer, sparsity, kept, units, then error, k, n, accuracy, loss with intervals
+    rows:pd.DataFrame  # a row per cut: layer, sparsity, kept, units, error, kl, k, n, accuracy, loss, intervals
     tied:dict          # layer of a row -> all layers that are cut with it, itself first
     fixed:dict         # layer -> why it cannot be cut
     whole:object       # `Evaluation` of the whole network, or None without classes
@@ -132,7 +135,7 @@ class Sensitivity:
 @public
 def frame(self:Sensitivity)->pd.DataFrame:
     """One row per cut, then one per layer that cannot be cut, with the reason: layer, tied_to, sparsity, kept, units,
-    error, k, n, accuracy, loss, the ends of the intervals."""
+    error, kl, k, n, accuracy, loss, the ends of the intervals."""
     tied = [', '.join(self.tied[o][1:]) or '–' for o in self.rows.layer]
     df = self.rows.copy(); df.insert(1, 'tied_to', tied); df['cannot_be_cut'] = '–'
     rest = pd.DataFrame([dict(layer=k, cannot_be_cut=v) for k,v in self.fixed.items()])
@@ -145,14 +148,14 @@ def curve(self:Sensitivity, layer:str # as in the rows
          )->tuple:
     "(units kept, from all of them down; loss at each, from 0 up) as arrays."
     d = self.rows[self.rows.layer == check_choice('layer', layer, list(dict.fromkeys(self.rows.layer)))]
-    if self.by == 'error': lost = d.error
+    if self.by in ('error', 'kl'): lost = d[self.by]
     elif self.by == 'loss': lost = d.loss-self.whole.loss
     else: lost = self.whole.accuracy-d.accuracy
     kept = np.r_[d.units.iloc[0], d.kept].astype(int)
     return kept, np.maximum.accumulate(np.r_[0., lost.to_numpy(float)])
 
 # %% ../nbs/21a_sensitivity.ipynb #plots
-_TITLES = dict(error='output error', loss='cross-entropy', accuracy='accuracy, %')
+_TITLES = dict(error='output error', kl='divergence, nats', loss='cross-entropy', accuracy='accuracy, %')
 
 def _ends(by): return {'error': ('error_lo', 'error_hi'), 'accuracy': ('lo', 'hi')}.get(by)
 
@@ -170,7 +173,7 @@ def _map(ax, rows, by, tied, fixed):
     "Layers down, sparsity across, what is lost as a colour; layers that cannot be cut are crossed out."
     wide = rows.pivot(index='layer', columns='sparsity', values=by).reindex(list(dict.fromkeys(rows.layer)))
     vals = np.full((len(wide)+len(fixed), wide.shape[1]), np.nan); vals[:len(wide)] = wide.to_numpy(float)
-    logs = by == 'error' and np.nanmin(vals) > 0 # errors of layers differ by orders of magnitude
+    logs = by in ('error', 'kl') and np.nanmin(vals) > 0 # errors of layers differ by orders of magnitude
     at = ax.imshow(vals, aspect='auto', cmap='viridis_r' if by == 'accuracy' else 'viridis',
                    norm='log' if logs else None)
     ax.figure.colorbar(at, ax=ax, label=by if by == 'accuracy' else _TITLES[by])
@@ -186,7 +189,7 @@ def _map(ax, rows, by, tied, fixed):
 @public
 def plot(self:Sensitivity,
          layers=None, # those to draw as curves, None = all, as a map if they are more than eight
-         by:str=None  # 'error', 'loss' or 'accuracy', None = what budgets go by
+         by:str=None  # 'error', 'kl', 'loss' or 'accuracy', None = what budgets go by
         ):
     "What is left of the network against the share of units removed; returns the figure."
     import matplotlib.pyplot as plt
@@ -200,20 +203,39 @@ def plot(self:Sensitivity,
     else: _curves(ax, rows, by, self.tied)
     plt.close(fig); return fig
 
+# %% ../nbs/21a_sensitivity.ipynb #between
+def _between_layers(net, xb, graph):
+    "MACs of one example that are not a layer's own."
+    own = sum(net.get_submodule(n).weight.numel()*l['positions'] for n,l in graph.layers.items())
+    return count_macs(net, xb)-own
+
+def _head_macs(model, xb, graph):
+    "Layer whose outputs are heads -> MACs between the layers, per channel of it."
+    res, seen, whole = {}, set(), _between_layers(model, xb, graph)
+    for n in dict.fromkeys(o for k in graph.blocks for o in graph.sources[k] if o in graph.removable):
+        if whole == 0 or n in seen: continue
+        keys, b = next((t for t in graph.ties if n in t), [n]), graph.out_slots[n][0]; seen.update(keys)
+        mask = Mask({k:graph.out_slots[k] != b for k in keys if k in graph.removable}, 'channel', graph=graph)
+        gone = whole-_between_layers(shrink(model, mask, take(xb, slice(0, 2))), xb, graph)
+        if gone: res[n] = gone/int((graph.out_slots[n] == b).sum())
+    return res
+
 # %% ../nbs/21a_sensitivity.ipynb #facts
 @public
 def facts(model:nn.Module, # dense
           xb,              # a batch of inputs
           graph            # its `Graph`
          )->dict:
-    "params and macs (of one example) of the network; norms: path of a norm or table -> its parameters per channel."
+    """params and macs (of one example) of the network; norms: path of a norm or table -> its parameters per channel;
+    heads: layer of an attention -> MACs between its layers, per channel."""
     mods = dict(model.named_modules())
     norms = {k:sum(len(p) == len(v) for p in mods[k].parameters(recurse=False) if p.ndim)
              for k,v in graph.norm_slots.items() if k in mods}
     own, paid = dict(model.named_parameters()), {id(m.weight) for m in layers(model).values()}
     own = {k:p for k,p in own.items() if id(p) not in paid}
     tables = {k:own[k].numel()//own[k].shape[d] for k,(d,_) in graph.tables.items() if k in own}
-    return dict(params=count_params(model), macs=count_macs(model, xb), norms={**norms, **tables})
+    return dict(params=count_params(model), macs=count_macs(model, xb), norms={**norms, **tables},
+                heads=_head_macs(model, xb, graph))
 
 # %% ../nbs/21a_sensitivity.ipynb #check
 def _setting(model_or_learn, dl, xb):
@@ -254,7 +276,7 @@ def sensitivity(model_or_learn,  # a `Learner`, or a model beside `dl` or `xb`; 
                 xb=None,         # instead: a batch of inputs alone, None = `dl`
                 n:int=512,       # examples to look at, None = all
                 bs:int=64,       # of `xb` at a time
-                by:str='error',  # what plots and budgets go by: 'error', 'loss' or 'accuracy'
+                by:str='error',  # what plots and budgets go by: 'error', 'kl', 'loss' or 'accuracy'
                 progress:bool=False, # show a bar?
                 **args           # of `allocate`: reduce, caps, round_to, min_keep, keep, normalize, tied
                )->Sensitivity:
@@ -265,7 +287,7 @@ def sensitivity(model_or_learn,  # a `Learner`, or a model beside `dl` or `xb`; 
     batches = _examples(dl, xb, n, bs, next(model.parameters()).device); whole = _outputs(model, batches)
     n = sum(len(tensors(x)[0]) for x,_ in batches); dense = _answers(whole, n)
     if by != 'error' and dense is None: raise ValueError(f"by={by!r}: needs class numbers as labels; expected 'error'")
-    if not (_squares([a for a,_ in whole]) > 0).all(): raise ValueError("model: its outputs are 0; nothing can be lost")
+    if not (_squares([o for o,*_ in whole]) > 0).all(): raise ValueError("model: its outputs are 0; nothing can be lost")
     rows, status = _measured(model, cuts, batches, whole, n, progress)
     graph = scores.graph
     known = {} if graph is None else facts(model, batches[0][0], graph)
@@ -273,8 +295,8 @@ def sensitivity(model_or_learn,  # a `Learner`, or a model beside `dl` or `xb`; 
                        known, by, status, time.perf_counter()-start)
 
 # %% ../nbs/21a_sensitivity.ipynb #loop
-_COLUMNS = ['layer', 'sparsity', 'kept', 'units', 'error', 'error_lo', 'error_hi', 'k', 'n', 'accuracy', 'lo', 'hi',
-            'loss']
+_COLUMNS = ['layer', 'sparsity', 'kept', 'units', 'error', 'error_lo', 'error_hi', 'kl', 'k', 'n', 'accuracy', 'lo',
+            'hi', 'loss']
 
 def _measured(model, cuts, batches, whole, n, progress):
     "(a row for every cut, status)."

@@ -72,10 +72,9 @@ torch.save(res, f'{sys.argv[1]}/{rank}.pt'); dist.destroy_process_group()
 '''
 PARTS = ['taylor', 'snip', 'cut', 'shared', 'margin', 'ising', 'snapshot', 'recalibrated']
 
-@pytest.fixture(scope='module')
-def ranks(tmp_path_factory):
-    "What the two processes have in the end."
-    d = tmp_path_factory.mktemp('ranks'); (d/'script.py').write_text(SCRIPT)
+def run_on_two(script, d):
+    "What two processes of `script` leave in the folder `d`."
+    (d/'script.py').write_text(script)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
            'MASTER_PORT': str(port),
@@ -86,6 +85,9 @@ def ranks(tmp_path_factory):
     finally: [p.kill() for p in ps]
     assert [p.returncode for p in ps] == [0, 0], '\n\n'.join(errs)
     return [torch.load(d/f'{i}.pt', weights_only=True) for i in range(2)]
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory): return run_on_two(SCRIPT, tmp_path_factory.mktemp('ranks'))
 
 def differ(a, b): return [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
 
@@ -113,3 +115,43 @@ def test_one_process_is_left_alone():
     assert n_ranks() == 1 and agreed(x) is x and agreed(3.) == 3. and bare(net) is net
     with pytest.raises(TypeError, match='split'):
         with ranked(object(), split='no'): pass
+
+CTX = '''
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from fastai.distributed import DistributedDL
+from neuronprune.core import generator, seed_everything
+from neuronprune.retrain import held
+from neuronprune.train import as_learner, fit
+from neuronprune.while_training import PruneCallback
+
+def broadcast(self, t, rank): t = torch.tensor(t); dist.broadcast(t, rank); return t.tolist()
+DistributedDL._broadcast = broadcast # fastai's moves the indices to a GPU, for nccl
+g = generator(0); X = torch.rand(256, 1, 8, 8, generator=g)
+Y = ((X-.5).flatten(1) @ torch.randn(64, 4, generator=g)).argmax(1); res = {}
+for k,cb in dict(none=None, weights=PruneCallback('snip', .5, n=64, per_epoch=2),
+                 channels=PruneCallback('taylor', .5, unit='channel', n=64, shrink='each')).items():
+    with seed_everything(0): net = nn.Sequential(nn.Flatten(), nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 4))
+    data = [DataLoader(TensorDataset(X, Y), bs, shuffle=bs == 32) for bs in (32, 128)]
+    learn = as_learner(net, *data, opt='sgd', lr=.05)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, 2, cbs=[cb] if cb else [])
+    res[k] = {f'w {n}':v for n,v in learn.model.state_dict().items()}
+    res[k].update({f'held {n}':v for n,v in held(learn).items()})
+    if cb: res[k].update({f'mask {n}':v for n,v in cb.mask.items()})
+torch.save(res, f'{sys.argv[1]}/{dist.get_rank()}.pt'); dist.destroy_process_group()
+'''
+
+@pytest.fixture(scope='module')
+def in_context(tmp_path_factory):
+    pytest.importorskip('accelerate', reason="fastai's distrib_ctx needs it")
+    return run_on_two(CTX, tmp_path_factory.mktemp('context'))
+
+@pytest.mark.parametrize('part', ['none', 'weights', 'channels'])
+def test_in_fastais_own_context(in_context, part):
+    "Weights and masks agree, under the network's own names, and the mask is held."
+    a, b = (o[part] for o in in_context)
+    assert list(a) == list(b) and differ(a, b) == [] and 'w 1.weight' in a
+    if part == 'weights': assert sum(int((~v).sum()) for k,v in a.items() if k.startswith('held ')) == (64*30+30*4)//2
+    if part == 'weights': assert all(not a[f'w {k[5:]}'][~v].any() for k,v in a.items() if k.startswith('held '))
+    if part == 'channels': assert a['w 1.weight'].shape == (15, 64) and int(a['mask 1'].sum()) == 15

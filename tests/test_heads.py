@@ -2,11 +2,13 @@
 import copy, json, pytest, torch, torch.nn.functional as F
 from torch import nn
 from neuronprune.allocate import allocate
+from neuronprune.costs import count_macs
 from neuronprune.core import UnsupportedLayerError, generator, seed_everything
 from neuronprune.forms import Attention, TransposedConv2d, Turned, load_packed, packed_state, unpacked
 from neuronprune.graph import Graph, probing, trace
 from neuronprune.masks import Mask, Scores
 from neuronprune.provable import sensitivity
+from neuronprune.sensitivity import facts
 from neuronprune.surgery import apply, difference, load, save, shrink
 
 def split(x, n): return x.unflatten(-1, (n, -1)).transpose(1, 2)
@@ -67,6 +69,20 @@ def test_a_head_is_a_bundle(name):
             torch.arange(n)[None, :, None].expand(3, n, 3))
         assert want[q] == (ids.flatten()+want[q][0]).tolist()
     else: assert set(want['1.q']) == set(want['1.k']) == set(want['1.v'])
+
+@pytest.mark.parametrize('name', MAKERS)
+def test_macs_fall_with_the_heads(name):
+    "Layers by their sizes, and each head's two products; what a budget is told of a head is what goes with it."
+    m = net(MAKERS[name]()); g, mask, small = halved(m); a = m[1]
+    q = '1.qkv' if isinstance(a, Fused) else '1.q'
+    def products(o):
+        l = o.get_submodule(q); rows = l.out_features//(3 if isinstance(a, Fused) else 1)
+        return 2*6*6*rows # of the queries, all heads together
+    own = lambda o: 6*sum(p.numel() for p in o.parameters() if p.ndim == 2)
+    for o in (m, small): assert count_macs(o, x()) == own(o)+products(o)
+    f = facts(m, x(), g); (n, per), = f['heads'].items()
+    gone = int((~mask[n]).sum())
+    assert gone and per*gone == products(m)-products(small)
 
 @pytest.mark.parametrize('name', MAKERS)
 def test_masked_is_shrunk(name, tmp_path):

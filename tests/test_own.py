@@ -10,13 +10,14 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from torchvision.models import VisionTransformer
 from fastai.metrics import accuracy, accuracy_multi, Dice, mae, rmse
 from neuronprune.all import *
 from neuronprune.core import mapped, methods
 from neuronprune.data import OneBatch
 from neuronprune.graph import trace
 from neuronprune.report import Report, compare, plot_compare
-from neuronprune.surgery import difference
+from neuronprune.surgery import difference, load
 from neuronprune.train import Evaluation, as_learner
 
 SCORES = [k for k,m in methods().items() if m.kind == 'score']
@@ -374,3 +375,89 @@ def test_a_table_at_two_sizes():
                                                          fine_tune_epochs=1, latency=False)
     assert len(res.rows) == 2 and res.report.params_after == count_params(learn.model) and (
         res.rows.params_density.diff()[1:] < 0).all()
+
+# ---- modules that hide their layers
+
+class Sentences(nn.Module):
+    "Torch's encoder between an embedding and a head."
+    def __init__(self):
+        super().__init__(); layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0., batch_first=True)
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    def forward(self, x): return self.head(self.encoder(self.embed(x)).mean(1))
+
+class Upwards(nn.Module):
+    "A decoder: what it puts out is an image."
+    def __init__(self):
+        super().__init__(); self.start = nn.Linear(6, 8*16)
+        self.up = nn.ConvTranspose2d(8, 10, 4, 2, 1); self.out = nn.ConvTranspose2d(10, 1, 4, 2, 1)
+    def forward(self, x): return self.out(self.up(self.start(x.mean(1)).relu().view(-1, 8, 4, 4)).relu())
+
+class Vit(nn.Module):
+    "Torchvision's transformer on a small image."
+    def __init__(self):
+        super().__init__(); self.vit = VisionTransformer(8, 4, 2, 4, 16, 24, num_classes=3)
+    def forward(self, x): return self.vit(x[:, None, :, :1].expand(-1, 3, -1, 8)[:, :, [0, 1, 2, 3, 4, 0, 1, 2]])
+
+class Gpt(nn.Module):
+    "GPT-2 in small, with a head on its last word."
+    def __init__(self):
+        hf = pytest.importorskip('transformers')
+        super().__init__(); c = hf.GPT2Config(vocab_size=19, n_positions=8, n_embd=16, n_layer=2, n_head=4)
+        self.gpt, self.head = hf.GPT2Model(c), nn.Linear(16, 3)
+    def forward(self, x): return self.head(self.gpt(input_ids=x, use_cache=False).last_hidden_state[:, -1])
+
+def hidden(kind):
+    torch.manual_seed(0)
+    x = torch.randint(19, (48, 8)) if kind is Gpt else torch.randn(48, 5, 6)
+    y = torch.randn(48, 1, 16, 16) if kind is Upwards else torch.arange(48) % 3
+    return kind().eval(), (x, y), [loader(x, y, bs=16)]*2
+
+INSIDE = {Sentences:['encoder.layers.0.self_attn.q_proj', 'encoder.layers.1.linear1'], Upwards:['up'],
+          Vit:['vit.encoder.layers.encoder_layer_0.self_attention.q_proj'],
+          Gpt:['gpt.h.0.attn.c_attn', 'gpt.h.1.mlp.c_fc']}
+
+@pytest.mark.parametrize('kind', INSIDE)
+def test_prune_reaches_what_modules_hide(kind, tmp_path):
+    "Cut, saved, and loaded into an instance of the class; the network it was given is as it was, tensor by tensor."
+    model, (x, _), dls = hidden(kind); before = {k:v.clone() for k,v in model.state_dict().items()}
+    types = [type(m) for m in model.modules()]
+    res = quiet(prune, model, 'magnitude', .5, unit='channel', scope='layer', dls=dls, fine_tune_epochs=1, shrink=True,
+                latency=False)
+    assert [type(m) for m in model.modules()] == types
+    assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
+    for n in INSIDE[kind]: assert 0 < (~res.mask[n]).sum() < len(res.mask[n]), n
+    assert res.report.params_removed > .3
+    res.save(tmp_path); back = load(tmp_path/'model.safetensors', kind())
+    assert difference(res.model, back, x) == 0
+
+def test_what_is_made_plain_can_be_pruned_again_and_goes_on_from_a_folder(tmp_path):
+    model, _, dls = hidden(Sentences); learn = as_learner(model, *dls)
+    args = dict(sizes=[.8, .6], scope='layer', fine_tune_epochs=1, latency=False)
+    res = quiet(prune, learn, 'magnitude', unit='channel', folder=tmp_path, **args)
+    again = quiet(prune, as_learner(hidden(Sentences)[0], *dls), 'magnitude', unit='channel', folder=tmp_path, **args)
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k,v in res.model.state_dict().items())
+    more = quiet(prune, learn, 'magnitude', sizes=[.4], unit='channel', fine_tune_epochs=0, latency=False)
+    assert more.report.params_removed > .2
+
+def test_snapshots_go_with_it():
+    "Back to the initial weights, under the names of the plain layers."
+    model, _, dls = hidden(Sentences); w = model.encoder.layers[0].self_attn.in_proj_weight.detach().clone()
+    data = DataLoaders(*as_learner(model, *dls).dls.loaders[:2])
+    learn = learner(model, data, lr=.1, loss_func=nn.CrossEntropyLoss())
+    fit(learn, 1)
+    assert not torch.equal(learn.model.encoder.layers[0].self_attn.in_proj_weight, w)
+    res = quiet(prune, learn, 'lth', .5, fine_tune_epochs=0, latency=False)
+    q = res.model.encoder.layers[0].self_attn.q_proj.weight; kept = q != 0
+    assert 0 < kept.sum() < kept.numel() and torch.equal(q[kept], w[:16][kept])
+
+class Reaching(nn.Module):
+    "Uses the tensors of its attention itself."
+    def __init__(self):
+        super().__init__(); self.attn, self.a, self.b = nn.MultiheadAttention(6, 2), nn.Linear(6, 10), nn.Linear(10, 3)
+    def forward(self, x): return self.b(self.a(x @ self.attn.in_proj_weight[:6].T).relu()).mean(1)
+
+def test_a_network_that_reaches_into_its_attention_keeps_it():
+    model, (x, y), dls = hidden(Reaching)
+    res = quiet(prune, model, 'magnitude', .5, unit='channel', dls=dls, fine_tune_epochs=0, latency=False)
+    assert res.model is model and type(model.attn) is nn.MultiheadAttention and (~res.mask['a']).sum() == 5

@@ -26,6 +26,31 @@ def test_macs_of_known_layers(m, shape, macs):
     assert count_macs(m, x, nonzero=True) == macs - macs//m.weight.shape[0]
     assert count_macs(m, x) == macs
 
+class Fed(nn.Module):
+    "An attention or recurrent module and what it is called with, behind one input."
+    def __init__(self, m, call): super().__init__(); self.m, self.call, self.out = m, call, nn.Linear(4, 2)
+    def forward(self, x): return self.call(self.m, x)
+
+@pytest.mark.parametrize('need', [True, False])
+@pytest.mark.parametrize('mask', [None, torch.zeros(5, 5)])
+def test_macs_of_attention(need, mask):
+    "Four projections, q·k and the weights times v, whichever kernel runs."
+    m = Fed(nn.MultiheadAttention(8, 2, batch_first=True),
+            lambda m, x: m(x, x, x, need_weights=need, attn_mask=mask)[0])
+    assert count_macs(m, torch.rand(3, 5, 8)) == 5*4*8*8 + 2*5*5*(4+4)
+
+@pytest.mark.parametrize('kv', [4, 2, 1])
+def test_macs_of_attention_with_shared_keys(kv):
+    def call(m, x):
+        q, k, v = (x[:, None, :, :3].expand(-1, n, -1, -1).contiguous() for n in (4, kv, kv))
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert count_macs(Fed(None, call), torch.rand(3, 5, 8)) == 4*5*5*(3+3)
+
+@pytest.mark.parametrize('cls,gates', [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_macs_of_recurrent_layers(cls, gates):
+    m = Fed(cls(8, 4, 2, batch_first=True), lambda m, x: m(x)[0])
+    assert count_macs(m, torch.rand(3, 5, 8)) == 5*gates*4*(8+4 + 4+4)
+
 def test_macs_leave_the_model():
     m = net(); before = copy.deepcopy(m.state_dict()); m[1].eval()
     assert count_macs(m, XB) == 8*27*9 + 72*5

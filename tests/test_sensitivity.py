@@ -120,8 +120,18 @@ def test_curves_rise_and_start_at_nothing(learn):
             assert loss[0] == 0 and (np.diff(loss) >= 0).all() and (np.diff(kept) < 0).all() and kept[0] == s.rows[
                 s.rows.layer == k].units.iloc[0]
             d = s.rows[s.rows.layer == k]
-            own = dict(error=d.error, loss=d.loss-s.whole.loss, accuracy=s.whole.accuracy-d.accuracy)[by]
+            own = dict(error=d.error, kl=d.kl, loss=d.loss-s.whole.loss, accuracy=s.whole.accuracy-d.accuracy)[by]
             assert loss[-1] == pytest.approx(max(0, own.max()))
+
+
+def test_the_divergence_is_that_of_the_class_probabilities(learn):
+    sc = scores_of(learn); s = sensitivity(learn, sc, [.6], n=None, by='kl')
+    m = allocate(sc, .6, scope='layer'); keys = s.tied[s.rows.layer[0]]
+    x = torch.cat([xb for xb,_ in learn.dls.valid]); net = learn.model.eval()
+    cut = apply(copied(net), narrowed(m, keys))
+    with torch.no_grad(): p, q = (o(x).double().log_softmax(1) for o in (net, cut))
+    want = torch.nn.functional.kl_div(q, p, log_target=True, reduction='batchmean')
+    assert s.rows.kl[0] == pytest.approx(float(want), rel=1e-4) and s.curve(keys[0])[1][1] == s.rows.kl[0] > 0
 
 
 def test_a_layer_of_one_unit_cannot_be_cut_and_is_not_robust():
