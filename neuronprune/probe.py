@@ -300,18 +300,19 @@ def _behind(parts, starts, passed={}):
 
 # %% ../nbs/02a_probe.ipynb #23731353
 @patch
-def hop(self:Probe, leaf, y, names, places):
-    """({layer: bool [channels]}, does its first row tell all?) of what the number `y` hangs on, `names` and `places`;
-    None if the first row of a place does not arrive as a whole, or a layer arrives on several ways."""
+def hop(self:Probe, leaf, k, parts, names, places):
+    """({layer: bool [channels]}, does its first row tell all?) of what the tensors `parts` at `k` hang on, `names` and
+    `places`; None if the first row of a place does not arrive as a whole, or a layer arrives on several ways."""
     ends = [leaf[n] for n in names] + [o for _,o,_ in places]
-    grads = torch.autograd.grad(y, ends, retain_graph=True, allow_unused=True) if ends else []
-    own = {n:(self.by_channel(n, g), g) for n,g in zip(names, grads) if g is not None}
+    weights = [self.table(v.shape, k).to(v) for v in parts]
+    grads = torch.autograd.grad(parts, ends, weights, retain_graph=True, allow_unused=True) if ends else []
+    own = {n:self.by_channel(n, g) for n,g in zip(names, grads) if g is not None}
     for (k,*_),g in zip(places, grads[len(names):]):
         if g is None or not g.narrow(self.batch[k][0], 0, self.batch[k][1]).all(): return None
     ways = [dict.fromkeys(names)] + [reached for *_,reached in places]
     if places and sum(map(len, ways)) > len({n for w in ways for n in w}): return None
-    res = {n:h for n,(h,_) in own.items() if h.any()} | {n:h for w in ways[1:] for n,h in w.items()}
-    return res, all(torch.equal(h, self.by_channel(n, g[:1])) for n,(h,g) in own.items())
+    res = {n:v for n,h in own.items() if (v := h.any(0)).any()} | {n:h for w in ways[1:] for n,h in w.items()}
+    return res, all(torch.equal(h[0], res[n]) for n,h in own.items() if n in res)
 
 # %% ../nbs/02a_probe.ipynb #back
 @patch
@@ -320,17 +321,16 @@ def back(self:Probe, leaf, starts, passed, k):
     `starts`, or to places that were `passed` before."""
     o = self.seen[k]; parts = [v for v in tensors(o) if v.requires_grad]
     if not parts: return {}
-    y = sum((v*self.table(v.shape, k)).sum() for v in parts)
-    told = self.hop(leaf, y, *_behind(parts, starts, passed)) or self.hop(leaf, y, *_behind(parts, starts))
+    told = self.hop(leaf, k, parts, *_behind(parts, starts, passed)) or self.hop(leaf, k, parts, *_behind(parts, starts))
     if told[1] and parts[0] is o and self.batch.get(k): passed[o.grad_fn, o.output_nr] = k, o, told[0]
     return told[0]
 
 # %% ../nbs/02a_probe.ipynb #by-channel
 @patch
 def by_channel(self:Probe, n, g):
-    "Bool [channels] of layer `n`: is `g` [rows, size per row, …] anything but zero there?"
+    "Bool [rows, channels] of layer `n`: is `g` [rows, size per row, …] anything but zero there?"
     at = g.ndim-1 if channel_dim(self.layers[n]) == -1 else 2
-    return (g.abs().amax([d for d in range(g.ndim) if d != at]) != 0).cpu()
+    return (g.abs().amax([d for d in range(1, g.ndim) if d != at]) != 0).cpu()
 
 # %% ../nbs/02a_probe.ipynb #code
 LEVELS = 3
