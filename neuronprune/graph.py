@@ -319,10 +319,22 @@ def _learn_widths(probe, g, union):
     return False
 
 # %% ../nbs/03_graph.ipynb #rehearse-graph
+def _suspect(probe, g, unions, asked):
+    "The union nearest to the place where the last fault showed, unless it was `asked` before or is the only one."
+    near = {probe.where, *g.sources.get(probe.where, {})}
+    first = next((u for u in unions if near & set(u)), None) if len(unions) > 1 else None
+    if first is None or first[0] in asked: return None
+    asked.add(first[0])
+    return first
+
 def _rehearse(probe, g):
     "Fix the layers that the rehearsal finds fault with, in place."
+    asked = set()
     while unions := _unions(g, g.removable):
         if (why := _faulty(probe, g, unions)) is None: break
+        if (first := _suspect(probe, g, unions, asked)) and (alone := _faulty(probe, g, [first])):
+            if not _learn_widths(probe, g, first): g.fixed.update({n:alone for n in first})
+            continue
         bad = _culprits(probe, g, unions, why)
         if not bad and (why := _faulty(probe, g, unions)):
             bad = [(u, why) for u in unions] # each alone is right, together they are not

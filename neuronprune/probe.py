@@ -60,7 +60,7 @@ class Probe:
         self.opaque = {n:m for n,m in named.items() if is_opaque(m)}
         self.inputs = mapped(
             lambda o: o[:1].detach().to(self.table.values.device, dtype if o.is_floating_point() else o.dtype), xb)
-        self.say, self.seen, self.shift, self.tables = self._first, {}, 0., {}
+        self.say, self.seen, self.shift, self.tables, self.base = self._first, {}, 0., {}, {}
         for n,m in self.layers.items(): self._watch(n, m, lambda n, m, x: self.say(n, m, x))
         for n,m in self.norms.items(): self._watch(n, m, (lambda n, m, x: x.clone()) if _plain(m) else self._norm)
         for n,m in self.opaque.items(): self._watch(n, m, None)
@@ -76,7 +76,11 @@ def _watch(self:Probe, n, m, answer):
         k = n
         while k in self.seen: k += '#' # used again
         self.seen[k] = list(args[:3]) if answer is None else args[0]
-        return self._constant(n, m, own, *args, **kw) if answer is None else answer(n, m, args[0])
+        if answer is None: return self._constant(n, m, own, *args, **kw)
+        if args[0] is self.said[1]: self.straight[k] = self.said
+        y = answer(n, m, args[0])
+        if n in self.base: self.said = n, y, y._version
+        return y
     m.forward = forward
 
 # %% ../nbs/02a_probe.ipynb #run
@@ -85,6 +89,7 @@ def run(self:Probe, rows=1, xb=None):
     "Forward `rows` copies of every example of `xb`; fills `seen`, where '' is the list of the network's outputs."
     x = mapped(lambda o: o.repeat_interleave(rows, 0), self.inputs if xb is None else xb)
     self.seen, self.calls, self.out, self.rows = {}, {}, {}, len(tensors(x)[0])
+    self.said, self.straight = (None,)*3, {} # what was emitted last; places that saw it so
     with unfused(): out = feed(self.model, x)
     self.seen[''] = [o for o in tensors(out) if o.is_floating_point()]
     return self.seen
@@ -241,6 +246,13 @@ def lifting(self:Probe, lift, sign=None):
     self.say = say
     return self
 
+# %% ../nbs/02a_probe.ipynb #7d32cf8a
+@patch
+def direct(self:Probe, k):
+    "The layer whose answer arrives at place `k` just as it was given, or None."
+    n, y, version = self.straight.get(k, (None,)*3)
+    return n if n in self.base and y._version == version else None
+
 # %% ../nbs/02a_probe.ipynb #rows
 @patch
 def rows_of(self:Probe, k):
@@ -259,39 +271,66 @@ _VOLUME = 500_000 # activations per run that are worth another row
 def reach(self:Probe):
     "Place -> {layer: bool [channels]: does the channel arrive there?}; '' is the output."
     rows = max(2, min(16, _VOLUME//max(1, sum(b.numel() for b in self.base.values()))))
-    leaf = {n:torch.stack([b] + [torch.where(self.table(b.shape, f'{n}{r}') > 1, b, -b)
-                                 for r in range(1, rows)]).requires_grad_() for n,b in self.base.items()}
-    said = {}
+    leaf = {n:torch.cat([b[None], torch.where(self.table((rows-1, *b.shape), n) > 1, b, -b)]).requires_grad_()
+            for n,b in self.base.items()}
+    starts, passed, done, res = {}, {}, {}, {}
     def say(n, m, x):
         if n not in leaf: return self._first(n, m, x)
-        y = self.laid(n, leaf[n]*1); said[id(y)] = n, y, y._version # kept, so that no other tensor gets its id
-        return y
+        y = leaf[n]*1; starts[y.grad_fn] = n
+        return self.laid(n, y)
     self.say = say; self.run(rows)
-    done, res = {}, {} # a norm and the layer behind it may hold one tensor
     for k,o in self.seen.items():
-        n, y, fresh = said.get(id(o), (None, None, 0))
-        if y is not None and y._version == fresh: res[k] = {n:torch.ones(self.n_out[n], dtype=torch.bool)}; continue
-        key = tuple(id(v) for v in tensors(o))
-        if key not in done:
-            done[key] = self.back(leaf, sum((v*self.table(v.shape, k)).sum() for v in tensors(o) if v.requires_grad))
+        if (n := self.direct(k)): res[k] = {n:torch.ones(self.n_out[n], dtype=torch.bool)}; continue
+        key = tuple(id(v) for v in tensors(o)) # a norm and the layer behind it may hold one tensor
+        if key not in done: done[key] = self.back(leaf, starts, passed, k)
         res[k] = done[key]
     return res
 
+# %% ../nbs/02a_probe.ipynb #3fa002f2
+def _behind(parts, starts, passed={}):
+    "(layers, entries of `passed`) that the tensors `parts` come from, along the nodes of autograd's graph."
+    names, places, known, todo = [], [], set(), [(v.grad_fn, v.output_nr) for v in parts]
+    while todo:
+        if (at := todo.pop()) in known: continue
+        known.add(at)
+        if at[0] in starts: names.append(starts[at[0]])
+        elif at in passed: places.append(passed[at])
+        elif at[0] is not None: todo += at[0].next_functions
+    return names, places
+
+# %% ../nbs/02a_probe.ipynb #23731353
+@patch
+def hop(self:Probe, leaf, k, parts, names, places):
+    """({layer: bool [channels]}, does its first row tell all?) of what the tensors `parts` at `k` hang on, `names` and
+    `places`; None if the first row of a place does not arrive as a whole, or a layer arrives on several ways."""
+    ends = [leaf[n] for n in names] + [o for _,o,_ in places]
+    weights = [self.table(v.shape, k).to(v) for v in parts]
+    grads = torch.autograd.grad(parts, ends, weights, retain_graph=True, allow_unused=True) if ends else []
+    own = {n:self.by_channel(n, g) for n,g in zip(names, grads) if g is not None}
+    for (k,*_),g in zip(places, grads[len(names):]):
+        if g is None or not g.narrow(self.batch[k][0], 0, self.batch[k][1]).all(): return None
+    ways = [dict.fromkeys(names)] + [reached for *_,reached in places]
+    if places and sum(map(len, ways)) > len({n for w in ways for n in w}): return None
+    res = {n:v for n,h in own.items() if (v := h.any(0)).any()} | {n:h for w in ways[1:] for n,h in w.items()}
+    return res, all(torch.equal(h[0], res[n]) for n,h in own.items() if n in res)
+
 # %% ../nbs/02a_probe.ipynb #back
 @patch
-def back(self:Probe, leaf, y):
-    "{layer: bool [channels]} of what the number `y` depends on, by one step back to the sources `leaf`."
-    if not isinstance(y, torch.Tensor): return {}
-    grads = torch.autograd.grad(y, list(leaf.values()), retain_graph=True, allow_unused=True)
-    hit = {n:self.by_channel(n, g) for n,g in zip(leaf, grads) if g is not None}
-    return {n:h for n,h in hit.items() if h.any()}
+def back(self:Probe, leaf, starts, passed, k):
+    """{layer: bool [channels]} of what is seen at `k`: a step back to the sources `leaf`, which begin at the nodes
+    `starts`, or to places that were `passed` before."""
+    o = self.seen[k]; parts = [v for v in tensors(o) if v.requires_grad]
+    if not parts: return {}
+    told = self.hop(leaf, k, parts, *_behind(parts, starts, passed)) or self.hop(leaf, k, parts, *_behind(parts, starts))
+    if told[1] and parts[0] is o and self.batch.get(k): passed[o.grad_fn, o.output_nr] = k, o, told[0]
+    return told[0]
 
 # %% ../nbs/02a_probe.ipynb #by-channel
 @patch
 def by_channel(self:Probe, n, g):
-    "Bool [channels] of layer `n`: is `g` [rows, size per row, …] anything but zero there?"
+    "Bool [rows, channels] of layer `n`: is `g` [rows, size per row, …] anything but zero there?"
     at = g.ndim-1 if channel_dim(self.layers[n]) == -1 else 2
-    return (g.abs().amax([d for d in range(g.ndim) if d != at]) != 0).cpu()
+    return (g.abs().amax([d for d in range(1, g.ndim) if d != at]) != 0).cpu()
 
 # %% ../nbs/02a_probe.ipynb #code
 LEVELS = 3
@@ -304,16 +343,29 @@ def digits(n:int,  # number of channels
     return torch.cat([ref, torch.arange(n)[None]//LEVELS**torch.arange(d)[:, None] % LEVELS])
 
 # %% ../nbs/02a_probe.ipynb #spelt
-def spelt(x:torch.Tensor, # what was seen [LEVELS+d, slots, rest]
-          w:torch.Tensor, # random weights [rest] by which positions are summed
-          tol:float       # relative difference that counts
+def spelt(y:torch.Tensor, # what was seen, summed over the positions [LEVELS+d, slots]
+          n,              # number of positions, a number or [slots]
+          tol             # relative difference that counts, a number or [slots]
          )->tuple:
     "(bool [d, LEVELS, slots]: which levels does each row look like?, bool [slots]: do the levels differ at all?)."
-    y = x @ w
-    if not torch.isfinite(y).all(): y = x.nan_to_num(0, 0, 0) @ w
-    near = tol*(1+x.shape[-1]+y[:LEVELS].abs().amax(0))
+    near = tol*(1+n+y[:LEVELS].abs().amax(0))
     like = (y[LEVELS:, None]-y[None, :LEVELS]).abs() <= near
     return like.cpu(), ((y[1:LEVELS]-y[:1]).abs() > near).any(0).cpu()
+
+# %% ../nbs/02a_probe.ipynb #4fd04823
+@patch
+def summed(self:Probe, places):
+    """Of those `places` whose rows are known, one behind the other: (index of the place of every slot [slots], random
+    sums over the positions [rows, slots], how many they sum [slots], relative difference that counts [slots])."""
+    xs = {i:x for i,k in enumerate(places) if (x := self.rows_of(k)) is not None}
+    if not xs: return (torch.empty(0, dtype=torch.long),)*4
+    def weigh(x): return torch.bmm(x, self.table((x.shape[-1],)).to(x).view(1, -1, 1).expand(len(x), -1, 1))[..., 0]
+    y = torch.cat([weigh(x) for x in xs.values()], 1)
+    if not torch.isfinite(y).all(): y = torch.cat([weigh(x.nan_to_num(0, 0, 0)) for x in xs.values()], 1)
+    each = [(i, x.shape[-1], 1e-10 if x.dtype == torch.float64 else 1e-5) for i,x in xs.items()]
+    at, n, tol = torch.tensor(each).repeat_interleave(
+        torch.tensor([x.shape[1] for x in xs.values()]), 0).T
+    return at.long(), y, n.to(y.device), tol.to(y.device)
 
 # %% ../nbs/02a_probe.ipynb #decode
 @patch
@@ -324,25 +376,26 @@ def decode(self:Probe, names, places, reach, start={}, tries=24):
     first = {n:start.get(n, 0) for n in names}; total = max(first[n]+self.n_out[n] for n in names)
     code = digits(total, max(1, math.ceil(math.log(total, LEVELS)-1e-9))); d = len(code)-LEVELS
     lift = {n:code[:, i:i+self.n_out[n]] for n,i in first.items()}
-    found, told = {}, {}
-    due = {k:_due([(first[n], c) for n,c in reach.get(k, {}).items() if n in lift], total) for k in places}
+    due = [[(first[n], c) for n,c in reach.get(k, {}).items() if n in lift] for k in places]
     for t in range(tries):
         self.lifting(lift, sign=t or None).run(LEVELS+d, self.inputs if t % 2 == 0 else self.given)
-        for k in places:
-            if (x := self.rows_of(k)) is None: continue
-            like, heard = spelt(x, self.table((x.shape[-1],)).to(x.dtype), 1e-10 if x.dtype == torch.float64 else 1e-5)
-            if k in found: like, heard = like & found[k][0], heard | found[k][1]
-            found[k] = like, heard; told[k] = _read(like, heard)
-        if all(_complete(*o, told[k][0], due[k]) for k,o in found.items()): break
-    return told
+        at, *y = self.summed(places)
+        if not len(at): return {}
+        now, told = spelt(*y), at.bincount(minlength=len(places))
+        like, heard = (now[0] & like, now[1] | heard) if t else now
+        chan, mix = _read(like, heard)
+        if _complete(like, heard, chan, at, due, total): break
+    return {k:o for k,*o in zip(places, *(v.split(told.tolist()) for v in (chan, mix))) if len(o[0])}
 
-# %% ../nbs/02a_probe.ipynb #read
+# %% ../nbs/02a_probe.ipynb #07c5b50b
 def _due(arrives, total):
-    "Bool [total]: the numbers of the channels that arrive, from pairs (first number, bool [channels])."
-    res = torch.zeros(total, dtype=torch.bool)
-    for i,c in arrives: res[i:i+len(c)] |= c
+    "Bool [places, total]: the numbers of the channels that arrive, from lists of (first number, bool [channels])."
+    res = torch.zeros(len(arrives), total, dtype=torch.bool)
+    for row,pairs in zip(res, arrives):
+        for i,c in pairs: row[i:i+len(c)] |= c
     return res
 
+# %% ../nbs/02a_probe.ipynb #read
 def _read(like, heard):
     "(channel [slots] or -1, bool [slots]: mixed?) from the levels that were possible in every digit."
     one = (like.sum(1) == 1).all(0) & heard
@@ -350,13 +403,12 @@ def _read(like, heard):
     chan = ((like*torch.arange(LEVELS)[:, None]).sum(1)*LEVELS**torch.arange(len(like))[:, None]).sum(0)
     return torch.where(one, chan, -1), heard & ~one
 
-def _complete(like, heard, chan, due):
-    "Has everything that arrives been heard and understood, the channels `due` among the read ones `chan`?"
-    n = like.sum(1)
-    if (n == 0).any(): return True # it mixes, and will not stop to
-    if (heard & (n > 1).any(0)).any(): return False
-    left = due.clone(); left[chan[(chan >= 0) & (chan < len(due))]] = False
-    return not left.any()
+def _complete(like, heard, chan, at, due, total):
+    "Has every place (`at`: that of every slot) heard and understood all that is `due`, or does it mix?"
+    left, ok, n = _due(due, total), (chan >= 0) & (chan < total), like.sum(1)
+    left[at[ok], chan[ok]] = False
+    unread = left.any(1).index_fill(0, at[heard & (n > 1).any(0)], True)
+    return not unread.index_fill(0, at[(n == 0).any(0)], False).any() # it mixes, and will not stop to
 
 # %% ../nbs/02a_probe.ipynb #parties
 def _parties(reach):
@@ -391,7 +443,9 @@ def follow(self:Probe):
     layer -> opaque places and '' that it reaches, place -> slots heard but unclaimed)."""
     reach = self.reach(); found, lost = {n:{} for n in self.base}, {}
     ends = {n:[k for k,by in reach.items() if n in by and self.is_end(k)] for n in self.base}
-    places = [k for k in reach if not self.is_end(k)]
+    plain = {k:n for k in reach if (n := self.direct(k))}
+    for k,n in plain.items(): found[n][k] = torch.arange(self.n_out[n]), False
+    places = [k for k in reach if k not in plain and not self.is_end(k)]
     clear, hard = self.decode(list(self.base), places, reach), {}
     for k,(chan,mix) in clear.items():
         by = reach[k]

@@ -125,17 +125,20 @@ def masked(self:Probe, kept, slots, tables):
 @torch.no_grad()
 def rehearse(self:Probe, kept, slots, widths={}, tables={}):
     """None, or why a network cut to `kept` (layer -> bool [n_out]; place -> bool in `slots`; table -> (dimension, bool)
-    in `tables`), with attributes set to `widths`, would not compute what the masked one does."""
+    in `tables`), with attributes set to `widths`, would not compute what the masked one does; `where` is then the place
+    at which that showed."""
     want, raw = self.masked(kept, slots, tables)
     new = self.resized(kept, slots) + [(*owner(self.model, n), v) for n,v in widths.items()]
     try:
         with _attributes(new + self.tabled(tables, cut=True)):
             self._emitting(kept, cut=True).run(1, self.both())
     except Exception as e:
+        self.where = next(reversed(self.seen), '')
         return (f"a cut network cannot run ({type(e).__name__}: "
                 f"{str(e).strip().splitlines()[0][:100] if str(e).strip() else ''})")
-    if list(self.seen) != list(raw): return "a cut network calls other layers"
+    if list(self.seen) != list(raw): self.where = ''; return "a cut network calls other layers"
     for k,o in self.seen.items():
+        self.where = k.rstrip('#')
         if k in slots:
             x, y, keep = want[k], self.rows_of(k), slots[k].to(o.device)
             if x is None: continue
