@@ -63,23 +63,25 @@ def _edged(x, pad):
     "`x` with zeros around its maps; itself where there are none to add."
     return F.pad(x, pad) if any(pad) else x
 
-def _few_in(s, x, w):
-    "`s.conv(x, w)` where `x` has few channels."
+def _few_in(s, x, w, old=None):
+    "`s.conv(x, w)` where `x` has few channels, added to the maps `old` if there are any."
     (kh, kw), (sh, sw), (dh, dw) = w.shape[2:], *s.geometry[::2]
     x = _edged(x, s.pad).permute(1, 0, 2, 3).contiguous()
     i, n, h, v = x.shape; a, b, c, d = x.stride(); h, v = (h-dh*(kh-1)-1)//sh+1, (v-dw*(kw-1)-1)//sw+1
     rows = x.as_strided((i, kh, kw, n, h, v), (a, dh*c, dw*d, b, sh*c, sw*d)).reshape(i*kh*kw, -1)
-    return (rows.t() @ w.reshape(len(w), -1).t()).view(n, h, v, -1).permute(0, 3, 1, 2)
+    rows, w = rows.t(), w.reshape(len(w), -1).t()
+    z = rows @ w if old is None else torch.addmm(old.permute(0, 2, 3, 1).reshape(-1, w.shape[1]), rows, w)
+    return z.view(n, h, v, -1).permute(0, 3, 1, 2)
 
 # %% ../nbs/15b_anneal_convs.ipynb #taps
 def _few_out(s, x, w, b):
-    "`s.conv(x, w, b)` where `w` has few filters, for stride 1."
-    o, i, kh, kw = w.shape; n, _, h, v = x.shape
+    "`s.conv(x, w, b)` where `w` has few filters, their taps side by side."
+    (o, i, kh, kw), (sh, sw), (n, _, h, v) = w.shape, s.geometry[0], x.shape
     taps = w.permute(2, 3, 0, 1).reshape(-1, i) @ x.permute(0, 2, 3, 1).reshape(-1, i).t()
     taps = _edged(taps.view(kh, kw, o, n, h, v), s.pad)
     h, v = taps.shape[4]-kh+1, taps.shape[5]-kw+1
-    z = b[:,None,None,None] + taps[0, 0, ..., :h, :v]
-    for p in range(1, kh*kw): r,c = divmod(p, kw); z += taps[r, c, ..., r:r+h, c:c+v]
+    z = b[:,None,None,None] + taps[0, 0, ..., :h:sh, :v:sw]
+    for p in range(1, kh*kw): r,c = divmod(p, kw); z += taps[r, c, ..., r:r+h:sh, c:c+v:sw]
     return z.permute(1, 2, 3, 0).contiguous().permute(0, 3, 1, 2)
 
 # %% ../nbs/15b_anneal_convs.ipynb #toom
@@ -105,7 +107,14 @@ def _tile(s, x, w, b):
     A, _, B = s.toom; n, i, o = len(x), *w.shape[1:]
     x = _edged(x.permute(0, 2, 3, 1), (0, 0, *s.pad)).reshape(n, -1, i)
     z = torch.matmul(A, torch.bmm(torch.matmul(B, x).transpose(0, 1), w).transpose(0, 1))
-    return (z if b is None else z+b).view(n, *s.tile, o).permute(0, 3, 1, 2)
+    return (z if b is None else z.add_(b)).view(n, *s.tile, o).permute(0, 3, 1, 2)
+
+# %% ../nbs/15b_anneal_convs.ipynb #line
+def _line(x, w, b=None):
+    "`F.linear(x, w, b)`; of few outputs as columns."
+    if len(w) > 16: return F.linear(x, w, b)
+    z = w @ x.t()
+    return (z if b is None else z.add_(b[:,None])).t().contiguous()
 
 # %% ../nbs/15b_anneal_convs.ipynb #ways
 @patch
@@ -122,11 +131,17 @@ def take(self:_Stage, out, inp):
 @patch
 def conv(self:_Stage, x, w, b=None):
     "What the layer gives for the maps `x` with weights `w`: [n, o, h, w]."
-    if self.whole: return F.linear(_rows(x), _rows(w), b)[..., None, None]
+    if self.whole: return _line(_rows(x), _rows(w), b)[..., None, None]
     if w.ndim == 3: return _tile(self, x, w, b)
     if w.shape[1] <= 4 and b is None: return _few_in(self, x, w)
-    if w.shape[0] <= 4 and b is not None and self.unit: return _few_out(self, x, w, b)
+    if w.shape[0] <= 4 and b is not None and {*self.geometry[2]} == {1}: return _few_out(self, x, w, b)
     return F.conv2d(x, w, b, *self.geometry)
+
+@patch
+def added(self:_Stage, x, w, old):
+    "`conv(x, w)` added to the maps `old`, which are not changed."
+    few = not self.whole and w.ndim == 4 and w.shape[1] <= 4
+    return _few_in(self, x, w, old) if few else self.conv(x, w).add_(old)
 
 # %% ../nbs/15b_anneal_convs.ipynb #grouped
 @patch

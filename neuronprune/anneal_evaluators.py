@@ -127,13 +127,51 @@ def commit(self:ModuleEvaluator):
     if not self.full: raise ValueError("commit: the proposal was not scored in full")
     self.mask, self.tensors, self.flips = self.tried, self.ahead, []
 
+# %% ../nbs/15a_anneal_evaluators.ipynb #module-readers
+@patch
+def _readers(self:ModuleEvaluator):
+    "Name -> unit of every input column, int [outputs, inputs]: `n` = gone, `n+1` = none, of weights that read units."
+    g, unit, res = self.layout.of.graph, {}, {}
+    for k,a in self.layout.ids.items(): unit.update(zip(g.out_slots[k].tolist(), np.where(a < 0, self.n, a).tolist()))
+    for k,l in g.layers.items():
+        if l['groups'] == l['n_in'] == l['n_out'] > 1: continue # depthwise
+        at = torch.tensor([unit.get(o, self.n+1) for o in g.in_slots[k].tolist()]).view(l['groups'], 1, -1)
+        res[f'{k}.weight'] = at.expand(-1, l['n_out']//l['groups'], -1).flatten(0, 1)
+    return {k:v for k,v in res.items() if (v <= self.n).any()}
+
+# %% ../nbs/15a_anneal_evaluators.ipynb #module-gated
+@patch
+def _gated(self:ModuleEvaluator, readers, gates):
+    "Name -> weight of the layers that read units, with `gates` [n] as factors of what they read."
+    wide = torch.cat([gates, gates.new_tensor([0., 1.])])
+    factor = lambda k, v: wide[v.to(wide.device)].view(*v.shape, *[1]*(self.own[k].ndim-2))
+    return {k:self.own[k].detach()*factor(k, v).to(self.own[k].dtype) for k,v in readers.items()}
+
+@patch
+def _channel_slopes(self:ModuleEvaluator):
+    "Slope of the mean cross-entropy in each channel's gate; `ValueError` where gates are not what the mask is."
+    graph, dev = self.layout.of.graph, next(self.model.parameters()).device
+    plain = not graph.twins and self.layout.ids.keys() <= graph.out_slots.keys()
+    readers, gates = self._readers() if plain else {}, torch.from_numpy(self.mask).float().to(dev).requires_grad_()
+    if not readers: raise ValueError(_NO_SLOPES)
+    with as_found(self.model, train=False, requires_grad=False):
+        for i in range(0, len(self.y), self.chunk):
+            x, y = take(self.x, slice(i, i+self.chunk)), self.y[i:i+self.chunk]
+            z = self._z(self._gated(readers, gates), x)
+            with torch.no_grad(): masked = self._z(self.tensors, x)
+            if not torch.allclose(z, masked, 1e-3, 1e-3*float(masked.abs().max())): raise ValueError(_NO_SLOPES)
+            (_ce(z, y)/len(self.y)).backward()
+    return gates.grad.double().cpu().numpy()
+
 # %% ../nbs/15a_anneal_evaluators.ipynb #module-slopes
+_NO_SLOPES = "proposal='informed': channels of this network have no slopes; expected 'uniform'"
+
 @patch
 def sensitivity(self:ModuleEvaluator):
-    "How much the mean cross-entropy rises with each weight, double [n]; `ValueError` for channels."
-    if not self.by_weight:
-        raise ValueError("proposal='informed': channels of this network have no slopes; expected 'uniform'")
-    self._back(); leaf = {f'{k}.weight':self.tensors[f'{k}.weight'].clone().requires_grad_() for k in self.names}
+    "How much the mean cross-entropy rises with each weight, or with a factor on each channel's map, double [n]."
+    self._back()
+    if not self.by_weight: return self._channel_slopes()
+    leaf = {f'{k}.weight':self.tensors[f'{k}.weight'].clone().requires_grad_() for k in self.names}
     sums = {k:torch.zeros_like(v) for k,v in leaf.items()}
     with as_found(self.model, train=False, requires_grad=False):
         for i in range(0, len(self.y), self.chunk):

@@ -78,7 +78,7 @@ class FilterEvaluator:
                 f"{self.objective})")
 
 # %% ../nbs/15b_anneal_filters.ipynb #store
-_FIT = 5_600_000
+_FIT = 7_400_000
 
 @patch
 @torch.no_grad()
@@ -303,11 +303,11 @@ def _moved(self:FilterEvaluator, l, c, plan, a):
     "z of stage `l` when few channels before it change; `a` are the maps that come."
     last, change = plan.changes[l-1], plan.changes.get(l)
     gone = _pick(c.a[l-1], last.left).neg_()
-    z = self.stages[l].conv(gone if a is None else _beside(gone, a), *plan.weights(l, 'new', 'moved', False))
-    own = None
-    if change is not None and len(change.came): own = self._own(l, c, plan)[0] + z[:, change.came]
-    z += c.z[l]
-    return z if change is None else _written(z, change, own)
+    x, (w, _) = gone if a is None else _beside(gone, a), plan.weights(l, 'new', 'moved', False)
+    if change is None or not len(change.came): return self.stages[l].added(x, w, c.z[l])
+    z = self.stages[l].conv(x, w)
+    own = self._own(l, c, plan)[0] + z[:, change.came]
+    return _written(z.add_(c.z[l]), change, own)
 
 # %% ../nbs/15b_anneal_filters.ipynb #neighbour
 @patch

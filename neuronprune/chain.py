@@ -91,22 +91,24 @@ def _places(origin, state, key):
 
 # %% ../nbs/19a_chain.ipynb #lifted
 @patch
-def lifted(self:Chain, scores):
-    "Channel scores of the smaller network in the shapes of the dense one; what is no longer there scores nothing."
-    if self.origin is None or scores.unit != 'channel': return scores
-    where = {k:_places(self.origin, self.first, k) for k in scores}
-    n = {k:self.first[f"{k.removesuffix(':in')}.weight"].shape[k.endswith(':in')] for k in scores}
+def lifted(self:Chain, o):
+    "Channel `Scores` or `Mask` of the smaller network in the shapes of the dense one; zero where nothing is left."
+    if self.origin is None or o.unit != 'channel': return o
+    where = {k:_places(self.origin, self.first, k) for k in o}
+    n = {k:self.first[f"{k.removesuffix(':in')}.weight"].shape[k.endswith(':in')] for k in o}
     put = lambda d: {k:v.new_zeros(n[k]).index_copy(0, where[k].to(v.device), v) for k,v in d.items()}
-    return Scores(put(scores), 'channel', method=scores.method, graph=self.graph, tiebreak=put(scores.tiebreak or {}),
-                  secs=scores.secs, meta=scores.meta, skipped=scores.skipped)
+    if isinstance(o, Mask): return Mask(put(o), 'channel', graph=self.graph, scale=put(o.scale), meta=o.meta)
+    return Scores(put(o), 'channel', method=o.method, graph=self.graph, tiebreak=put(o.tiebreak or {}),
+                  secs=o.secs, meta=o.meta, skipped=o.skipped)
 
 # %% ../nbs/19a_chain.ipynb #lowered
 @patch
-def lowered(self:Chain, mask):
-    "A mask in the dense shapes as one of the network as it is."
+def lowered(self:Chain, mask, graph=None):
+    "A mask in the dense shapes as one of the network as it is, whose `graph` is traced unless given."
     if self.origin is None or mask.unit != 'channel': return mask
     here = lambda d: {k:v[_places(self.origin, self.first, k)] for k,v in d.items()}
-    return Mask(here(mask), 'channel', graph=trace(self.learn.model, self.few), scale=here(mask.scale), meta=mask.meta)
+    return Mask(here(mask), 'channel', graph=graph or trace(self.learn.model, self.few), scale=here(mask.scale),
+                meta=mask.meta)
 
 # %% ../nbs/19a_chain.ipynb #earlier
 def _earlier(learn, scores):

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from . import surgery
 from .core import *
 from .files import *
+from .graph import trace
 from .masks import *
 from .chain import *
 from .scoring import *
@@ -50,15 +51,15 @@ def tried(learn, # a `Learner`; left as it was
 @patch
 def task(self:Chain, i:int)->Task:
     "What a search is asked for at size `i`."
-    learn = self.learn
-    zeros = candidates(learn.model, self.ask.unit or self.ask.method.unit, self.graph)
+    learn = self.learn; graph = self.graph if self.origin is None else trace(learn.model, self.xb)
+    zeros = candidates(learn.model, self.ask.unit or self.ask.method.unit, graph)
     self.remember(zeros)
     if self.ask.start == 'dense': self.mask = self.old
     what, value = self.ask.sizes[i]
     sparsity = self.share(zeros, value) if what == 'size' else value
-    zeros = sink(zeros, self.mask)
-    return Task(learn, self.graph, zeros, sparsity, lambda scores: self.cut_to(scores, sparsity)[0],
-                functools.partial(tried, learn))
+    zeros = sink(zeros, self.lowered(self.mask, graph))
+    fitting = lambda scores: self.lowered(self.cut_to(self.lifted(scores), sparsity)[0], graph)
+    return Task(learn, graph, zeros, sparsity, fitting, functools.partial(tried, learn))
 
 # %% ../nbs/19b_chain_search.ipynb #find
 @patch
@@ -79,6 +80,7 @@ def find(self:Chain, i:int, folder=None):
     if found.status not in ('optimal', 'budget'):
         warnings.warn(f"{ask.method.name}: the search is not finished, status {found.status!r}")
     self.meters.append(meter)
+    found.mask = self.lifted(found.mask)
     self.found, self.scores, self.mask = found, None, found.mask
     self.step = found.mask
     return found

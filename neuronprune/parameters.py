@@ -95,8 +95,7 @@ def settled(p:dict # complete parameters
     m = methods()[p['method']]
     own = {k:getattr(m, k) for k in ('unit', 'at', 'rewind') if p[k] is None}
     if p['shrink'] is None:
-        each = (p['unit'] or m.unit) == 'channel' and m.kind == 'score'
-        own['shrink'] = True if p['sizes'] is None else 'each' if each else False
+        own['shrink'] = True if p['sizes'] is None else 'each' if (p['unit'] or m.unit) == 'channel' else False
     if p['sizes'] is not None: own['sizes'] = size_list(p['sizes'])
     if p['valid_pct'] is None: own['valid_pct'] = .1
     return _plain({**p, **own})

@@ -126,8 +126,6 @@ def _check_start(learn, m, unit, start, at, rewind, shrink, sizes, alloc, alloc_
     if unit == 'rank' and rewind != 'none':
         raise ValueError(f"rewind={rewind!r}: factors have no weights of the dense network to go back to; "
                          "expected 'none'")
-    if shrink == 'each' and m.kind == 'search':
-        raise ValueError("shrink='each': a search looks at the dense shapes; expected True or False")
     if m.kind == 'search' and alloc_args.get('scope') == 'budget':
         raise ValueError(f"scope='budget': {m.name} searches by itself which units go; expected a method that scores")
     of, counts = alloc_args.get('of'), 'of' in arguments(alloc)
@@ -158,7 +156,7 @@ def _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, un
     todo = _asked(sparsity, alloc_args.get('threshold'), sizes, rounds, schedule)
     if sizes is not None and unit == 'channel' and 'of' in arguments(alloc):
         alloc_args = {'of': 'params' if alloc_args.get('scope') == 'budget' else 'network', **alloc_args}
-    if shrink is None: shrink = 'each' if sizes is not None and unit == 'channel' and m.kind == 'score' else False
+    if shrink is None: shrink = 'each' if sizes is not None and unit == 'channel' else False
     _check_start(learn, m, unit, start, at, rewind, shrink, sizes is not None, alloc, alloc_args)
     trained = _check_run(epochs, learn.lr if lr is None else lr, fit_args, seed, latency, len(todo), fine_tunes)
     cbs = taught(learn, **{k:v for k,v in (tune_args or {}).items() if k in TEACH_ARGS})

@@ -5,6 +5,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from neuronprune import anneal_weights, models
 from neuronprune.anneal import anneal
+from neuronprune.anneal_filters import FilterEvaluator
 from neuronprune.anneal_evaluators import Layout, ModuleEvaluator, WeightEvaluator, evaluator
 from neuronprune.anneal_weights import _n_right, _n_right_np
 from neuronprune.chain_search import candidates
@@ -141,6 +142,51 @@ def test_slopes_are_those_of_the_masks(cls):
         a, b = (mask.astype(float) for _ in range(2)); a[i] += 1e-5; b[i] -= 1e-5
         assert abs((loss(a)-loss(b))/2e-5 - S[i]) < 1e-5
 
+class Streams(Sum):
+    "`Sum` with a depthwise convolution, groups, and a factor on every unit's map, wherever it is read."
+    def __init__(self):
+        super().__init__()
+        self.wise, self.e = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 4, 3, groups=2)
+        self.gates = None
+    def factor(self, i, n): return 1. if self.gates is None else self.gates[i:i+n][:,None,None]
+    def forward(self, x):
+        x = self.b(self.a(x)).relu()
+        x = (x + self.d(self.c(x*self.factor(0, 6)))).relu()
+        return self.out((self.e(self.wise(x)*self.factor(0, 6)).relu()*self.factor(6, 4)).mean((2, 3)))
+
+def test_slopes_of_channels_are_those_of_factors_on_their_maps():
+    "Against differences of the loss, of channels that are on and of channels that are off."
+    with seed_everything(0): net = Streams().double().eval()
+    x = X.double()
+    c = candidates(net, 'channel', trace(net, x[:4]))
+    ev = ModuleEvaluator(net, x, Y, c, chunk=50)
+    ids = ev.layout.ids; at = np.concatenate([ids['a'], ids['e']])
+    assert ev.n == 5 and (ids['a'] == ids['c']).all(), 'two groups: their channels go in pairs'
+    mask = np.arange(5) % 3 != 0; ev.reset(mask); found, eps = ev.sensitivity(), 1e-4
+    def loss(i, by):
+        net.gates = torch.from_numpy((mask + by*(np.arange(5) == i))[at])
+        with torch.no_grad(): return float(F.cross_entropy(net(x), Y))
+    diff = np.array([(loss(i, eps)-loss(i, -eps))/(2*eps) for i in range(5)]); net.gates = None
+    assert np.allclose(found, diff, atol=1e-4*abs(diff).max()) and (found[~mask] != 0).all()
+    assert all(p.grad is None for p in net.parameters())
+
+def test_slopes_of_channels_in_a_chain_are_those_of_the_filter_evaluator():
+    net = models.build('basiccnn', 1, 10, 20, seed=0)
+    with seed_everything(0):
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d): nn.init.uniform_(m.weight, .5, 2); m.running_mean.normal_(std=.1)
+    x = F.interpolate(X[:20], size=20); a = FilterEvaluator(net, x, Y[:20])
+    b = ModuleEvaluator(net, x, Y[:20], a.candidates)
+    mask = np.random.default_rng(0).random(a.n) < .5; a.reset(mask); b.reset(mask)
+    p, q = a.sensitivity(), b.sensitivity(); assert np.allclose(p, q, atol=1e-4*abs(p).max()) and p.any()
+
+def test_channels_without_slopes_are_refused(monkeypatch):
+    net = Sum().eval(); ev = ModuleEvaluator(net, X, Y, units(net, 'channel')); ev.reset(np.arange(ev.n) % 2 == 0)
+    whole = ev._readers()
+    for some in ({}, {'out.weight': whole['out.weight']}): # factors there are not what the mask is
+        monkeypatch.setattr(ev, '_readers', lambda: some)
+        with pytest.raises(ValueError, match="no slopes; expected 'uniform'"): ev.sensitivity()
+
 @pytest.mark.parametrize('objective', ['accuracy', 'ce'])
 def test_many_at_once(objective):
     net = mlp(bias=True); ev, rng = WeightEvaluator(net, X, Y, objective=objective), np.random.default_rng(6)
@@ -175,10 +221,8 @@ def test_any_network(unit):
         if h != 2: ev.commit(); mask = new
     assert ev.propose(*moved(rng, mask, 1)[:2]) <= 1 and ev.score(mask) == right(net, ev.layout, mask)
     assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and net.training
-    if unit == 'channel':
-        assert ev.n == 6+4, 'the two layers of the sum go together'
-        with pytest.raises(ValueError, match="expected 'uniform'"): ev.sensitivity()
-    else: assert np.isfinite(ev.sensitivity()).all()
+    assert np.isfinite(ev.sensitivity()).all()
+    if unit == 'channel': assert ev.n == 6+4, 'the two layers of the sum go together'
 
 @pytest.mark.parametrize('unit', ['weight', 'channel'])
 def test_what_has_gone_before_does_not_come_back(unit):
@@ -190,7 +234,7 @@ def test_what_has_gone_before_does_not_come_back(unit):
     assert ev.n == lay.n and ev.reset(mask) == right(net, lay, mask)
     off, on, new = moved(rng, mask, 2); assert ev.propose(off, on) == right(net, lay, new); ev.commit()
     assert (lay.units(lay.mask(new)) == new).all() and not any((lay.mask(new)[k] & g).any() for k,g in gone.items())
-    if unit == 'weight': assert len(ev.sensitivity()) == ev.n == sum(int((~g).sum()) for g in gone.values())
+    assert len(ev.sensitivity()) == ev.n == sum(int((~g).sum()) for k,g in gone.items() if unit == 'weight' or k != 'c')
 
 def test_the_fastest_that_fits():
     assert type(evaluator(mlp(bias=True, dropout=.2, soft=True), X, Y)) is WeightEvaluator

@@ -5,6 +5,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, mae
 from fastai.vision.learner import vision_learner
 from neuronprune import anneal_methods as M, models
+from neuronprune.anneal_evaluators import ModuleEvaluator
 from neuronprune.anneal_weights import WeightEvaluator
 from neuronprune.core import kappa, methods, seed_everything
 from neuronprune.data import get_dls
@@ -140,6 +141,25 @@ def test_killed_and_called_again_it_ends_as_if_nothing_had_been(dls, tmp_path, m
     again = make('b'); assert again.found.curve == whole.found.curve
     assert again.found.evaluations == whole.found.evaluations
     for k,v in whole.model.state_dict().items(): assert torch.equal(v, again.model.state_dict()[k])
+
+def test_killed_in_the_smaller_network_it_goes_on_there(dls, tmp_path, monkeypatch):
+    "Channels have left after the first size; the second search is of what is left, by slopes of channels."
+    left, real = [10**9], ModuleEvaluator.propose
+    def propose(self, *args):
+        left[0] -= 1
+        if not left[0]: raise KeyboardInterrupt
+        return real(self, *args)
+    monkeypatch.setattr(ModuleEvaluator, 'propose', propose)
+    monkeypatch.setattr(M, 'evaluator', lambda model, x, y, c, graph, objective, n_valid, held: ModuleEvaluator(
+        model, x, y, c, graph=graph, n_valid=n_valid, held=held))
+    make = lambda d: prune(start(dls), 'anneal', sizes=[.6, .3], unit='channel', budget=100, proposal='informed',
+                           look_every=30, fine_tune_epochs=1, latency=False, folder=tmp_path/d)
+    whole = make('a'); n = 10**9-left[0]; left[0] = n-40
+    with pytest.raises(KeyboardInterrupt): make('b')
+    assert (tmp_path/'b/mask000.safetensors').exists() and (tmp_path/'b/search.safetensors').exists()
+    left[0] = 10**9; again = make('b'); assert again.found.curve == whole.found.curve and 10**9-left[0] < n/2
+    for k,v in whole.model.state_dict().items(): assert torch.equal(v, again.model.state_dict()[k])
+    assert whole.model.fc1.out_features == whole.mask['fc1'].sum() < 40 == len(whole.found.mask['fc1'])
 
 def test_without_a_folder_an_interruption_leaves_the_best_so_far(dls, monkeypatch):
     monkeypatch.setattr(M, 'evaluator', lambda model, x, y, c, graph, objective, n_valid, held: Killed(model, x, y, c))

@@ -355,11 +355,11 @@ def test_the_weights_of_the_search_are_kept():
 
 class Stop(Exception): pass
 
-@pytest.mark.parametrize('name,epochs', [('edropout', [0, 'end']), ('ising', [1])])
-def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epochs, monkeypatch):
+@pytest.mark.parametrize('name,epochs,shrink', [('edropout', [0, 'end'], False), ('ising', [1], 'each')])
+def test_a_folder_goes_on_bit_for_bit(tmp_path, name, epochs, shrink, monkeypatch):
     import neuronprune.energy_methods as E, neuronprune.search_training as M
     def run(folder):
-        return prune(start('adam', lr=.01), name, .5, epochs=3, fine_tune_epochs=1, latency=False,
+        return prune(start('adam', lr=.01), name, .5, epochs=3, fine_tune_epochs=1, latency=False, shrink=shrink,
                      folder=tmp_path/str(folder))
     whole = run('whole'); real = M.fit
     for epoch in epochs:
@@ -415,7 +415,7 @@ def test_wrong_settings_are_found_at_once(kw, words):
     (dict(unit='weight'), "expected 'channel'"), (dict(epochs=0), 'epochs=0'),
     (dict(search_args=dict(lrr=1)), 'search_args'),
     (dict(search_args=dict(schedule='flt')), "did you mean 'flat'"), (dict(exclude='convx'), 'no such layer'),
-    (dict(floor=.1), "edropout: argument='floor'"), (dict(shrink='each'), 'search'), (dict(n_pop=2), 'n_pop=2')])
+    (dict(floor=.1), "edropout: argument='floor'"), (dict(n_pop=2), 'n_pop=2')])
 def test_wrong_arguments_of_the_method(kw, words):
     learn = start(); before = state(learn.model)
     with pytest.raises((ValueError, TypeError)) as e: prune(learn, 'edropout', .5, **kw)
