@@ -1,7 +1,6 @@
 """The contract of the one loop: sizes, starts, rewinds, interruptions, searches;
 whatever the unit, the same answers."""
 import copy, json, multiprocessing, os, signal, sys, time, warnings
-from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from neuronprune import chain as C, core, pipeline as P, search, surgery
 from neuronprune.allocate import allocate
@@ -426,7 +425,7 @@ def test_bestof_on_images_that_are_not_there(dls, n_valid, words):
 def test_bestof_does_not_stop_to_write_after_every_mask(monkeypatch):
     "Each of the first hundred, then after one more in a hundred: what is written grows with the number of masks."
     monkeypatch.setattr(search, '_drawn', lambda task, seed, i: i); kept = []
-    task = SimpleNamespace(test=lambda m, batches: (0., float(m)))
+    task = core.Task(None, None, None, .5, None, lambda m, batches: (0., float(m)))
     search.bestof(task, n=1000, keep=lambda f: kept.append(f.evaluations))
     assert kept[:102] == [*range(1, 102), 103] and kept[-1] > 990 and len(kept) < 350
     assert all(b <= 1.01*a+1 for a,b in zip(kept[100:], kept[101:]))
