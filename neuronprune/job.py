@@ -105,7 +105,7 @@ def rehearse(self:Job, out='runs' # where the results will go
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning) # the run says the same
             rehearsed(self.source.raw(p['seed']), p['method'],
-                      **{**_prune_args(p), 'at': 'trained', 'fit_args': {},
+                      **{**_prune_args(p), 'at': 'trained', 'fit_args': self.source.fit_args,
                          **shortened(methods()[p['method']], p['method_args'])})
     except (ValueError, TypeError) as e: raise type(e)(f"{self.params['name']}: {e}") from e
 
