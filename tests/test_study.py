@@ -224,6 +224,11 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path/'file').write_text('')
     with pytest.raises(OSError): job('random', **QUICK).run(tmp_path/'file'/'runs')
 
+def test_a_fine_tuning_with_milestones_of_its_own(tmp_path):
+    "They go with the schedule that both trainings share, in the rehearsal, too."
+    j = job('random', **QUICK, fit_args=dict(schedule='step', milestones=[1], gamma=.1), tune_args=dict(milestones=[.5]))
+    assert j.run(tmp_path).rows.tuned_k.notna().all()
+
 def test_a_network_of_ones_own_is_that_of_the_zoo(tmp_path):
     def make(seed):
         dls = get_dls('digits', n_train=200, seed=seed)
