@@ -37,13 +37,14 @@ def candidates(model, # any model
 # %% ../nbs/19b_chain_search.ipynb #tried
 @public
 def tried(learn, # a `Learner`; left as it was
-          mask   # `Mask` to try
+          mask,  # `Mask` to try
+          batches=None # of inputs and labels, None = the validation set
          )->tuple:
-    "(score, loss) of the masked network on the validation set; the score is what `Evaluation.score` says."
+    "(score, loss) of the masked network on these batches; the score is what `Evaluation.score` says."
     model = learn.model
     own = {k:v.detach().clone() for k,v in model.state_dict().items()}
     surgery.apply(model, mask)
-    try: e = evaluate(learn, learn.dls.valid)
+    try: e = evaluate(learn, learn.dls.valid if batches is None else batches)
     finally: model.load_state_dict(own)
     return agreed(e.score), agreed(e.loss)
 

@@ -458,7 +458,9 @@ class Task:
     candidates:object
     sparsity:float   # fraction of the candidate units that goes, counted as `allocate` counts
     allocate:object  # function `Scores` like `candidates` -> `Mask` of the size asked for, without what has gone
-    test:object      # `Mask` -> (accuracy, or minus the loss; mean loss) on validation data, the model left as it was
+    # (`Mask`, batches=None) -> (accuracy, or minus the loss; mean loss) on these batches, None = the validation set;
+    # the model left as it was
+    test:object
 
 # %% ../nbs/00_core.ipynb #found
 @dataclass

@@ -86,6 +86,7 @@ def edropout(task:Task,      # what is asked for
              lam:float=None, # energy of missing the size by everything, None = 30
              every:int=1,    # batches per generation
              frac=1.,        # part of the batch that states are scored on
+             batches:int=1,  # energies are means over so many batches: the last of the epoch
              patience:int=10, # generations without improvement that close the search,
              min_steps:int=1000, # but not before this one
              exclude=(),     # layers without bits, names or patterns; they are kept
@@ -99,8 +100,8 @@ def edropout(task:Task,      # what is asked for
             )->Found:
     "EDropout: the sub-network with the lowest energy of its outputs, searched while the network trains."
     search = dict(n_pop=n_pop, op=op, base=base, flip=flip, cr=cr, rescore=rescore)
-    cb = _callback(task, energy, exclude, seed, p0, lam, search, every=every, frac=frac, patience=patience,
-                   min_steps=min_steps, backend=backend, bn=bn)
+    cb = _callback(task, energy, exclude, seed, p0, lam, search, every=every, frac=frac, batches=batches,
+                   patience=patience, min_steps=min_steps, backend=backend, bn=bn)
     return _searched(task, 'edropout', cb, epochs, search_args, seed, state, keep, progress)
 
 # %% ../nbs/14e_energy_methods.ipynb #ising

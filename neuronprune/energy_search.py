@@ -95,10 +95,11 @@ def recalibrate(learn:object,    # a `Learner`
 @public
 class EnergyCallback(Callback):
     "Search among the sub-networks of a network while it trains, then train the best; `learn.energy` while attached."
-    order, _stateattrs = 79, ('scorer', 'inside', 'resting', 'aside', 'last')
+    order, _stateattrs = 79, ('scorer', 'inside', 'resting', 'aside', 'last', 'recent')
     def __init__(self, energy='margin', # 'margin' | 'ce' | 'ising', or a function (logits, yb) -> energies [S]
                  *, every:int=1,        # one generation at every so many batches
                  frac=1.,               # part of the batch that states are scored on, in (0, 1]
+                 batches:int=1,         # energies are means over so many batches: this one, and those before it
                  lock_epoch:int=None,   # the search is closed after so many epochs, None = half of the fit
                  patience:int=10,       # or after so many generations without improvement,
                  min_steps:int=1000,    # but not before this generation,
@@ -117,12 +118,13 @@ class EnergyCallback(Callback):
                  **search               # n_pop, sparsity, p0, op, base, flip, cr, p_min, rescore, seed of `Search`
                 ):
         if not callable(energy): check_choice('energy', energy, (*ENERGIES, 'ising'))
-        _check_scoring(backend, bn, frac, ising or {})
+        _check_scoring(backend, bn, frac, batches, energy, ising or {})
         for k,v,lo in (('every', every, 1), ('patience', patience, 1), ('min_steps', min_steps, 0)): check_int(k, v, lo)
         self.lock = dict(patience=patience, min_steps=min_steps, min_diversity=min_diversity)
         self.lock_at = None if lock_epoch is None else check_int('lock_epoch', lock_epoch, 1)
         self.energy,self.every,self.stop = energy,every,check_type('stop', stop, bool)
         if alive is not None: check_type('alive', alive, torch.Tensor, 'bool [D]')
+        self.batches = batches
         self.bits,self.layout,self.cost,self.alive = bits,dict(tied=tied, exclude=exclude),cost,alive
         self.scoring = dict(backend=backend, bn=bn, frac=frac)
         self.empty,self.lam = check_type('empty', empty, bool),lam
@@ -130,13 +132,15 @@ class EnergyCallback(Callback):
         self.search = self.ising = self.reason = self.pending = None
         self.epochs = self.n_batches = 0; self.kept,self.stale = [],False
         self._init_state()
-    def _init_state(self): vars(self).update(scorer=None, inside=None, last=None, resting=[], aside=[])
+    def _init_state(self): vars(self).update(scorer=None, inside=None, last=None, resting=[], aside=[], recent=[])
 
 # %% ../nbs/14d_energy_search.ipynb #known-search
-def _check_scoring(backend, bn, frac, ising):
+def _check_scoring(backend, bn, frac, batches, energy, ising):
     "Raises for settings that scorer or Ising energy would refuse at the first batch."
     check_choice('backend', backend, ('auto', *BACKENDS)); check_choice('bn', bn, ('batch', 'running'))
     if not check_fraction('frac', frac, open_hi=False): raise ValueError("frac=0: expected a fraction in (0, 1]")
+    if check_int('batches', batches, 1) > 1 and energy == 'ising':
+        raise ValueError(f"batches={batches}: the Ising energy is not of outputs on batches; expected 1")
     for k in ising: check_choice('ising', k, ('kl_every', 'floor', 'compat'))
     Ising([], **ising)
 
@@ -210,10 +214,11 @@ def _emptied(bits, states, alive):
 
 # %% ../nbs/14d_energy_search.ipynb #score
 @patch
-def score(self:EnergyCallback, states, xb):
-    "Energies of `states` on this batch."
+def score(self:EnergyCallback, states, batches):
+    "Energies of `states`, means over these batches, pairs (inputs, tuple of labels)."
     if self.alive is not None: states = states & self.alive
-    if self.ising is None: e = energy_of(self.scorer(states, xb), self.scorer.part(_plain(self.yb[0])), self.energy)
+    on = lambda xb, yb: energy_of(self.scorer(states, xb), self.scorer.part(_plain(yb[0])), self.energy)
+    if self.ising is None: e = torch.stack([on(*b) for b in batches]).mean(0)
     else: e = self.ising(states.to(next(self.scorer.model.parameters()).device))
     e = agreed(e)
     return e if self.empty else torch.where(_emptied(self.bits, states, self.alive).to(e.device), torch.inf, e)
@@ -229,9 +234,10 @@ def due(self:EnergyCallback):
 def advance(self:EnergyCallback, xb):
     "At a training batch: the lock, or else a generation where one is due."
     if self.reason is None and (why := self.due()): self.close(why)
+    self.recent = [] if self.reason else [*self.recent, (xb, self.yb)][-self.batches:]
     if self.reason is None and self.n_batches % self.every == 0:
         if self.ising is not None: self.look(xb)
-        self.search.step(lambda states: self.score(states, xb))
+        self.search.step(lambda states: self.score(states, self.recent))
         self.kept.append(self.R)
     self.n_batches += 1
 
@@ -314,6 +320,9 @@ def before_fit(self:EnergyCallback):
 
 # %% ../nbs/14d_energy_search.ipynb #after-train
 @patch
+def before_train(self:EnergyCallback): self.recent = []
+
+@patch
 def after_train(self:EnergyCallback): self.epochs += 1
 
 @patch
@@ -328,7 +337,7 @@ def after_fit(self:EnergyCallback):
     over = self.run and self.reason is None and not self.stop and not self.cancelled
     if over and (why := self.due()): self.close(why)
     if not self.cancelled: self.settle()
-    self.inside = self.last = None; self.resting = []
+    self.inside = self.last = None; self.resting, self.recent = [], []
 
 # %% ../nbs/14d_energy_search.ipynb #state-dict
 _OWN = ('epochs', 'n_batches', 'reason', 'lock_at', 'stale')

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from fastprogress.fastprogress import progress_bar
 from .core import *
+from .inputs import batch_for, slices
 from .masks import *
 
 # %% ../nbs/20a_search.ipynb #drawn
@@ -34,20 +35,31 @@ def _taken_up(task, seed, state):
     "The `Found` that `state` is of."
     return Found(_drawn(task, seed, state['first']), list(state['curve']), len(state['curve']), state, 'running')
 
+# %% ../nbs/20a_search.ipynb #b8762002
+def _images(task, n_valid, seed):
+    "Batches of `n_valid` images of the validation set, or None for all of it."
+    if n_valid is None: return
+    n, learn = check_int('n_valid', n_valid, 1), task.learn
+    xb, yb = batch_for(learn.model, learn.dls, 'bestof', n=n, seed=seed, classes=False)
+    return [(*x, y) if isinstance(x, tuple) else (x, y) for x,y in zip(slices(xb, 128), slices(yb, 128))]
+
 # %% ../nbs/20a_search.ipynb #bestof
 @method('bestof', unit='weight', needs=('data', 'labels'), kind='search', allocate=dict(normalize=None),
         paper='the control of searches')
 def bestof(task:Task,    # what is asked for
            *, n:int=50,  # masks to draw
+           n_valid:int=None, # images of the validation set to score each on, always the same; None = all
            seed:int=0,   # of the masks
            state:dict=None, # where an earlier call was stopped, None = at the start
-           keep=None,    # function of a `Found`, called after every mask, None = nobody listens
+           keep=None,    # function of a `Found`, called after every mask, later after every hundredth part of them
            progress:bool=False # show a bar
           )->Found:
-    "The best of `n` random masks on the validation set, by `Evaluation.score`, then by loss; the first of equals."
+    """The best of `n` random masks on `n_valid` images of the validation set, by `Evaluation.score`, then by loss;
+    the first of equals. `ValueError` if there are fewer images."""
     found = _taken_up(task, seed, state) if state else Found(None, [], 0, {})
-    for i in progress_bar(range(found.evaluations, n)) if progress else range(found.evaluations, n):
+    batches, kept = _images(task, n_valid, seed), found.evaluations
+    for i in progress_bar(range(kept, n)) if progress else range(kept, n):
         mask = _drawn(task, seed, i)
-        found = _with(found, mask, i, *task.test(mask))
-        if keep: keep(found)
+        found = _with(found, mask, i, *task.test(mask, batches))
+        if keep and i+1 >= 1.01*kept: kept = i+1; keep(found)
     return replace(found, status='optimal')

@@ -1,5 +1,6 @@
 """The energy search while training: what rests, the lock, interruptions, resuming, and the methods made of it."""
 import copy, io, math, pickle, pytest, torch
+from functools import partial
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from fastai.callback.core import Callback, CancelFitException
@@ -13,7 +14,7 @@ from fastai.vision.learner import vision_learner
 from neuronprune import core, energy_search as S
 from neuronprune.core import generator, methods
 from neuronprune.data import get_dls
-from neuronprune.energy import ce
+from neuronprune.energy import ce, energy_of
 from neuronprune.energy_search import EnergyCallback, recalibrate
 from neuronprune.evaluation import evaluate
 from neuronprune.masks import Mask
@@ -119,16 +120,45 @@ def test_batch_norm_counts_the_training_batches_and_no_others():
 
 def test_every_and_frac():
     learn, cb = start(), EnergyCallback(every=2, frac=.5, lock_epoch=9); seen = []
-    real = cb.score; cb.score = lambda s, xb: seen.append(len(cb.scorer.part(xb))) or real(s, xb)
+    real = cb.score; cb.score = lambda s, b: seen.append(len(cb.scorer.part(b[0][0]))) or real(s, b)
     fit(learn, 2, cbs=[cb])
     assert seen == [16, 13, 16] and cb.n_batches == 6 and cb.search.generation == 3
+
+def test_energies_are_means_over_the_last_batches_of_the_epoch():
+    "Against masked copies of the network, batch by batch."
+    learn, cb = start(), EnergyCallback(batches=2, backend='loop', lock_epoch=9, empty=True); seen, fed = [], []
+    class Fed(Callback):
+        order = 1
+        def before_batch(self): self.training and fed.append(self.xb[0])
+    def score(states, batches):
+        e = real(states, batches); nets = [copy.deepcopy(learn.model).train() for _ in states]
+        for one,s in zip(nets, states): apply(one, cb.bits.mask(s))
+        by = []
+        for x,(y,) in batches:
+            with torch.no_grad(): z = torch.stack([copy.deepcopy(one)(x) for one in nets])
+            own = z[:, torch.arange(len(y)), y]
+            by.append((z.scatter(2, y.expand(len(z), -1)[..., None], -math.inf).amax(2) - own).mean(1))
+        assert torch.allclose(e, sum(by)/len(by), atol=1e-5)
+        seen.append([x for x,_ in batches]); return e
+    real = cb.score; cb.score = score
+    fit(learn, 2, cbs=[cb, Fed()])
+    assert [len(b) for b in seen] == [1, 2, 2, 1, 2, 2] and not cb.recent
+    for i,b in enumerate(seen): assert all(torch.equal(x, o) for x,o in zip(b, fed[i+1-len(b):i+1]))
+
+def test_one_batch_is_what_it_was():
+    def old(self, states, batches):
+        e = energy_of(self.scorer(states, batches[-1][0]), self.scorer.part(self.yb[0]), self.energy)
+        return torch.where(S._emptied(self.bits, states, None), torch.inf, e)
+    a, b = start(), start(); one, two = EnergyCallback(), EnergyCallback(); two.score = partial(old, two)
+    for learn,cb in ((a, one), (b, two)): fit(learn, 2, cbs=[cb])
+    assert one.curve() == two.curve() and same(state(a.model), state(b.model))
 
 # 10. the lock
 
 def scripted(energies, **kw):
     "A fit whose best energies are these."
     learn, todo = start(), iter(energies); cb = EnergyCallback(rescore='stale', min_diversity=0., **kw)
-    cb.score = lambda s, xb: torch.full((len(s),), float(next(todo)))
+    cb.score = lambda s, batches: torch.full((len(s),), float(next(todo)))
     fit(learn, 6, cbs=[cb]); return cb
 
 def test_patience_locks_and_a_repetition_does_not():
@@ -154,7 +184,8 @@ def test_what_was_pruned_before_stays_pruned():
 
 # 12. resume
 
-@pytest.mark.parametrize('kw', [{}, dict(energy='ising', ising=dict(kl_every=2)), dict(energy='ce', sparsity=.5)])
+@pytest.mark.parametrize('kw', [{}, dict(energy='ising', ising=dict(kl_every=2)), dict(energy='ce', sparsity=.5),
+                                dict(batches=3, every=2)])
 def test_resumed_is_uninterrupted(kw):
     def run(learn, cb, epochs):
         for e in epochs: fit(learn, 1, schedule='flat', seed=e, cbs=[cb])
@@ -404,6 +435,7 @@ def test_same_seed_same_bytes():
     (dict(energy='margn'), "did you mean 'margin'"), (dict(every=0), 'every=0'), (dict(frac=0.), 'frac=0'),
     (dict(flipp=.1), "did you mean 'flip'"), (dict(flip=2.), 'flip=2'), (dict(n_pop=3), 'n_pop=3'),
     (dict(p0=0.), 'p0=0'), (dict(op='xor'), "op='xor'"), (dict(lock_epoch=0), 'lock_epoch=0'),
+    (dict(batches=0), 'batches=0'), (dict(energy='ising', batches=2), 'batches=2: the Ising energy'),
     (dict(patience=0), 'patience=0'), (dict(backend='slice'), "did you mean 'sliced'"), (dict(bn='none'), "bn='none'"),
     (dict(sparsity=50), 'did you mean 0.5'), (dict(ising=dict(flor=1)), "did you mean 'floor'"),
     (dict(stop=1), 'stop')])
@@ -415,7 +447,12 @@ def test_wrong_settings_are_found_at_once(kw, words):
     (dict(unit='weight'), "expected 'channel'"), (dict(epochs=0), 'epochs=0'),
     (dict(search_args=dict(lrr=1)), 'search_args'),
     (dict(search_args=dict(schedule='flt')), "did you mean 'flat'"), (dict(exclude='convx'), 'no such layer'),
+<<<<<<< HEAD
     (dict(floor=.1), "edropout: argument='floor'"), (dict(n_pop=2), 'n_pop=2')])
+=======
+    (dict(floor=.1), "edropout: argument='floor'"), (dict(shrink='each'), 'search'), (dict(n_pop=2), 'n_pop=2'),
+    (dict(batches=1.5), 'batches=1.5')])
+>>>>>>> energy
 def test_wrong_arguments_of_the_method(kw, words):
     learn = start(); before = state(learn.model)
     with pytest.raises((ValueError, TypeError)) as e: prune(learn, 'edropout', .5, **kw)

@@ -1,8 +1,8 @@
 """The contract of the one loop: sizes, starts, rewinds, interruptions, searches;
 whatever the unit, the same answers."""
 import copy, json, multiprocessing, os, signal, sys, time, warnings
-import numpy as np, pandas as pd, pytest, torch
-from neuronprune import chain as C, core, pipeline as P, surgery
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from neuronprune import chain as C, core, pipeline as P, search, surgery
 from neuronprune.allocate import allocate
 from neuronprune.budget import budget, layer_weights
 from neuronprune.chain import ANEW
@@ -10,7 +10,7 @@ from neuronprune.chain_search import candidates, tried
 from neuronprune.core import Found, layers, method
 from neuronprune.files import DamagedFileError, load_tensors
 from neuronprune.masks import Mask, Scores
-from neuronprune.data import get_dls
+from neuronprune.data import calib_batch, get_dls
 from neuronprune.models import build
 from neuronprune.pipeline import prune
 from neuronprune.report import Report
@@ -402,6 +402,32 @@ def test_bestof_is_the_best_of_n(dls):
         tries.append((e.accuracy, -e.loss, m))
     best = max(tries, key=lambda o: o[:2])[2]
     assert all(torch.equal(best[k], res.mask[k]) for k in best)
+
+def test_bestof_on_some_of_the_images(dls):
+    "Against choosing by hand on the images that `calib_batch` draws; the same ones for every mask."
+    res = prune(start(dls), 'bestof', .5, n=6, n_valid=20, seed=3, fine_tune_epochs=0, latency=False)
+    net = start(dls).model; xb, yb = calib_batch(dls, n=20, seed=3); graph, tries = C.trace(net, xb[:2]), []
+    for i in range(6):
+        g = core.generator(3*1_000_003 + i, stream='bestof')
+        m = allocate(Scores({k:torch.rand(v.shape, generator=g)
+                             for k,v in candidates(net, 'weight', graph).items()}, 'weight'), .5)
+        one = copy.deepcopy(net).eval(); surgery.apply(one, m); z = one(xb).detach()
+        tries.append((int((z.argmax(1) == yb).sum())/20, -float(F.cross_entropy(z, yb))))
+    assert [o['score'] for o in res.found.curve] == [o[0] for o in tries]
+    assert res.found.curve[-1]['best'] == max(tries)[0] and res.found.state['first'] == tries.index(max(tries))
+
+@pytest.mark.parametrize('n_valid,words', [(0, 'n_valid=0'), (2.5, 'n_valid=2.5'), (10_000, 'n=10000: the valid part')])
+def test_bestof_on_images_that_are_not_there(dls, n_valid, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        prune(start(dls, epochs=1), 'bestof', .5, n=2, n_valid=n_valid)
+
+def test_bestof_does_not_stop_to_write_after_every_mask(monkeypatch):
+    "Each of the first hundred, then after one more in a hundred: what is written grows with the number of masks."
+    monkeypatch.setattr(search, '_drawn', lambda task, seed, i: i); kept = []
+    task = core.Task(None, None, None, .5, None, lambda m, batches: (0., float(m)))
+    search.bestof(task, n=1000, keep=lambda f: kept.append(f.evaluations))
+    assert kept[:102] == [*range(1, 102), 103] and kept[-1] > 990 and len(kept) < 350
+    assert all(b <= 1.01*a+1 for a,b in zip(kept[100:], kept[101:]))
 
 def budget_of(mask):
     n = sum(v.numel() for v in mask.values()); return core.kappa(n, .5)

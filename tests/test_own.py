@@ -220,6 +220,8 @@ def test_an_evaluation_without_counts_goes_through_every_record(tmp_path):
 def test_a_search_goes_by_the_loss():
     res = quiet(prune, as_learner(net(1), *[loader(X, R)]*2, lr=.01), 'bestof', .5, n=3, fine_tune_epochs=0)
     assert res.found.evaluations >= 3 and res.report.final.k is None
+    some = quiet(prune, as_learner(net(1), *[loader(X, R)]*2, lr=.01), 'bestof', .5, n=3, n_valid=8, fine_tune_epochs=0)
+    assert some.found.evaluations == 3 and some.found.curve[0]['score'] < 0
 
 def test_evaluating_leaves_the_learner_as_it_was(tmp_path):
     learn = Learner(DataLoaders(loader(X, R), loader(X, R)), net(1), loss_func=MSELossFlat(), metrics=mae,
