@@ -447,12 +447,8 @@ def test_wrong_settings_are_found_at_once(kw, words):
     (dict(unit='weight'), "expected 'channel'"), (dict(epochs=0), 'epochs=0'),
     (dict(search_args=dict(lrr=1)), 'search_args'),
     (dict(search_args=dict(schedule='flt')), "did you mean 'flat'"), (dict(exclude='convx'), 'no such layer'),
-<<<<<<< HEAD
-    (dict(floor=.1), "edropout: argument='floor'"), (dict(n_pop=2), 'n_pop=2')])
-=======
-    (dict(floor=.1), "edropout: argument='floor'"), (dict(shrink='each'), 'search'), (dict(n_pop=2), 'n_pop=2'),
+    (dict(floor=.1), "edropout: argument='floor'"), (dict(n_pop=2), 'n_pop=2'),
     (dict(batches=1.5), 'batches=1.5')])
->>>>>>> energy
 def test_wrong_arguments_of_the_method(kw, words):
     learn = start(); before = state(learn.model)
     with pytest.raises((ValueError, TypeError)) as e: prune(learn, 'edropout', .5, **kw)

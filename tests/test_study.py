@@ -226,12 +226,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_a_fine_tuning_with_milestones_of_its_own(tmp_path):
     "They go with the schedule that both trainings share, in the rehearsal, too."
-<<<<<<< HEAD
-    j = job('random', **QUICK, fit_args=dict(schedule='step', milestones=[1], gamma=.1), tune_args=dict(milestones=[.5]))
-=======
     j = job('random', **QUICK, fit_args=dict(schedule='step', milestones=[1], gamma=.1),
             tune_args=dict(milestones=[.5]))
->>>>>>> energy
     assert j.run(tmp_path).rows.tuned_k.notna().all()
 
 def test_a_network_of_ones_own_is_that_of_the_zoo(tmp_path):
