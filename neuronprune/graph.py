@@ -398,7 +398,7 @@ def trace(model:nn.Module, # any model; left as it was found
     with digesting(xb), torch.inference_mode(False): probe = probing(model, xb)
     found, ends, lost = probe.follow(); blocks = probe.blocks(found, lost)
     found, pairs = unmixed(found, blocks); sources = {k:{**v, **pairs.get(k, {})} for k,v in _sources(found).items()}
-    live, feeds = {n:_info(probe.layers[n], probe.positions[n]) for n in probe.base}, probe.find_tables()
+    live, feeds = {n:_info(probe.layers[n], probe.positions[n]) for n in probe.base}, probe.find_tables(blocks)
     dims, tied = probe.dims, readers(model, probe.dims)
     fixed = _reasons(probe, found, ends, lost, _shared(model), live, groups, tied)
     arrive = joined(sources, feeds)

@@ -48,17 +48,29 @@ def axis(slot:torch.Tensor # what each entry follows, from `followed`
         rows = slot.movedim(d, 0).reshape(slot.shape[d], -1); high = rows.amax(1)
         if ((rows == high[:, None]) | (rows < 0)).all(): return d, high.cpu()
 
+# %% ../nbs/02c_tables.ipynb #9715c1f5
+def _units(n, block=None):
+    "(number of the unit of every one of `n` slots, first slot of every unit): blocks, and slots that are in none."
+    own = torch.arange(n) if block is None else torch.where(block < 0, torch.arange(n)+n, block)
+    unit = own.unique(return_inverse=True)[1]; first = torch.full((int(unit.max())+1,), n)
+    return unit, first.scatter_reduce(0, unit, torch.arange(n), 'amin')
+
 # %% ../nbs/02c_tables.ipynb #slopes
 @patch
-def slopes(self:Probe, leaves, k):
-    "Table -> what each entry follows at place `k`."
+def slopes(self:Probe, leaves, k, block=None):
+    "Table -> what each entry follows at place `k`; the first slot of a `block` (of every slot, or -1) stands for it."
     x = self.rows_of(k)
     if x is None or not x.requires_grad: return {}
-    c = torch.arange(1, x.shape[1]+1, dtype=x.dtype, device=x.device)/x.shape[1]
-    y = (x*self.table(x.shape, k)).sum((0, 2))
-    gs = [torch.autograd.grad((y*c**i).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
-          for i in range(3)]
-    return {n:followed(list(g), x.shape[1]) for n,*g in zip(leaves, *gs) if g[0] is not None}
+    unit, first = _units(x.shape[1], block); c = ((unit+1)/len(first)).to(x)
+    def ask(key):
+        y = (x*self.table(x.shape, key)).sum((0, 2))
+        gs = [torch.autograd.grad((y*c**i).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+              for i in range(3)]
+        return {n:followed(list(g), len(first)) for n,*g in zip(leaves, *gs) if g[0] is not None}
+    heard = ask(k)
+    if any(0 < (s == -2).sum() < .1*s.numel() for s in heard.values()): # a few: sums that cancel, by chance
+        heard = {n:torch.where(heard[n] == -2, s, heard[n]) for n,s in ask(f'{k} again').items()}
+    return {n:torch.where(s < 0, s, first.to(s)[s.clamp(0)]) for n,s in heard.items()}
 
 # %% ../nbs/02c_tables.ipynb #leaves
 @contextmanager
@@ -82,14 +94,16 @@ def _leaves(model, tables):
 # %% ../nbs/02c_tables.ipynb #find
 @patch
 @torch.enable_grad()
-def find_tables(self:Probe):
-    "Place -> {table: (slots, entries)}; `dims` holds table -> (dimension, size), `tables` the tensors."
+def find_tables(self:Probe, blocks={}):
+    """Place -> {table: (slots, entries)}; `dims` holds table -> (dimension, size), `tables` the tensors.
+    `blocks`: place -> (block of every slot or -1, …)."""
     tables, self.dims, self.tables, res = candidates(self.model), {}, {}, {}
     if not tables: return res
     with _leaves(self.model, tables) as leaves:
         try:
             self.lifting({}).run(2)
-            found = {k:{n:axis(s) for n,s in self.slopes(leaves, k).items()} for k in self.width}
+            found = {k:{n:axis(s) for n,s in self.slopes(leaves, k, *blocks.get(k, ())[:1]).items()}
+                     for k in self.width}
         except RuntimeError: return res # it insists on writing into its parameters
     for n,t in tables.items():
         ats = {k:(t.ndim-leaves[n].ndim+o[n][0], o[n][1]) for k,o in found.items() if o.get(n)}

@@ -1,5 +1,5 @@
 "Heads of attention as units: found by experiment, cut as by hand, in modules that nobody has told the package about."
-import copy, json, pytest, torch, torch.nn.functional as F
+import copy, json, pytest, torch, torch.nn.functional as F, torchvision
 from torch import nn
 from neuronprune.allocate import allocate
 from neuronprune.costs import count_macs
@@ -291,3 +291,55 @@ def test_transposed_convolutions(kw):
         graph=g)
     w.units['0'][:2] = -1; one = allocate(w, .2)
     assert difference(apply(copy.deepcopy(p), one), shrink(p, one, xb), fresh) < 1e-5
+
+class Relative(nn.Module):
+    "Attention with a number per head and pair of places; `scale` has one per head."
+    def __init__(self, d=8, n=4, t=6):
+        super().__init__(); self.num_heads = n
+        self.qkv, self.proj = nn.Linear(d, 3*d), nn.Linear(d, d)
+        self.bias, self.scale = nn.Parameter(torch.zeros(2*t-1, n)), nn.Parameter(torch.ones(n, 1, 1))
+        self.register_buffer('at', torch.arange(t)[:, None]-torch.arange(t)+t-1)
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(joined((self.scale*(q @ k.mT) + self.bias[self.at].permute(2, 0, 1)).softmax(-1) @ v))
+
+def test_a_table_with_a_number_per_head_goes_with_its_heads(tmp_path):
+    m = net(Relative()); g, mask, small = halved(m); same(m, mask, small)
+    assert {'1.bias', '1.scale'} <= set(g.tables)
+    assert g.tables['1.bias'][0] == 1 and torch.equal(g.tables['1.bias'][1], g.in_slots['1.proj'][::2])
+    assert small[1].num_heads == 2 and small[1].bias.shape == (11, 2) and small[1].scale.shape == (2, 1, 1)
+    save(small, tmp_path/'m'); again = load(tmp_path/'m', net(Relative()))
+    assert torch.equal(again(x(5)), small(x(5)))
+    _, mask2, tiny = halved(small); same(small, mask2, tiny)
+
+def test_a_number_that_all_heads_feel_is_no_table():
+    class One(Relative):
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            return self.proj(joined(((q @ k.mT) + self.bias.sum(1)[self.at]).softmax(-1) @ v))
+    m = net(One()); g, mask, small = halved(m); same(m, mask, small)
+    assert '1.bias' not in g.tables and small[1].bias.shape == (11, 4)
+
+def swin(): return torchvision.models.swin_transformer.SwinTransformer(
+    [2, 2], 8, [2, 2], [2, 4], [2, 2], stochastic_depth_prob=0., num_classes=3)
+def maxvit(): return torchvision.models.maxvit.MaxVit(
+    (16, 16), 8, 2, [8, 16], [1, 1], 4, stochastic_depth_prob=0., num_classes=3)
+
+@pytest.mark.parametrize('make', (swin, maxvit))
+def test_attention_in_windows(make, tmp_path):
+    def fresh():
+        with seed_everything(0): m = make().eval()
+        for i,p in enumerate(m.parameters()): nn.init.normal_(p, std=.3, generator=generator(i))
+        return m
+    m, images = fresh(), torch.randn(2, 3, 16, 16, generator=generator(1)); plain = unpacked(m)
+    assert difference(m, plain, images) < 1e-5 and list(plain.state_dict()) == list(m.state_dict())
+    g = trace(plain, images)
+    assert all(n in g.outputs for n in g.fixed) # all but the classifier
+    mask = allocate(scored(plain, g), .5, scope='layer'); small = shrink(plain, mask, images)
+    a, b = apply(copy.deepcopy(plain), mask).double(), copy.deepcopy(small).double()
+    assert difference(a, b, torch.randn(3, 3, 16, 16, generator=generator(2)).double()) < 1e-8
+    heads = [o.relative_position_bias_table.shape[1] for o in small.modules() if hasattr(o, 'relative_position_bias_table')]
+    whole = [o.relative_position_bias_table.shape[1] for o in m.modules() if hasattr(o, 'relative_position_bias_table')]
+    assert [2*h for h in heads] == whole
+    save(small, tmp_path/'m'); again = load(tmp_path/'m', fresh())
+    assert torch.equal(again(images), small(images))
