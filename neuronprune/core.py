@@ -72,15 +72,15 @@ def check_choice(name:str, # argument name
 
 # %% ../nbs/00_core.ipynb #tensors
 def _parts(x):
-    "Field -> value of a dataclass."
-    return {o.name:getattr(x, o.name) for o in fields(x) if o.init}
+    "Field -> value of an object of a dataclass, None for anything else."
+    if is_dataclass(x) and not isinstance(x, type): return {o.name:getattr(x, o.name) for o in fields(x) if o.init}
 
 def tensors(x # a tensor, or a tuple, list, mapping or dataclass of such; all else holds none
            )->list:
     "The tensors in a batch of inputs or in a model's output, in order."
     if isinstance(x, torch.Tensor): return [x]
     if isinstance(x, Mapping): x = x.values()
-    elif is_dataclass(x): x = _parts(x).values()
+    elif (parts := _parts(x)) is not None: x = parts.values()
     return [t for o in x for t in tensors(o)] if isinstance(x, (tuple, list, ValuesView)) else []
 
 def mapped(f, # tensor -> tensor
@@ -89,7 +89,7 @@ def mapped(f, # tensor -> tensor
     """`x` with `f` applied to every tensor: mappings become dictionaries, lists and tuples tuples, dataclasses
     (a Hugging Face output is one) new ones of their kind, the rest stays."""
     if isinstance(x, torch.Tensor): return f(x)
-    if is_dataclass(x): return replace(x, **{k:mapped(f, v) for k,v in _parts(x).items()})
+    if (parts := _parts(x)) is not None: return replace(x, **{k:mapped(f, v) for k,v in parts.items()})
     if isinstance(x, Mapping): return {k:mapped(f, v) for k,v in x.items()}
     return tuple(mapped(f, o) for o in x) if isinstance(x, (tuple, list)) else x
 

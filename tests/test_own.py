@@ -12,6 +12,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy, accuracy_multi, Dice, mae, rmse
+from fastai.torch_core import TensorBase
 from neuronprune.all import *
 from neuronprune.core import mapped, methods
 from neuronprune.data import OneBatch
@@ -408,3 +409,14 @@ def test_networks_of_other_precisions_train(dtype):
     loader = DataLoader(TensorDataset(x, y), batch_size=20); m = net().to(dtype)
     res = prune(m, 'magnitude', .5, unit='channel', dls=(loader, loader), fine_tune_epochs=1, shrink=True, latency=False)
     assert {p.dtype for p in res.model.parameters()} == {dtype} and res.model[0].out_features < 16
+
+def test_what_fastai_wraps_is_plain_in_scores_and_masks():
+    torch.manual_seed(0)
+    x = torch.randn(128, 6, generator=torch.Generator().manual_seed(0)); y = (x**2).sum(1, keepdim=True)
+    m = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1))
+    loader = DataLoader(TensorDataset(x, y), batch_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error') # "surgery failed" is a warning
+        res = prune(m, 'snip', .5, dls=(loader, loader), fine_tune_epochs=1, lr=.01, latency=False)
+    assert {type(v) for v in [*res.scores.values(), *res.mask.values()]} == {torch.Tensor}
+    assert type(Scores({'0': TensorBase(torch.rand(3))}, 'weight')['0']) is torch.Tensor
