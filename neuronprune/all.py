@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything', 'get_dls',
            'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'unpacked', 'packed_state', 'Graph',
-           'trace', 'allocate', 'ratios', 'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves',
-           'plot_curves', 'MaskCallback', 'PruneCallback', 'RegularizeCallback', 'DistillCallback', 'Rewind',
-           'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare',
+           'trace', 'allocate', 'ratios', 'learner', 'as_learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation',
+           'wilson', 'curves', 'plot_curves', 'MaskCallback', 'PruneCallback', 'RegularizeCallback', 'DistillCallback',
+           'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare',
            'verdict', 'differs', 'to_onnx', 'model_card', 'published', 'accounting', 'count_params', 'nonzero_params',
            'count_macs', 'latency_ms', 'dead_units', 'prune', 'Result', 'sensitivity', 'in_turns', 'latency_table',
            'one_shot', 'fine_tuned', 'plot_study', 'paired', 'robustness', 'plot_robustness', 'calibration', 'ece',
@@ -26,7 +26,7 @@ from .models import build, models, min_size
 from .forms import unpacked, packed_state
 from .graph import Graph, trace
 from .allocate import allocate, ratios
-from .train import learner, fit, Rewind
+from .train import learner, as_learner, fit, Rewind
 from .evaluation import evaluate, Evaluation, wilson, curves, plot_curves
 from .retrain import fine_tune, MaskCallback, rewind_to, rebind
 from .regularize import RegularizeCallback
@@ -54,7 +54,7 @@ from .anneal_evaluators import evaluator
 _all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',
          'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'unpacked',
          'packed_state', 'Graph', 'trace', 'allocate', 'ratios',
-         'learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback',
+         'learner', 'as_learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves', 'MaskCallback',
          'PruneCallback', 'RegularizeCallback', 'DistillCallback',
          'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare',
          'verdict', 'differs',

@@ -302,7 +302,8 @@ def _setup(scores, sparsity, threshold, scope, of, normalize, caps, keep, reduce
         raise ValueError(f"round_to={round_to}: counts units of a layer; expected 1 with scope='output'")
     if scope == 'output' and (scores.unit != 'weight' or sparsity is None or of not in (None, 'units') or caps):
         raise ValueError(f"scope='output': an equal share of the weights of every output; expected weight scores, "
-                         f"sparsity=, of='units' and no caps, got unit={scores.unit!r}, of={of!r}")
+                         f"sparsity=, of='units' and no caps, got unit={scores.unit!r}, of={of!r}; "
+                         "of channels say scope='layer' or 'global'")
     if of is None: of = 'params' if scores.unit == 'group' else 'units'
     check_choice('of', of, ('units', 'params', 'macs', 'network'))
     if scores.unit == 'rank' and of != 'units':

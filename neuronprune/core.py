@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'tensors', 'mapped', 'take', 'feed',
            'check_type', 'check_finite', 'check_batch', 'digesting', 'public', 'UnsupportedLayerError', 'layers',
-           'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'copied',
-           'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
+           'check_there', 'check_network', 'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused',
+           'as_found', 'copied', 'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import copy, difflib, hashlib, importlib, inspect, linecache, math, os, random, re, sys, warnings
 from collections import OrderedDict
 from collections.abc import Mapping, ValuesView
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from functools import wraps
 from numbers import Integral, Real
@@ -72,18 +72,25 @@ def check_choice(name:str, # argument name
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{hint}")
 
 # %% ../nbs/00_core.ipynb #tensors
-def tensors(x # a tensor, or a tuple, list or mapping (a Hugging Face output is one) of such; all else holds none
+def _parts(x):
+    "Field -> value of an object of a dataclass, None for anything else."
+    if is_dataclass(x) and not isinstance(x, type): return {o.name:getattr(x, o.name) for o in fields(x) if o.init}
+
+def tensors(x # a tensor, or a tuple, list, mapping or dataclass of such; all else holds none
            )->list:
     "The tensors in a batch of inputs or in a model's output, in order."
     if isinstance(x, torch.Tensor): return [x]
     if isinstance(x, Mapping): x = x.values()
+    elif (parts := _parts(x)) is not None: x = parts.values()
     return [t for o in x for t in tensors(o)] if isinstance(x, (tuple, list, ValuesView)) else []
 
 def mapped(f, # tensor -> tensor
            x  # as for `tensors`
           ):
-    "`x` with `f` applied to every tensor: mappings become dictionaries, lists and tuples tuples, the rest stays."
+    """`x` with `f` applied to every tensor: mappings become dictionaries, lists and tuples tuples, dataclasses
+    (a Hugging Face output is one) new ones of their kind, the rest stays."""
     if isinstance(x, torch.Tensor): return f(x)
+    if (parts := _parts(x)) is not None: return replace(x, **{k:mapped(f, v) for k,v in parts.items()})
     if isinstance(x, Mapping): return {k:mapped(f, v) for k,v in x.items()}
     return tuple(mapped(f, o) for o in x) if isinstance(x, (tuple, list)) else x
 
@@ -242,6 +249,26 @@ def layers(model:nn.Module # any model
     res = {n:m for n,m in model.named_modules() if isinstance(m, PRUNABLE)}
     if not res: raise ValueError(f"model={type(model).__name__}: no Linear or Conv layer to prune")
     return res
+
+# %% ../nbs/00_core.ipynb #check-network
+def check_there(model:nn.Module # any model
+               )->nn.Module:
+    "`model`; `ValueError` if its parameters have no values."
+    empty = next((n for n,p in model.named_parameters() if p.is_meta), None)
+    if empty is None: return model
+    raise ValueError(f"model: {empty!r} is on the device 'meta', where nothing has values; "
+                     "expected a network on 'cpu' or 'cuda'")
+
+def check_network(model:nn.Module # any model
+                 )->nn.Module:
+    "`model`; `ValueError` if its layers cannot be looked into, or have no values."
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model: a scripted module does not show its layers; expected the network it was made from")
+    inner = 'module' if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else '_orig_mod'
+    if hasattr(model, inner):
+        raise ValueError(f"model: a {type(model).__name__} around the network; expected the network itself, "
+                         f"model.{inner}")
+    return check_there(model)
 
 # %% ../nbs/00_core.ipynb #twins
 def twins(model:nn.Module # any model

@@ -414,7 +414,8 @@ def _chosen(dls, y, n_per_class, n, split, seed):
     n_out = next((o for k in ('n_out', 'c') if isinstance(o := getattr(dls, k, None), int) and o), int(y.max())+1)
     if n is None: return balanced(y, n_out, n_per_class, seed, getattr(dls, 'vocab', None), f'the {split} part'),n_out
     if check_int('n', n, 1) > len(y):
-        raise ValueError(f"n={n}: the {split} part has {len(y)} images; use n={len(y)} or less, or split='train'")
+        other = '' if split == 'train' else ", or split='train'"
+        raise ValueError(f"n={n}: the {split} part has {len(y)} examples; use n={len(y)} or less{other}")
     return torch.randperm(len(y), generator=generator(seed))[:n],n_out
 
 # %% ../nbs/01_data.ipynb #calib_batch

@@ -94,13 +94,15 @@ class Evaluation:
 
 # %% ../nbs/04a_evaluation.ipynb #logits
 def _said(x):
-    return ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x)) or type(x).__name__
+    what = ', '.join(f"{str(o.dtype).removeprefix('torch.')} {tuple(o.shape)}" for o in tensors(x))
+    return what if what and isinstance(x, (torch.Tensor, tuple, list)) else f"{type(x).__name__}({what})"
 
 def _named(f): return getattr(f, '__name__', type(f).__name__)
 
 def _logits(out):
     "The class scores in a model's output: itself, the entry 'logits', or the first tensor."
-    return out.get('logits') if isinstance(out, Mapping) and 'logits' in out else next(iter(tensors(out)), None)
+    found = out.get('logits') if isinstance(out, Mapping) else getattr(out, 'logits', None)
+    return next(iter(tensors(out)), None) if found is None else found
 
 # %% ../nbs/04a_evaluation.ipynb #target
 class _NotClasses(Exception):

@@ -227,7 +227,7 @@ def _cure(m):
 def _check_plain(model):
     """Raises `ValueError` for a layer whose weight is computed from other parameters,
     and for a layer that is the whole model."""
-    for n,m in layers(model).items():
+    for n,m in layers(check_network(model)).items():
         if not n:
             raise ValueError(f"model: a bare {type(m).__name__} has no name in a mask; "
                              "expected it in a container, nn.Sequential(layer)")

@@ -21,15 +21,22 @@ from .graph import _twins
 from .inputs import batch_for, pass_through
 
 # %% ../nbs/16_lowrank.ipynb #folded
+def _fused(model):
+    "The linear layers whose weights torch's fused encoder layer reads, instead of calling them."
+    return [o for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)
+            and isinstance(m.self_attn, nn.MultiheadAttention) and m.self_attn.batch_first
+            for o in (m.linear1, m.linear2)]
+
 @public
 def folded(model:nn.Module # any model
           )->tuple:
     "(layer -> weight [O, K] float64 on the CPU, layer -> why it is skipped); `ValueError` when nothing is left."
-    shared, res, skipped = _twins(model), {}, {}
+    shared, res, skipped, fused = _twins(model), {}, {}, set(_fused(model))
     for n,m in layers(model).items():
         w = check_finite(f'{n}.weight', m.weight.detach()).cpu().double().flatten(1)
         if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            skipped[n] = "attention reads its weight itself"
+            skipped[n] = "attention reads its weight itself; unpacked(model) frees it"
+        elif m in fused: skipped[n] = "TransformerEncoderLayer reads its weight itself; unpacked(model) frees it"
         elif getattr(m, 'groups', 1) > 1: skipped[n] = "grouped convolution: its weight is not one matrix"
         elif n in shared: skipped[n] = f"it shares its weight with {shared[n]!r}"
         elif sum(w.shape) >= w.numel(): skipped[n] = "one rank has as many weights as the layer"

@@ -19,8 +19,8 @@ from .tables import kept_tables, standing
 
 # %% ../nbs/03a_masks.ipynb #tensor
 def _tensor(name, value):
-    "`value` as a detached CPU tensor; a `TypeError` that names it otherwise."
-    try: t = torch.as_tensor(value).detach().cpu()
+    "`value` as a plain detached CPU tensor; a `TypeError` that names it otherwise."
+    try: t = torch.as_tensor(value).detach().cpu().as_subclass(torch.Tensor)
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__} ({e})") from None
     if t.layout != torch.strided or t.is_quantized or t.is_complex():

@@ -25,7 +25,7 @@ from .chain_search import *
 from .fingerprint import described, digest, fingerprint
 from .scoring import *
 from fastai.learner import Learner
-from .train import as_learner, fit, learner, schedule_lr
+from .train import as_learner, check_trainable, fit, learner, schedule_lr
 from .distill import TEACH_ARGS, check_teaching, taught
 from .retrain import _state, held, hold, rebind, replaced
 from .costs import count_macs, nonzero_params
@@ -159,6 +159,7 @@ def _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, un
     if shrink is None: shrink = 'each' if sizes is not None and unit == 'channel' else False
     _check_start(learn, m, unit, start, at, rewind, shrink, sizes is not None, alloc, alloc_args)
     trained = _check_run(epochs, learn.lr if lr is None else lr, fit_args, seed, latency, len(todo), fine_tunes)
+    if epochs and trained: check_trainable(learn.model)
     cbs = taught(learn, **{k:v for k,v in (tune_args or {}).items() if k in TEACH_ARGS})
     if cbs: fit_args = {**fit_args, 'cbs': [*L(fit_args.get('cbs', ())), *cbs]}
     return Ask(m, alloc, alloc_args, own, todo, trained, epochs, unit=unit, at=at, rewind=rewind, start=start,

@@ -91,6 +91,9 @@ def run(self:Probe, rows=1, xb=None):
     self.seen, self.calls, self.out, self.rows = {}, {}, {}, len(tensors(x)[0])
     self.said, self.straight = (None,)*3, {} # what was emitted last; places that saw it so
     with unfused(): out = feed(self.model, x)
+    if not tensors(out):
+        raise ValueError(f"model: its output, a {type(out).__name__}, holds no tensor that could be compared; "
+                         "expected a tensor, or a tuple, list, mapping or dataclass of tensors")
     self.seen[''] = [o for o in tensors(out) if o.is_floating_point()]
     return self.seen
 

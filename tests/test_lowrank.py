@@ -12,6 +12,7 @@ from neuronprune.masks import Mask, Scores
 from neuronprune.data import get_dls
 from neuronprune.lowrank import (VARIANTS, alds, cut, folded, groupings, output_moments, pca, principal, spectrum, svd,
                                  tail_error)
+from neuronprune.forms import unpacked
 from neuronprune.models import build
 from neuronprune.pipeline import channel_table, prune
 from neuronprune.costs import count_macs, count_params
@@ -410,3 +411,14 @@ def test_the_table_of_the_experiments_page(dls):
     res = prune(learn, 'alds', .6, fine_tune_epochs=0)
     t = channel_table(res, build('mlp', 1, 10, 8))
     assert t.layer.tolist() == list(res.mask) and t.kept.tolist() == [int(v.sum()) for v in res.mask.values()]
+
+def test_layers_that_a_fused_encoder_reads_itself_are_skipped_and_unpacked_frees_them():
+    net = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Flatten(), nn.Linear(64, 8))
+    mats, skipped = lowrank.folded(net)
+    assert list(mats) == ['2'] and set(skipped) == {'0.self_attn.out_proj', '0.linear1', '0.linear2'}
+    assert all('unpacked' in o for o in skipped.values())
+    free = unpacked(net); mats, _ = lowrank.folded(free)
+    assert {'0.linear1', '0.linear2'} <= set(mats)
+    small = shrink(free, allocate(Scores({k:torch.rand(min(w.shape)) for k,w in mats.items()}, 'rank'), .5),
+                   torch.rand(4, 4, 16))
+    with torch.no_grad(): assert small.eval()(torch.rand(4, 4, 16)).shape == (4, 8)

@@ -1,6 +1,7 @@
 """Networks, loaders and learners that others made: batches in the place of loaders, PyTorch without fastai,
 fastai's own learners."""
 import copy, warnings
+from dataclasses import dataclass
 import numpy as np, pandas as pd, pytest, torch
 from functools import partial
 from PIL import Image
@@ -12,6 +13,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from torchvision.models import VisionTransformer
 from fastai.metrics import accuracy, accuracy_multi, Dice, mae, rmse
+from fastai.torch_core import TensorBase
 from neuronprune.all import *
 from neuronprune.core import mapped, methods
 from neuronprune.data import OneBatch
@@ -463,3 +465,49 @@ def test_a_network_that_reaches_into_its_attention_keeps_it():
     model, (x, y), dls = hidden(Reaching)
     res = quiet(prune, model, 'magnitude', .5, unit='channel', dls=dls, fine_tune_epochs=0, latency=False)
     assert res.model is model and type(model.attn) is nn.MultiheadAttention and (~res.mask['a']).sum() == 5
+
+# ---- outputs and precisions
+
+@dataclass
+class Out:
+    logits:torch.Tensor
+    features:torch.Tensor
+
+class Answering(nn.Module):
+    "A network that returns its features beside the class scores, in the form `form`."
+    def __init__(self, form): super().__init__(); self.body,self.head,self.form = net()[:-1],nn.Linear(16, 3),form
+    def forward(self, x): h = self.body(x); return self.form(logits=self.head(h), features=h)
+
+def test_outputs_in_a_dataclass_are_outputs():
+    x = torch.randn(40, 12); loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=20)
+    def pruned(form):
+        torch.manual_seed(0); m = Answering(form)
+        loss = lambda o, y: nn.functional.cross_entropy(o['logits'] if form is dict else o.logits, y)
+        return prune(as_learner(m, loader, loader, loss_func=loss), 'magnitude', .5, unit='channel', shrink=True,
+                     fine_tune_epochs=1, latency=False)
+    a, b = pruned(dict), pruned(Out)
+    assert list(a.mask) == list(b.mask) == ['body.0'] and torch.equal(a.mask['body.0'], b.mask['body.0'])
+    assert b.model(x).features.shape == (40, 16) and b.report.tuned.k == a.report.tuned.k
+    assert difference(a.model, b.model, x) == 0 and difference(b.model, Answering(Out), x) > 0
+
+def test_what_is_mapped_keeps_its_class():
+    out = mapped(lambda o: 2*o, Out(torch.ones(2), (torch.ones(1), None)))
+    assert type(out) is Out and out.logits.sum() == 4 and out.features[0] == 2 and out.features[1] is None
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_networks_of_other_precisions_train(dtype):
+    x, y = torch.randn(40, 12).to(dtype), torch.arange(40) % 3
+    loader = DataLoader(TensorDataset(x, y), batch_size=20); m = net().to(dtype)
+    res = prune(m, 'magnitude', .5, unit='channel', dls=(loader, loader), fine_tune_epochs=1, shrink=True, latency=False)
+    assert {p.dtype for p in res.model.parameters()} == {dtype} and res.model[0].out_features < 16
+
+def test_what_fastai_wraps_is_plain_in_scores_and_masks():
+    torch.manual_seed(0)
+    x = torch.randn(128, 6, generator=torch.Generator().manual_seed(0)); y = (x**2).sum(1, keepdim=True)
+    m = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1))
+    loader = DataLoader(TensorDataset(x, y), batch_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error') # "surgery failed" is a warning
+        res = prune(m, 'snip', .5, dls=(loader, loader), fine_tune_epochs=1, lr=.01, latency=False)
+    assert {type(v) for v in [*res.scores.values(), *res.mask.values()]} == {torch.Tensor}
+    assert type(Scores({'0': TensorBase(torch.rand(3))}, 'weight')['0']) is torch.Tensor

@@ -4,6 +4,7 @@ The calls stand in `wrong_calls.txt`, one a line: a call, and what the message h
 The calls of `right_calls.txt` pass."""
 import ast, contextlib, inspect, io, json, math, os, re, struct, warnings
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
@@ -41,6 +42,10 @@ class Two(nn.Module):
     def __init__(self): super().__init__(); self.fc = nn.Linear(64, 10)
     def forward(self, x): o = self.fc(x.flatten(1)); return o, o
 
+class Namespaced(Two):
+    "A network whose outputs nobody can list."
+    def forward(self, x): return SimpleNamespace(logits=super().forward(x)[0])
+
 class Endless(torch.utils.data.IterableDataset):
     def __iter__(self):
         while True: yield torch.zeros(1, 8, 8), 0
@@ -55,7 +60,7 @@ def eights():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10))
 def other(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 def weight_normed(): return nn.Sequential(nn.Flatten(), torch.nn.utils.weight_norm(nn.Linear(64, 10)))
-tuple_net = Two
+tuple_net, namespaced = Two, Namespaced
 
 def loaders(f):
     "Loaders of 64 digits whose items `f(x, y)` makes."
