@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'LIMIT', 'random_crop', 'random_flip', 'cutout', 'random_rotate', 'augmentations', 'Prep', 'resize',
-           'ImageDL', 'store', 'dl_record', 'get_dls', 'balanced', 'in_order', 'OneBatch', 'calib_batch']
+           'ImageDL', 'store', 'dl_record', 'get_dls', 'balanced', 'whole_loader', 'in_order', 'OneBatch',
+           'calib_batch']
 
 # %% ../nbs/01_data.ipynb #import-csv-hashlib-os-from-col
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ from .core import (check_batch, check_choice, check_fraction, check_int, check_r
 from .datasets import *
 from .datasets import _listing
 from .presets import preset
-from .ranks import whole_loader
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
@@ -324,6 +324,10 @@ def balanced(y:torch.Tensor,  # integer labels [n]
     return torch.stack([perm[(ys == c).nonzero().flatten()[:m]] for c in range(n_out)], 1).flatten()
 
 # %% ../nbs/01_data.ipynb #loader
+def whole_loader(dl):
+    "The loader inside of fastai's `DistributedDL`, which shares its batches among processes, or `dl` itself."
+    return dl.dl if {'dl', 'rank', 'world_size'} <= getattr(dl, '__dict__', {}).keys() else dl
+
 def _loader(dls, split):
     "The loader of `split`; a third loader is the test set."
     i = dict(train=0, valid=1, test=2)[check_choice('split', split, ['train', 'valid', 'test'])]

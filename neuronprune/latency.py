@@ -130,7 +130,7 @@ def predict(self:LatencyTable, model:nn.Module # the network, or one shrunk from
 
 # %% ../nbs/21b_latency.ipynb #measure
 def _ratio(a, b, xb, n, secs, clock, sure=.005):
-    "Median of the time of `b` over that of `a`, by `n` passes at a time in turns until it is `sure`, or `secs` are over."
+    "Median of the time of `b` over that of `a`, in turns, `n` passes at a time, until it is `sure` or `secs` are over."
     start, ratios, one = time.perf_counter(), [], lambda m: latency_ms(m, xb, 1, 0, clock=clock)
     one(a); one(b)
     while True:

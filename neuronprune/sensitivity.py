@@ -287,7 +287,7 @@ def sensitivity(model_or_learn,  # a `Learner`, or a model beside `dl` or `xb`; 
     batches = _examples(dl, xb, n, bs, next(model.parameters()).device); whole = _outputs(model, batches)
     n = sum(len(tensors(x)[0]) for x,_ in batches); dense = _answers(whole, n)
     if by != 'error' and dense is None: raise ValueError(f"by={by!r}: needs class numbers as labels; expected 'error'")
-    if not (_squares([o for o,*_ in whole]) > 0).all(): raise ValueError("model: its outputs are 0; nothing can be lost")
+    if not all(_squares([o for o,*_ in whole]) > 0): raise ValueError("model: its outputs are 0; nothing can be lost")
     rows, status = _measured(model, cuts, batches, whole, n, progress)
     graph = scores.graph
     known = {} if graph is None else facts(model, batches[0][0], graph)
