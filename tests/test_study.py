@@ -10,9 +10,11 @@ from neuronprune.job import job
 from neuronprune.models import build
 from neuronprune.parameters import OUT, PARAMETERS, PRUNING, SOURCE, parameters_in
 from neuronprune.pipeline import tuning
+from neuronprune.report import Report
 from neuronprune.sources import own
 from neuronprune.study import STUDY, gather, jobs, load_jobs, page_path, read_study, render, study
 from neuronprune.train import fit, learner
+from test_data import write_idx
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT/'nbs'/'params').rglob('*.yml'))
@@ -78,6 +80,23 @@ def test_parameter_files(path):
     assert js and len({j.id for j in js}) == len(js) and len(d['about']) > 20
     names = {j.params['name'] for j in js}
     assert 'methods' not in d or names == set(d['methods'])
+
+SHORT = dict(epochs=1, fine_tune_epochs=1, milestones=[1], n=3, n_valid=4)
+def shorter(d):
+    "Parameters in which every length is that of `SHORT`."
+    return {k:shorter(v) if isinstance(v, dict) else SHORT.get(k, v) for k,v in d.items()}
+
+@pytest.mark.parametrize('name', ['fashion_mnist_resnet18', 'kmnist_resnet18'])
+def test_every_row_of_a_file_runs(tmp_path, name):
+    "All parameters as in the file, but short, on few images and a small network."
+    path = ROOT/'nbs'/'params'/'energy'/f'{name}.yml'; d = read_study(path)
+    write_idx(tmp_path/dict(fashion_mnist='FashionMNIST', kmnist='KMNIST')[d['dataset']]/'raw', 60, 8)
+    over = dict(shorter(d), model='lenet5', n_train=16, batch_size=8, grid=dict(seed=[0]))
+    df = study(load_jobs(path, **over, data_root=str(tmp_path)), out=tmp_path/'runs', progress=False)
+    assert not df.error.any() and set(df.name) == set(d['methods'])
+    found = {n:Report.load(tmp_path/'runs'/f/'record.json').extra.get('search') for n,f in zip(df.name, df.folder)}
+    assert {k:v and v['evaluations'] for k,v in found.items()} == {
+        'EDropout': 8+9, 'Ising': 8+9, 'random, fixed': None, 'best of random': 3, 'magnitude': None}
 
 @pytest.mark.parametrize('name', ['mnist_mlp', 'cifar10_vgg16', 'cifar10_resnet56', 'imagenet_resnet50', 'digits'])
 def test_a_setting_has_its_controls(name):
