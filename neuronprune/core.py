@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'check_fraction', 'check_int', 'check_choice', 'tensors', 'mapped', 'take', 'feed',
            'check_type', 'check_finite', 'check_batch', 'digesting', 'public', 'UnsupportedLayerError', 'layers',
-           'check_there', 'check_network', 'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused',
-           'as_found', 'copied', 'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
+           'twins', 'untouched', 'kappa', 'generator', 'seed_everything', 'unfused', 'as_found', 'copied',
+           'memory_size', 'check_room', 'Method', 'method', 'Task', 'Found', 'Methods', 'methods']
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import copy, difflib, hashlib, importlib, inspect, linecache, math, os, random, re, sys, warnings
@@ -72,25 +72,22 @@ def check_choice(name:str, # argument name
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{hint}")
 
 # %% ../nbs/00_core.ipynb #tensors
-def _parts(x):
-    "Field -> value of an object of a dataclass, None for anything else."
-    if is_dataclass(x) and not isinstance(x, type): return {o.name:getattr(x, o.name) for o in fields(x) if o.init}
+def _parts(x): # name -> part of a mapping or of an object of a dataclass
+    return x if isinstance(x, Mapping) else {o.name:getattr(x, o.name) for o in fields(x) if o.init}
 
 def tensors(x # a tensor, or a tuple, list, mapping or dataclass of such; all else holds none
            )->list:
     "The tensors in a batch of inputs or in a model's output, in order."
     if isinstance(x, torch.Tensor): return [x]
-    if isinstance(x, Mapping): x = x.values()
-    elif (parts := _parts(x)) is not None: x = parts.values()
+    if isinstance(x, Mapping) or is_dataclass(type(x)): x = _parts(x).values()
     return [t for o in x for t in tensors(o)] if isinstance(x, (tuple, list, ValuesView)) else []
 
 def mapped(f, # tensor -> tensor
            x  # as for `tensors`
           ):
-    """`x` with `f` applied to every tensor: mappings become dictionaries, lists and tuples tuples, dataclasses
-    (a Hugging Face output is one) new ones of their kind, the rest stays."""
+    "`x` with `f` applied to every tensor: dataclasses stay, mappings become dictionaries, lists and tuples tuples."
     if isinstance(x, torch.Tensor): return f(x)
-    if (parts := _parts(x)) is not None: return replace(x, **{k:mapped(f, v) for k,v in parts.items()})
+    if is_dataclass(type(x)): return replace(x, **{k:mapped(f, v) for k,v in _parts(x).items()})
     if isinstance(x, Mapping): return {k:mapped(f, v) for k,v in x.items()}
     return tuple(mapped(f, o) for o in x) if isinstance(x, (tuple, list)) else x
 
@@ -141,8 +138,7 @@ def check_batch(xb,                   # inputs: a tensor [n, ...], or a tuple or
                 yb:torch.Tensor=None, # integer labels [n]
                 n_out:int=None        # number of classes
                ):
-    """Raises `ValueError` for an empty batch, NaN inputs, labels of the wrong length, type or range;
-    `TypeError` if there is no tensor."""
+    "`ValueError` for an empty batch, NaN inputs, labels of wrong length, type or range; `TypeError` without a tensor."
     xs = tensors(xb)
     if not xs: check_type('xb', xb, torch.Tensor, 'or a tuple or dictionary of tensors')
     for o in xs:
@@ -250,26 +246,6 @@ def layers(model:nn.Module # any model
     if not res: raise ValueError(f"model={type(model).__name__}: no Linear or Conv layer to prune")
     return res
 
-# %% ../nbs/00_core.ipynb #check-network
-def check_there(model:nn.Module # any model
-               )->nn.Module:
-    "`model`; `ValueError` if its parameters have no values."
-    empty = next((n for n,p in model.named_parameters() if p.is_meta), None)
-    if empty is None: return model
-    raise ValueError(f"model: {empty!r} is on the device 'meta', where nothing has values; "
-                     "expected a network on 'cpu' or 'cuda'")
-
-def check_network(model:nn.Module # any model
-                 )->nn.Module:
-    "`model`; `ValueError` if its layers cannot be looked into, or have no values."
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("model: a scripted module does not show its layers; expected the network it was made from")
-    inner = 'module' if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else '_orig_mod'
-    if hasattr(model, inner):
-        raise ValueError(f"model: a {type(model).__name__} around the network; expected the network itself, "
-                         f"model.{inner}")
-    return check_there(model)
-
 # %% ../nbs/00_core.ipynb #twins
 def twins(model:nn.Module # any model
          )->dict:
@@ -370,9 +346,8 @@ def _computed(o, deep=True):
     for v in vars(o).values():
         if type(v) in _FLAT or type(v) in _EMPTY and not v: continue # nearly all, and quickly told
         yield from (t for t in tensors(v) if not t.is_leaf)
-        if deep and hasattr(v, '__dict__') and not isinstance(v,
-                                                              (nn.Module, torch.Tensor, type)): yield from _computed(
-                                                                  v, False)
+        if deep and hasattr(v, '__dict__') and not isinstance(v, (nn.Module, torch.Tensor, type)):
+            yield from _computed(v, False)
 
 def copied(model:nn.Module, # any model, trained or in training
            memo:dict=None   # id of an object -> what the copy has in its place

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .core import *
 import neuronprune.rehearsal # gives probes their rehearse
 from .probe import Probe
-from .kinds import _bends, wide
+from .kinds import _bends, check_network, wide
 from .tables import *
 from .mixing import unmixed
 from .forms import _form

@@ -14,8 +14,9 @@ from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from .core import (BATCHNORM, as_found,
-                              check_choice, check_int, check_there, check_type, digesting, feed, mapped, seed_everything,
+                              check_choice, check_int, check_type, digesting, feed, mapped, seed_everything,
                               tensors, public)
+from .kinds import check_there
 from .evaluation import *
 from .evaluation import _named, _said, _shown
 from .ranks import agreed, bare

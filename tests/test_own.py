@@ -498,7 +498,8 @@ def test_what_is_mapped_keeps_its_class():
 def test_networks_of_other_precisions_train(dtype):
     x, y = torch.randn(40, 12).to(dtype), torch.arange(40) % 3
     loader = DataLoader(TensorDataset(x, y), batch_size=20); m = net().to(dtype)
-    res = prune(m, 'magnitude', .5, unit='channel', dls=(loader, loader), fine_tune_epochs=1, shrink=True, latency=False)
+    res = prune(m, 'magnitude', .5, unit='channel', dls=(loader, loader), fine_tune_epochs=1, shrink=True,
+                latency=False)
     assert {p.dtype for p in res.model.parameters()} == {dtype} and res.model[0].out_features < 16
 
 def test_what_fastai_wraps_is_plain_in_scores_and_masks():
