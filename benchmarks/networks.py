@@ -8,14 +8,15 @@ Random weights, random norms (scales, shifts, running statistics), random channe
 `removable`: layers with removable channels of all layers. `removed`: share of the parameters that is gone.
 `apart`: the largest difference between the masked and the cut network on inputs that neither trace nor check has
 seen, as a share of the largest output; in double precision where single does not reach 1e-5.
-`seconds`: processor time of trace and cut. Torch-Pruning checks nothing; `runs` says whether its result does."""
+`seconds`: processor time of trace and cut. Torch-Pruning checks nothing; `tp_runs` says whether its result does, and
+`tp_least` the smallest share of its channels that a layer keeps: less than .5 is more than was asked for."""
 import os
 os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 import argparse, copy, time, warnings
 import pandas as pd, torch, torchvision
 from torch import nn
 from neuronprune.allocate import allocate
-from neuronprune.core import feed, mapped, tensors
+from neuronprune.core import feed, layers, mapped, tensors
 from neuronprune.forms import unpacked
 from neuronprune.graph import trace
 from neuronprune.masks import Scores
@@ -103,7 +104,7 @@ def theirs(model, x, outputs):
     import torch_pruning as tp
     mods = dict(model.named_modules()); began = time.process_time()
     kw = dict(in_channel_groups={}, out_channel_groups={}, num_heads=heads(model), channel_groups={})
-    before = count(model)
+    before, wide = count(model), {n:len(m.weight) for n,m in layers(model).items()}
     tp.pruner.BasePruner(model, x, importance=tp.importance.RandomImportance(), pruning_ratio=.5,
                          ignored_layers=[mods[n] for n in outputs], **kw).step()
     secs = time.process_time()-began
@@ -111,7 +112,8 @@ def theirs(model, x, outputs):
         with torch.no_grad(): feed(model, fresh(x))
         runs = 'yes'
     except Exception as e: runs = f'no: {type(e).__name__}'
-    return dict(tp_removed=1-count(model)/before, tp_runs=runs, tp_seconds=secs)
+    kept = min(len(m.weight)/wide[n] for n,m in layers(model).items() if wide[n] > 1)
+    return dict(tp_removed=1-count(model)/before, tp_least=kept, tp_runs=runs, tp_seconds=secs)
 
 def heads(model):
     "Heads of every q, k and v that have a number of heads above them, as Torch-Pruning wants to be told."

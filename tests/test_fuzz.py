@@ -188,6 +188,7 @@ class Heads(nn.Module):
         if kind == 'fused': self.qkv = nn.Linear(d, 3*n*s)
         else: self.q, self.k, self.v = nn.Linear(d, n*s), nn.Linear(d, self.kv*s), nn.Linear(d, self.kv*s)
         self.o, self.all_heads = nn.Linear(n*s, d), n*s
+        self.bias = None if self.causal or random.random() < .5 else nn.Parameter(torch.randn(n, 5, 5)) # one per head
     def forward(self, x):
         if self.kind == 'fused':
             y = self.qkv(x).unflatten(-1, (3, self.n_heads, -1) if self.first else (self.n_heads, 3, -1))
@@ -196,7 +197,7 @@ class Heads(nn.Module):
             q, k, v = (l(x).view(*x.shape[:2], n, -1).transpose(1, 2) for l,n in (
                 (self.q, self.n_heads), (self.k, self.kv), (self.v, self.kv)))
             k, v = (o.repeat_interleave(self.n_heads//self.kv, 1) for o in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        y = F.scaled_dot_product_attention(q, k, v, self.bias, is_causal=self.causal)
         return self.o(y.transpose(1, 2).reshape(*x.shape[:2], self.all_heads))
 
 class Tokens(nn.Module):
@@ -212,6 +213,7 @@ class Tokens(nn.Module):
             self.a, self.b = nn.Linear(d, 2*w if kind == 'swiglu' else w), nn.Linear(w, d)
             self.n = norm(d)
         if kind in ('separate', 'fused', 'shared'): self.h = Heads(kind, d, random.choice([2, 4]), random.randint(1, 4))
+        if kind == 'mixer': self.t0, self.t1 = nn.Linear(5, w), nn.Linear(w, 5) # along the words
         if kind == 'lstm': self.r = nn.LSTM(d, d, batch_first=True)
         self.out = nn.Linear(d, 11, bias=False)
         if tied: self.out.weight = self.emb.weight
@@ -219,6 +221,7 @@ class Tokens(nn.Module):
         x = self.emb(x) if self.pos is None else self.emb(x)+self.pos
         if self.kind == 'pre': return self.out(self.n(x+self.gamma*self.b(F.gelu(self.a(self.first(x))))))
         if self.kind == 'encoder': return self.out(self.t(x))
+        if self.kind == 'mixer': x = x+self.t1(F.gelu(self.t0(self.first(x).mT))).mT
         if self.kind == 'lstm': x = self.r(x)[0]
         if hasattr(self, 'h'): x = self.n(x+self.h(x))
         if self.kind == 'swiglu': a, b = self.a(x).chunk(2, -1); return self.out(x+self.b(a*F.silu(b)))
@@ -229,7 +232,7 @@ def network(seed):
     random.seed(seed); torch.manual_seed(seed)
     if random.random() < .3:
         d = random.choice([4, 6, 8])
-        kinds = 'encoder plain norm lstm pre pre separate fused shared swiglu'.split()
+        kinds = 'encoder plain norm lstm pre pre separate fused shared swiglu mixer'.split()
         m = Tokens(random.choice(kinds), d, random.randint(2, 9), random.random() < .5)
         x = torch.randint(0, 11, (random.choice([1, 4]), 5))
         if random.random() < .7: m = unpacked(m)

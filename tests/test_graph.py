@@ -4,8 +4,10 @@ import numpy as np
 from hypothesis import Phase, given, settings, strategies as st
 from torch import nn
 from neuronprune.core import UnsupportedLayerError, generator, layers
-from neuronprune.masks import Mask
+from neuronprune.allocate import allocate
+from neuronprune.masks import Mask, Scores
 from neuronprune.graph import Graph, trace
+from neuronprune.surgery import apply, difference, shrink
 
 
 # ---- random small networks
@@ -503,3 +505,24 @@ def test_what_an_opaque_module_feeds_is_mixed_and_not_the_networks_own():
     assert g.mixed['2'].tolist() == [0, 1, 2, 3] and set(g.mixed) == {'2'} and g.in_slots['2'].tolist() == [-1]*4
     shared = L(4, 4); g = trace(nn.Sequential(L(3, 4), shared, nn.ReLU(), shared, L(4, 2)), x3)
     assert g.mixed['4'].tolist() == [0, 1, 2, 3]
+
+def test_token_mixing_keeps_the_trunk_and_cuts_its_neurons():
+    "Its biases come out of a silent channel, which the next norm would count: only without them could it go."
+    class Mixer(nn.Module):
+        def __init__(self, d=6, t=5, w=7):
+            super().__init__(); self.stem, self.n1, self.n2 = nn.Linear(3, d), nn.LayerNorm(d), nn.LayerNorm(d)
+            self.t0, self.t1, self.c0, self.c1 = nn.Linear(t, w), nn.Linear(w, t), nn.Linear(d, w), nn.Linear(w, d)
+            self.head = nn.Linear(d, 2)
+        def forward(self, x):
+            x = self.stem(x); x = x+self.t1(self.t0(self.n1(x).mT).relu()).mT
+            return self.head((x+self.c1(self.c0(self.n2(x)).relu())).mean(1))
+    with torch.random.fork_rng(): torch.manual_seed(0); m, x = Mixer().eval(), torch.randn(2, 5, 3)
+    g = trace(m, x); assert g.removable == ['t0', 'c0']
+    assert 'mixed on the way' in g.fixed['stem'] and 'mixed on the way' in g.fixed['t1']
+    mask = allocate(Scores({n:torch.rand(7) for n in g.removable}, 'channel', graph=g), .5, scope='layer')
+    assert difference(apply(copy.deepcopy(m), mask), shrink(m, mask, x), torch.randn(3, 5, 3)) < 1e-5
+    seen = []; m.n2.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    with torch.no_grad():
+        for p in (m.stem.weight, m.stem.bias, m.n1.weight, m.n1.bias): p[0] = 0 # channel 0, as a mask would
+        m(x)
+    assert seen[0][..., 0].abs().min() > 0

@@ -192,9 +192,9 @@ def test_sums_that_cancel_are_asked_again():
     n = 20; leaf = torch.zeros(n, 20, requires_grad=True); block = torch.arange(n).repeat_interleave(2)
     x = (leaf[block]*(1+torch.arange(20)/7)).unsqueeze(0) # [rows, slots, rest]
     w = {k:Table(torch.float32, 'cpu')((1, 2*n, 20), k).clone() for k in ('k', 'k again')}
-    w['k'][0, 19, :2] = -w['k'][0, 18, :2]*(1-4e-6)
+    w['k'][0, 25, :9] = -w['k'][0, 24, :9]*(1-2e-6)
     asked = SimpleNamespace(rows_of=lambda k: x, table=lambda shape, key: w[key])
     want = (torch.arange(n)*2)[:, None].expand(-1, 20)
     assert torch.equal(Probe.slopes(asked, dict(t=leaf), 'k', block)['t'], want)
     w['k again'] = w['k']
-    assert (Probe.slopes(asked, dict(t=leaf), 'k', block)['t'] == -2).sum() in (1, 2) # so much for one question
+    assert (Probe.slopes(asked, dict(t=leaf), 'k', block)['t'] == -2).any() # so much for one question
