@@ -20,7 +20,7 @@ def _sign(probe, n, b, sign):
 
 @patch
 def listening(self:Probe, rows, sign=None, among=None):
-    "Layer -> what it emits from now on, one for every row, to be asked by gradients; the layers `among`, all by default."
+    "Layer -> what it emits from now on, to be asked by gradients; the layers `among`, all by default."
     leaf = {n:_sign(self, n, self.base[n], sign).expand(rows, *self.base[n].shape).clone().requires_grad_()
             for n in among or self.base}
     other = self.lifting({}, sign).say
