@@ -6,12 +6,12 @@
 __all__ = ['unmixed']
 
 # %% ../nbs/02d_mixing.ipynb #imports
-import itertools
+import itertools, math
 import torch
 from fastcore.basics import patch
 from .core import *
 from .kinds import channel_dim
-from .probe import Probe, _VOLUME, _parties
+from .probe import Probe, LEVELS, digits, spelt, _VOLUME, _parties, _read
 
 # %% ../nbs/02d_mixing.ipynb #heard
 def _sign(probe, n, b, sign):
@@ -19,15 +19,20 @@ def _sign(probe, n, b, sign):
     return b if sign is None else torch.where(probe.table(b.shape, f'{n}{sign}') > 1, b, -b)
 
 @patch
-@torch.enable_grad()
-def depends(self:Probe, asked, rows, sign=None, among=None):
-    """Layer -> bool [rows, channels]: on what do the slots `asked` (place -> bool [rows, slots]) depend, row by row?
-    Only the layers `among` are asked, all by default."""
+def listening(self:Probe, rows, sign=None, among=None):
+    "Layer -> what it emits from now on, to be asked by gradients; the layers `among`, all by default."
     leaf = {n:_sign(self, n, self.base[n], sign).expand(rows, *self.base[n].shape).clone().requires_grad_()
             for n in among or self.base}
     other = self.lifting({}, sign).say
     self.say = lambda n, m, x: self.laid(n, leaf[n]*1) if n in leaf else other(n, m, x)
-    self.run(rows); seen = {k:self.rows_of(k) for k in asked}
+    return leaf
+
+@patch
+@torch.enable_grad()
+def depends(self:Probe, asked, rows, sign=None, among=None):
+    """Layer -> bool [rows, channels]: on what do the slots `asked` (place -> bool [rows, slots]) depend, row by row?
+    Only the layers `among` are asked, all by default."""
+    leaf = self.listening(rows, sign, among); self.run(rows); seen = {k:self.rows_of(k) for k in asked}
     y = sum((x*self.table(x.shape, k)*asked[k].to(x)[..., None]).sum() for k,x in seen.items())
     grads = torch.autograd.grad(y, list(leaf.values()), allow_unused=True)
     at = lambda n, g: g.movedim(-1 if channel_dim(self.layers[n]) == -1 else 2, 1).flatten(2)
@@ -83,17 +88,66 @@ def _seeds(left, rows):
     res = torch.zeros(rows, len(left), dtype=torch.bool); res[torch.arange(len(at)), at] = True
     return res
 
+# %% ../nbs/02d_mixing.ipynb #4f3f4d3a
+def _shifted(first, n):
+    "Bool [n, size]: the set `first` (bool [size]) and its shifts by the length of its first run; None if they overlap."
+    if not first.any(): return first.expand(n, -1)
+    at = first.nonzero()[:,0]; step = int((at-at[0] == torch.arange(len(at))).sum())
+    at = at + step*torch.arange(n)[:, None]
+    if at[0, 0] or at.max() >= len(first) or len(at.unique()) < len(first) or at.numel() > len(first): return None
+    return torch.zeros(n, len(first), dtype=torch.bool).scatter_(1, at, True)
+
+def _guess(first, heard, sizes):
+    "Bool [blocks, slots+channels] of equal blocks like the `first` one, bool [slots+channels]; None if there are none."
+    slots, *chans = first.split(sizes); n = int(heard.sum())//int(slots.sum())
+    res = [torch.zeros(n, len(heard), dtype=torch.bool), *(_shifted(c, n) for c in chans)]
+    if n < 2 or any(o is None for o in res) or (own := _shifted(slots[heard], n)) is None: return None
+    res[0][:, heard] = own
+    return torch.cat(res, 1)
+
+# %% ../nbs/02d_mixing.ipynb #789d4cbc
+@patch
+@torch.no_grad()
+def split_so(self:Probe, guess, layers):
+    "The places whose slots follow the blocks of `guess` (place -> bool [blocks, slots+channels]), and no others."
+    number = lambda v: torch.where(v.any(0), v.int().argmax(0), -1)
+    code = digits(n := max(map(len, guess.values())), max(1, math.ceil(math.log(n, LEVELS)-1e-9)))
+    want, lift = {}, {}
+    for k,v in guess.items():
+        want[k], *chans = number(v).split([self.width[k], *(self.n_out[o] for o in layers[k])])
+        lift.update({o:code[:, c]*(c >= 0) for o,c in zip(layers[k], chans)})
+    self.lifting(lift).run(len(code)); at, *y = self.summed(guess); chan, mix = _read(*spelt(*y))
+    at = {k:at == i for i,k in enumerate(guess)}
+    return [k for k,o in at.items() if not mix[o].any() and torch.equal(chan[o], want[k])]
+
+# %% ../nbs/02d_mixing.ipynb #9cc391b5
+def _alike(probe, places, layers, found, among):
+    "Place -> blocks like the first one in `found`, where runs confirm that none meets another and each hangs together."
+    first = {k:next(v for v in found[k] if v[h.int().argmax()]) for k,h in places.items()}
+    guess = {k:_guess(v, places[k], [len(places[k]), *(probe.n_out[o] for o in layers[k])]) for k,v in first.items()}
+    guess = {k:v for k,v in guess.items() if v is not None}
+    guess = {k:guess[k] for k in probe.split_so(guess, layers)} if guess else {}
+    if not guess: return {}
+    first = {k:torch.zeros(1, len(places[k]), dtype=torch.bool).index_fill(
+        1, v[:, :len(places[k])].int().argmax(1), True) for k,v in guess.items()}
+    lift, slots = _grow(probe, first, 1, among)
+    own = lambda k: torch.cat([slots[k][0], *(lift[o][0] for o in layers[k] if o in lift)])
+    return {k:[*v] for k,v in guess.items() if torch.equal(own(k), v.any(0))}
+
 # %% ../nbs/02d_mixing.ipynb #parts-2
 def _parts(probe, places, layers, rows, limit=40):
     "Place -> blocks, each a bool vector over its slots and then over the channels of its layers; None = too many."
     n = {k:len(v) for k,v in places.items()}; found, left = {k:[] for k in places}, dict(places)
     among = list(dict.fromkeys(o for k in places for o in layers[k]))
-    for _ in range(limit):
+    for i in range(limit):
         lift, slots = _grow(probe, {k:_seeds(v, rows) for k,v in left.items() if v.any()}, rows, among)
         for k,s in slots.items():
             own = [lift.get(o, torch.zeros(rows, probe.n_out[o], dtype=torch.bool)) for o in layers[k]]
             found[k] = _joined(torch.stack([*found[k], *torch.cat([s, *own], 1)]))
             left[k] = left[k] & ~torch.stack(found[k])[:, :n[k]].any(0)
+        if not i: # the others may be like the first one
+            more = _alike(probe, {k:places[k] for k,v in left.items() if v.any()}, layers, found, among)
+            found.update(more); left.update({k:v & False for k,v in left.items() if k in more})
         if not any(v.any() for v in left.values()): break
     return {k:None if left[k].any() else o for k,o in found.items()}
 
@@ -107,6 +161,19 @@ def _heard(found, lost):
             if mixed: mixes.add(k)
     return {k:res[k] for k in res if k in mixes and not (k in lost and (lost[k] & res[k]).any())}
 
+# %% ../nbs/02d_mixing.ipynb #7d368350
+@patch
+@torch.enable_grad()
+def entire(self:Probe, heard, layers):
+    "Those places of `heard` at which one slot depends on all channels of the `layers` there: they are a single block."
+    leaf = self.listening(1, among={n for k in heard for n in layers[k]}); self.run(1); res = []
+    for k,v in heard.items():
+        x, own = self.rows_of(k)[0, v.int().argmax()], [leaf[n] for n in layers[k]]
+        if not x.requires_grad: continue
+        grads = torch.autograd.grad((x*self.table(x.shape, k)).sum(), own, retain_graph=True, allow_unused=True)
+        if all(g is not None and self.by_channel(n, g).all() for n,g in zip(layers[k], grads)): res.append(k)
+    return res
+
 # %% ../nbs/02d_mixing.ipynb #blocks-2
 @patch
 def blocks(self:Probe, found, lost):
@@ -114,6 +181,7 @@ def blocks(self:Probe, found, lost):
     that `follow` calls mixed come in two blocks or more."""
     heard, res = _heard(found, lost), {}
     layers = {k:[n for n,reach in found.items() if k in reach] for k in heard}
+    for k in self.entire(heard, layers) if heard else (): heard.pop(k), layers.pop(k)
     rows = max(1, min(_ROWS, _VOLUME//max(1, sum(b.numel() for b in self.base.values()))))
     for party in _parties({k:set(o) for k,o in layers.items()}):
         for k,parts in _parts(self, {k:heard[k] for k in party}, layers, rows).items():

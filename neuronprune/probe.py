@@ -324,7 +324,8 @@ def back(self:Probe, leaf, starts, passed, k):
     `starts`, or to places that were `passed` before."""
     o = self.seen[k]; parts = [v for v in tensors(o) if v.requires_grad]
     if not parts: return {}
-    told = self.hop(leaf, k, parts, *_behind(parts, starts, passed)) or self.hop(leaf, k, parts, *_behind(parts, starts))
+    hop = lambda *known: self.hop(leaf, k, parts, *_behind(parts, starts, *known))
+    told = hop(passed) or hop()
     if told[1] and parts[0] is o and self.batch.get(k): passed[o.grad_fn, o.output_nr] = k, o, told[0]
     return told[0]
 
