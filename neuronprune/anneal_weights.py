@@ -14,7 +14,7 @@ from torch import nn
 from .core import *
 from .masks import *
 from .allocate import _slot_ids
-from .graph import _check_plain
+from .kinds import _check_plain
 
 # %% ../nbs/15a_anneal_weights.ipynb #layout
 class Layout:

@@ -11,7 +11,8 @@ from torch import nn
 from .core import *
 from .files import *
 from .masks import *
-from .graph import _check_plain, _twins
+from .graph import _twins
+from .kinds import _check_plain
 from .masks import _check_fit
 
 # %% ../nbs/05b_applying.ipynb #factors

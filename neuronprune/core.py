@@ -325,38 +325,21 @@ def as_found(model:nn.Module,      # model to borrow
         for m,t in modes.items(): m.training = t
         for p,(r,g) in flags.items(): p.grad = g; p.requires_grad_(r)
 
-# %% ../nbs/00_core.ipynb #53e7866d
-_FLAT, _EMPTY = (bool, int, float, str, type(None)), (dict, OrderedDict, tuple, list, set)
-
-def _twin(m, memo):
-    "As `deepcopy` would copy the module `m` of torch's own, which holds numbers and tensors alone; None for others."
-    if not type(m).__module__.startswith('torch.nn.modules') or m._modules: return None
-    new = {}
-    for k,v in vars(m).items():
-        if k in ('_parameters', '_buffers'): new[k] = type(v)((n, copy.deepcopy(t, memo)) for n,t in v.items())
-        elif type(v) in _EMPTY and not v: new[k] = type(v)()
-        elif type(v) in _FLAT or type(v) is tuple and all(type(o) in _FLAT for o in v): new[k] = v
-        else: return None
-    res = type(m).__new__(type(m)); res.__dict__.update(new)
-    return res
-
 # %% ../nbs/00_core.ipynb #copied
 def _computed(o, deep=True):
     "The tensors kept in the attributes of `o` (and of the plain objects there) that are results of a computation."
     for v in vars(o).values():
-        if type(v) in _FLAT or type(v) in _EMPTY and not v: continue # nearly all, and quickly told
         yield from (t for t in tensors(v) if not t.is_leaf)
-        if deep and hasattr(v, '__dict__') and not isinstance(v, (nn.Module, torch.Tensor, type)):
-            yield from _computed(v, False)
+        if deep and hasattr(v, '__dict__') and not isinstance(v,
+                                                              (nn.Module, torch.Tensor, type)): yield from _computed(
+                                                                  v, False)
 
 def copied(model:nn.Module, # any model, trained or in training
            memo:dict=None   # id of an object -> what the copy has in its place
           )->nn.Module:
     "A deep copy; results of an earlier computation that the model keeps are copied as values."
-    memo = {id(t):t.detach().clone() for m in model.modules() for t in _computed(m)} | (memo or {})
-    for m in model.modules():
-        if (new := _twin(m, memo)) is not None: memo[id(m)] = new
-    return copy.deepcopy(model, memo)
+    kept = {id(t):t.detach().clone() for m in model.modules() for t in _computed(m)}
+    return copy.deepcopy(model, {**kept, **(memo or {})})
 
 # %% ../nbs/00_core.ipynb #check-room
 @public

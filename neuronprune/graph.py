@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .core import *
 import neuronprune.rehearsal # gives probes their rehearse
 from .probe import Probe
-from .kinds import _bends, check_network, wide
+from .kinds import _bends, _check_plain, wide
 from .tables import *
 from .mixing import unmixed
 from .forms import _form
@@ -216,24 +216,6 @@ def _place(n, src, out_slots):
     res = torch.full((n,), -1)
     for p,(s,c) in src.items(): res[s] = out_slots[p][c]
     return res
-
-# %% ../nbs/03_graph.ipynb #check-plain
-def _cure(m):
-    "The call below `torch.nn.utils` that gives layer `m` a plain weight again."
-    if hasattr(m, 'parametrizations'): return "parametrize.remove_parametrizations(layer, 'weight')"
-    if hasattr(m, 'weight_g'): return 'remove_weight_norm(layer)'
-    return 'remove_spectral_norm(layer)' if hasattr(m, 'weight_u') else "prune.remove(layer, 'weight')"
-
-def _check_plain(model):
-    """Raises `ValueError` for a layer whose weight is computed from other parameters,
-    and for a layer that is the whole model."""
-    for n,m in layers(check_network(model)).items():
-        if not n:
-            raise ValueError(f"model: a bare {type(m).__name__} has no name in a mask; "
-                             "expected it in a container, nn.Sequential(layer)")
-        if 'weight' in m._parameters: continue
-        raise ValueError(f"model: the weight of {n!r} is reparametrised; "
-                         f"make it plain first, with torch.nn.utils.{_cure(m)}")
 
 # %% ../nbs/03_graph.ipynb #halves
 def _unions(g, names):

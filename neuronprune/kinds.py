@@ -34,6 +34,24 @@ def check_network(model:nn.Module # any model
                          f"model.{inner}")
     return check_there(model)
 
+# %% ../nbs/02a_kinds.ipynb #check-plain
+def _cure(m):
+    "The call below `torch.nn.utils` that gives layer `m` a plain weight again."
+    if hasattr(m, 'parametrizations'): return "parametrize.remove_parametrizations(layer, 'weight')"
+    if hasattr(m, 'weight_g'): return 'remove_weight_norm(layer)'
+    return 'remove_spectral_norm(layer)' if hasattr(m, 'weight_u') else "prune.remove(layer, 'weight')"
+
+def _check_plain(model):
+    """Raises `ValueError` for a layer whose weight is computed from other parameters,
+    and for a layer that is the whole model."""
+    for n,m in layers(check_network(model)).items():
+        if not n:
+            raise ValueError(f"model: a bare {type(m).__name__} has no name in a mask; "
+                             "expected it in a container, nn.Sequential(layer)")
+        if 'weight' in m._parameters: continue
+        raise ValueError(f"model: the weight of {n!r} is reparametrised; "
+                         f"make it plain first, with torch.nn.utils.{_cure(m)}")
+
 # %% ../nbs/02a_kinds.ipynb #normed
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 OPAQUE = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention)

@@ -14,7 +14,8 @@ from torch.nn.utils import prune as torch_prune
 from fastcore.basics import patch
 from .core import *
 from .files import *
-from .graph import Graph, _check_plain
+from .graph import Graph
+from .kinds import _check_plain
 from .tables import kept_tables, standing
 
 # %% ../nbs/03a_masks.ipynb #tensor

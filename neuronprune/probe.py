@@ -469,35 +469,3 @@ def follow(self:Probe):
                 {k:(torch.where(m, 0, c) if m.any() else c, bool(m.any())) for k,(c,m) in told.items() if n in hard[k]})
     return ({n:{k:o[k] for k in reach if k in o} for n,o in found.items()}, ends,
             {k:v for k,v in lost.items() if v.any()})
-
-# %% ../nbs/02a_probe.ipynb #hushed
-@patch
-@torch.no_grad()
-def hushed(self:Probe, shift=0.):
-    """Place -> what is seen there, [rows, slots, rest], when all layers emit zeros, `tables` (path -> tensor) hold
-    zeros, and those who mix say something higher by `shift`."""
-    self.say = lambda n, m, x: torch.zeros_like(self._first(n, m, x)) if n in self.base else self._first(n, m, x)
-    self.shift = shift
-    tables = {t:t.clone() for t in self.tables.values()}
-    try:
-        for t in tables: t.zero_()
-        self.run(1, self.both())
-    finally:
-        self.shift = 0.
-        for t,old in tables.items(): t.copy_(old)
-    return {k:v for k in self.width if (v := self.rows_of(k)) is not None}
-
-# %% ../nbs/02a_probe.ipynb #loud
-@patch
-def loud(self:Probe):
-    "Place -> bool per slot: is it anything but zero although all layers emit zeros?"
-    return {k:~(v.abs().amax((0, 2)) <= 1e-9).cpu() for k,v in self.hushed().items()}
-
-# %% ../nbs/02a_probe.ipynb #fed
-@patch
-def fed(self:Probe):
-    """Place -> bool per slot: does what an opaque module or a layer that is used more than once has made of its inputs
-    arrive there?"""
-    if not any(k and self.is_end(k) for k in self.seen): return {}
-    a, b = self.hushed(), self.hushed(.25)
-    return {k:(v != b[k]).any(2).any(0).cpu() for k,v in a.items()}
