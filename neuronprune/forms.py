@@ -175,8 +175,9 @@ def _is_turned(m):
     except Exception: return False
 
 # %% ../nbs/02g_forms.ipynb #unpacked
+# known without importing them
 _RELATIVE = {'torchvision.models.swin_transformer.ShiftedWindowAttention': ShiftedAttention,
-             'torchvision.models.maxvit.RelativePositionalMultiHeadAttention': RelativeAttention} # without importing them
+             'torchvision.models.maxvit.RelativePositionalMultiHeadAttention': RelativeAttention}
 def _form(m):
     "What makes the plain form of module `m`, or None."
     if type(m) is nn.MultiheadAttention: return Attention if m.bias_k is None and not m.add_zero_attn else None
