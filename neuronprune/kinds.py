@@ -12,7 +12,7 @@ from collections import namedtuple
 from weakref import WeakKeyDictionary
 import torch
 from torch import nn
-from .core import PRUNABLE, generator
+from .core import PRUNABLE, generator, layers
 
 # %% ../nbs/02a_kinds.ipynb #check-network
 def check_there(model:nn.Module # any model
