@@ -402,8 +402,7 @@ def _due(arrives, total):
 # %% ../nbs/02a_probe.ipynb #read
 def _read(like, heard):
     "(channel [slots] or -1, bool [slots]: mixed?) from the levels that were possible in every digit."
-    one = (like.sum(1) == 1).all(0) & heard
-    # if there is one level
+    one = (like.sum(1) == 1).all(0) & heard # one level in every digit
     chan = ((like*torch.arange(LEVELS)[:, None]).sum(1)*LEVELS**torch.arange(len(like))[:, None]).sum(0)
     return torch.where(one, chan, -1), heard & ~one
 
