@@ -10,7 +10,6 @@ __all__ = ['PRUNABLE', 'BATCHNORM', 'UNITS', 'check_fraction', 'check_int', 'che
 
 # %% ../nbs/00_core.ipynb #import-importlib-json-math-os
 import copy, difflib, hashlib, importlib, inspect, linecache, math, os, random, re, sys, warnings
-from collections import OrderedDict
 from collections.abc import Mapping, ValuesView
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -330,9 +329,8 @@ def _computed(o, deep=True):
     "The tensors kept in the attributes of `o` (and of the plain objects there) that are results of a computation."
     for v in vars(o).values():
         yield from (t for t in tensors(v) if not t.is_leaf)
-        if deep and hasattr(v, '__dict__') and not isinstance(v,
-                                                              (nn.Module, torch.Tensor, type)): yield from _computed(
-                                                                  v, False)
+        own = deep and hasattr(v, '__dict__') and not isinstance(v, (nn.Module, torch.Tensor, type))
+        if own: yield from _computed(v, False)
 
 def copied(model:nn.Module, # any model, trained or in training
            memo:dict=None   # id of an object -> what the copy has in its place
