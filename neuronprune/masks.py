@@ -21,13 +21,13 @@ from .tables import kept_tables, standing
 # %% ../nbs/03a_masks.ipynb #tensor
 def _tensor(name, value):
     "`value` as a plain detached CPU tensor; a `TypeError` that names it otherwise."
-    try: t = torch.as_tensor(value).detach().cpu().as_subclass(torch.Tensor)
+    try: t = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__} ({e})") from None
     if t.layout != torch.strided or t.is_quantized or t.is_complex():
         what = str(t.layout if t.layout != torch.strided else t.dtype).removeprefix('torch.')
         raise TypeError(f"{name}: a tensor of {what}; expected a dense one of real numbers or bools")
-    return t
+    return t.as_subclass(torch.Tensor)
 
 def _tensors(name, d):
     "Key -> tensor of a dictionary that may be None."
