@@ -317,9 +317,9 @@ def test_mixed_images(mix, energy):
         order = 100
         def after_pred(self):
             if self.training: seen.append((self.xb[0], self.yb[0]))
-    score = cb.score; cb.score = lambda states, xb: seen.append(xb) or score(states, xb)
+    score = cb.score; cb.score = lambda states, batches: seen.append(batches[0]) or score(states, batches)
     fit(learn, 3, cbs=[cb, watch, mix(1.), See()])
-    assert torch.equal(seen[0], seen[1][0]) and not seen[1][1].is_floating_point()
+    assert torch.equal(seen[0][0], seen[1][0]) and not seen[1][1].is_floating_point()
     assert all(all(r) for r in watch.rows[:6]) and isinstance(learn.loss_func, CrossEntropyLossFlat)
     assert cb.reason == 'epoch' and clean(learn.model)
 
