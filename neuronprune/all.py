@@ -15,56 +15,60 @@ __all__ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kapp
            'commensurate', 'plot_tradeoff', 'plot_budget', 'save_results', 'evaluator', 'surgery', 'analysis',
            'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling', 'posttraining', 'trainability']
 
-# %% ../nbs/24_all.ipynb #from-neuronprune-import-core-d
-from . import surgery, analysis, baselines, mip, provable, mint, lowrank, criteria, sampling
-from . import posttraining, trainability
+# %% ../nbs/24_all.ipynb #data-and-masks
 from .core import Method, UnsupportedLayerError, methods, kappa, layers, seed_everything
-from .masks import Scores, Mask
 from .data import get_dls, calib_batch, preset
 from .datasets import datasets
 from .models import build, models, min_size
 from .forms import unpacked, packed_state
 from .graph import Graph, trace
+from .masks import Scores, Mask
 from .allocate import allocate, ratios
+_all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',
+         'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'unpacked', 'packed_state',
+         'Graph', 'trace', 'allocate', 'ratios']
+
+# %% ../nbs/24_all.ipynb #training
 from .train import learner, as_learner, fit, Rewind
 from .evaluation import evaluate, Evaluation, wilson, curves, plot_curves
 from .retrain import fine_tune, MaskCallback, rewind_to, rebind
 from .regularize import RegularizeCallback
 from .distill import DistillCallback
 from .while_training import PruneCallback
+_all_ = ['learner', 'as_learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves', 'plot_curves',
+         'MaskCallback', 'PruneCallback', 'RegularizeCallback', 'DistillCallback', 'Rewind', 'rewind_to', 'rebind']
+
+# %% ../nbs/24_all.ipynb #what-is-left
 from .surgery import shrink, difference, SurgeryError
 from .handover import to_onnx
 from .card import model_card
 from .report import Report, compare, plot_compare, verdict, differs, published
 from .costs import accounting, count_params, nonzero_params, count_macs, latency_ms
 from .blocks import dead_units
+_all_ = ['shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare', 'verdict', 'differs', 'to_onnx',
+         'model_card', 'published', 'accounting', 'count_params', 'nonzero_params', 'count_macs', 'latency_ms',
+         'dead_units']
+
+# %% ../nbs/24_all.ipynb #whole-runs
 from .pipeline import prune, Result
 from .sensitivity import sensitivity
 from .latency import in_turns, latency_table
 from .analysis import one_shot, fine_tuned, plot_study, paired, robustness, plot_robustness
 from .analysis import calibration, ece, plot_reliability
+_all_ = ['prune', 'Result', 'sensitivity', 'in_turns', 'latency_table', 'one_shot', 'fine_tuned', 'plot_study',
+         'paired', 'robustness', 'plot_robustness', 'calibration', 'ece', 'plot_reliability']
+
+# %% ../nbs/24_all.ipynb #studies
 from .sources import dense, own, zoo
 from .job import Job, job
 from .study import jobs, load_jobs, study, gather
 from .tradeoff import commensurate, plot_budget, plot_tradeoff, save_results
 from .anneal_evaluators import evaluator
+_all_ = ['dense', 'own', 'zoo', 'Job', 'job', 'jobs', 'load_jobs', 'study', 'gather', 'commensurate',
+         'plot_tradeoff', 'plot_budget', 'save_results', 'evaluator']
 
-
-# %% ../nbs/24_all.ipynb #all-scores-mask-method-unsuppo
-_all_ = ['Scores', 'Mask', 'Method', 'UnsupportedLayerError', 'methods', 'kappa', 'layers', 'seed_everything',
-         'get_dls', 'calib_batch', 'datasets', 'preset', 'build', 'models', 'min_size', 'unpacked',
-         'packed_state', 'Graph', 'trace', 'allocate', 'ratios',
-         'learner', 'as_learner', 'fit', 'fine_tune', 'evaluate', 'Evaluation', 'wilson', 'curves',
-         'plot_curves', 'MaskCallback',
-         'PruneCallback', 'RegularizeCallback', 'DistillCallback',
-         'Rewind', 'rewind_to', 'rebind', 'shrink', 'difference', 'SurgeryError', 'Report', 'compare', 'plot_compare',
-         'verdict', 'differs',
-         'to_onnx', 'model_card',
-         'published', 'accounting', 'count_params', 'nonzero_params', 'count_macs', 'latency_ms', 'dead_units',
-         'prune', 'Result', 'sensitivity', 'in_turns', 'latency_table',
-         'one_shot', 'fine_tuned', 'plot_study', 'paired', 'robustness', 'plot_robustness', 'calibration', 'ece',
-         'plot_reliability',
-         'dense', 'own', 'zoo', 'Job', 'job', 'jobs', 'load_jobs', 'study', 'gather', 'commensurate', 'plot_tradeoff',
-         'plot_budget', 'save_results', 'evaluator',
-         'surgery', 'analysis', 'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling',
+# %% ../nbs/24_all.ipynb #families
+from . import surgery, analysis, baselines, mip, provable, mint, lowrank, criteria, sampling
+from . import posttraining, trainability
+_all_ = ['surgery', 'analysis', 'baselines', 'mip', 'provable', 'mint', 'lowrank', 'criteria', 'sampling',
          'posttraining', 'trainability']

@@ -122,9 +122,8 @@ class EnergyCallback(Callback):
         for k,v,lo in (('every', every, 1), ('patience', patience, 1), ('min_steps', min_steps, 0)): check_int(k, v, lo)
         self.lock = dict(patience=patience, min_steps=min_steps, min_diversity=min_diversity)
         self.lock_at = None if lock_epoch is None else check_int('lock_epoch', lock_epoch, 1)
-        self.energy,self.every,self.stop = energy,every,check_type('stop', stop, bool)
+        self.energy,self.every,self.batches,self.stop = energy,every,batches,check_type('stop', stop, bool)
         if alive is not None: check_type('alive', alive, torch.Tensor, 'bool [D]')
-        self.batches = batches
         self.bits,self.layout,self.cost,self.alive = bits,dict(tied=tied, exclude=exclude),cost,alive
         self.scoring = dict(backend=backend, bn=bn, frac=frac)
         self.empty,self.lam = check_type('empty', empty, bool),lam

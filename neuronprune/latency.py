@@ -48,6 +48,7 @@ def _shapes(model, xb, graph):
     pass_through(model, xb, [watch(n) for n in graph.layers], len(tensors(xb)[0]))
     return seen
 
+# %% ../nbs/21b_latency.ipynb #stand-2
 def _alone(m, shape, rows, cols):
     "(a copy of layer `m` with so many outputs and inputs, a random input for it)."
     new, shape, groups = copied(m), list(shape), getattr(m, 'groups', 1)
@@ -115,6 +116,7 @@ def prices(self:LatencyTable)->dict:
     _, b, v = self.fit
     return {n:lambda r, c, n=n, l=l: b*lookup(l, r, c) + v*self.positions[n]*(r+0*c) for n,l in self.layers.items()}
 
+# %% ../nbs/21b_latency.ipynb #prices-2
 def _sizes(model, names):
     "Layer -> (outputs, inputs) of a network, whole or shrunk."
     ws = {n:model.get_submodule(n) for n in names}
@@ -138,6 +140,7 @@ def _ratio(a, b, xb, n, secs, clock, sure=.005):
         error = 1.25*(hi-lo)/1.35/len(ratios)**.5
         if error <= sure*mid or time.perf_counter()-start > secs: return float(mid)
 
+# %% ../nbs/21b_latency.ipynb #measure-2
 @patch
 @public
 def measure(self:LatencyTable, mask:Mask, # of channels
@@ -155,6 +158,7 @@ def _random_scores(graph, seed):
     units = {k:torch.rand(len(graph.out_slots[k]), generator=draw) for k in graph.removable}
     return Scores(units, 'channel', graph=graph)
 
+# %% ../nbs/21b_latency.ipynb #calibrate-2
 def _random_masks(graph, shares, seed):
     "Channel masks: every layer or tie at each third of `shares`, and four in which each has a share of its own."
     draw, sc = np.random.default_rng(seed), _random_scores(graph, seed)
@@ -165,6 +169,7 @@ def _random_masks(graph, shares, seed):
         return Mask(picked, 'channel', graph=graph)
     return even[:-1:3] + [uneven() for _ in range(4)]
 
+# %% ../nbs/21b_latency.ipynb #calibrate-3
 def _calibrated(table, graph, shares, n, seed):
     "Fit the table's factors to measured networks, in place."
     from scipy.optimize import nnls

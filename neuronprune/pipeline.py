@@ -388,8 +388,7 @@ def prune(learn:object,       # a trained `Learner`, or a model beside `dls`; ch
     ask = _ask(learn, method, sparsity, sizes, rounds, schedule, start, at, rewind, unit, scores, fine_tune_epochs,
                fine_tunes, lr, fit_args, tune_args, shrink, seed, latency, progress, args)
     _made_plain(learn, scores, args)
-    folder = None if folder is None else Path(folder)
-    about = None if folder is None else _about(learn, ask, args)
+    folder, about = (None, None) if folder is None else (Path(folder), _about(learn, ask, args))
     chain = Chain(learn, ask, first_inputs(learn))
     reports = _begin(chain, folder, about)
     done = folder is not None and len(reports) == len(ask.sizes) and (folder/'record.json').exists()

@@ -432,9 +432,8 @@ def fit(learn:Learner,   # changed in place
         try: learn.fit(todo, lr=lr, cbs=[sched, guard, *L(cbs)])
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e): raise
-            raise ValueError("dls.train: a batch of one example, from which batch norm learns nothing; "
-                             "expected larger batches, "
-                             "and a loader with drop_last=True where one example is left over") from e
+            raise ValueError("dls.train: a batch of one example, from which batch norm learns nothing; expected larger "
+                             "batches, and a loader with drop_last=True where one example is left over") from e
         finally: _keep_history(learn)
     if guard.bad:
         loss, epoch = guard.bad
