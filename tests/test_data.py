@@ -200,6 +200,17 @@ def test_calibration_batch_is_plain_training_input():
     xb,yb = calib_batch(dls)
     assert len(xb) == 10*int(torch.bincount(dls.valid.dataset.y).min())
 
+class Shared:
+    "What fastai puts around a loader on several processes: every other batch is for this one."
+    def __init__(self, dl): self.dl, self.rank, self.world_size = dl, 0, 2
+    def __iter__(self): yield from list(self.dl)[::2]
+
+def test_calibration_batch_on_several_processes_is_that_of_one():
+    dls = get_dls('digits', 16, n_train=200, device='cpu')
+    shared = DataLoaders(*map(Shared, dls.loaders))
+    for split in ('train', 'valid'):
+        for a,b in zip(calib_batch(dls, n=12, split=split), calib_batch(shared, n=12, split=split)): assert a.equal(b)
+
 def test_calibration_batch_from_foreign_loaders():
     x,y = torch.randn(40, 3, 5, 5),torch.arange(40) % 4
     ds = torch.utils.data.TensorDataset(x, y)
